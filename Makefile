@@ -1,0 +1,44 @@
+# On a fresh machine with Python 3.11 and make, `make demo` or `make test` alone does all it needs.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= out/demo
+INSTALLED := $(VENV)/installed
+
+.PHONY: help install demo test slow doctest lint types check clean
+
+help:  ## say what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: $(INSTALLED)  ## create .venv and install sparkjoy with all extras
+
+# torch first, alone and exactly pinned: any other way may bring gigabytes of CUDA packages.
+$(INSTALLED): pyproject.toml requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements/constraints.txt
+	$(BIN)/pip install --quiet -c requirements/constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install  ## the main job: quality against cost on MNIST, in about two minutes
+	$(BIN)/sparkjoy pareto mnist --out $(DEMO_OUT)
+
+test: install  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: install  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+doctest: install  ## every example in the docstrings and the README
+	$(BIN)/python -m pytest --doctest-modules src/sparkjoy
+	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs
+
+lint: install  ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: install  ## mypy
+	$(BIN)/mypy
+
+check: test slow doctest lint types  ## all of it
+
+clean:  ## remove the environment and the outputs
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

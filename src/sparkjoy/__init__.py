@@ -1,0 +1,40 @@
+"""sparkjoy: policy gradients that pay for a backward pass only where a sample is worth it."""
+
+from sparkjoy.baselines import expected_confidence_advantage as expected_confidence_advantage
+from sparkjoy.baselines import group_mean_advantage as group_mean_advantage
+from sparkjoy.baselines import leave_one_out_advantage as leave_one_out_advantage
+from sparkjoy.engine.backward import BackwardReport as BackwardReport
+from sparkjoy.engine.backward import GatedBackward as GatedBackward
+from sparkjoy.engine.backward import gated_backward as gated_backward
+from sparkjoy.gates import Decision as Decision
+from sparkjoy.gates import Gate as Gate
+from sparkjoy.gates import KondoGate as KondoGate
+from sparkjoy.losses import delightful as delightful
+from sparkjoy.losses import reinforce as reinforce
+from sparkjoy.prices import BatchQuantile as BatchQuantile
+from sparkjoy.prices import FixedPrice as FixedPrice
+from sparkjoy.prices import Price as Price
+from sparkjoy.scores import delight as delight
+from sparkjoy.scores import sequence_delight as sequence_delight
+from sparkjoy.scores import surprisal as surprisal
+
+__all__ = [
+    "BackwardReport",
+    "BatchQuantile",
+    "Decision",
+    "FixedPrice",
+    "Gate",
+    "GatedBackward",
+    "KondoGate",
+    "Price",
+    "delight",
+    "delightful",
+    "expected_confidence_advantage",
+    "gated_backward",
+    "group_mean_advantage",
+    "leave_one_out_advantage",
+    "reinforce",
+    "sequence_delight",
+    "surprisal",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,171 @@
+"""What a call of the engine was given, checked before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkjoy.engine.survivors import Rows, check_rows, take
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A checked batch: everything with a leading dimension of B, zeros where the mask is 0, nothing with a graph.
+
+    Args:
+        batch: what the log-prob function takes.
+        advantages: (B,) or (B, T).
+        log_probs: known ones, (B,) or (B, T), or None.
+        behavior_log_probs: (B,) or (B, T), or None.
+        mask: (B, T) bool, or None.
+        row_tokens: (B,) on the CPU, valid tokens of each row; None without a mask.
+    """
+
+    batch: Any
+    advantages: Tensor
+    log_probs: Tensor | None
+    behavior_log_probs: Tensor | None
+    mask: Tensor | None
+    row_tokens: Tensor | None
+
+    def take(self, rows: Rows) -> Inputs:
+        """The given rows of everything."""
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else take(tensor, rows)
+
+        return Inputs(
+            take(self.batch, rows),
+            take(self.advantages, rows),
+            part(self.log_probs),
+            part(self.behavior_log_probs),
+            part(self.mask),
+            part(self.row_tokens)
+            if isinstance(rows, slice) or self.row_tokens is None
+            else self.row_tokens[rows.cpu()],
+        )
+
+    def __len__(self) -> int:
+        return len(self.advantages)
+
+    def tokens(self, log_probs: Tensor) -> int:
+        """Valid tokens of all rows: without a mask as many as a row of `log_probs` has, 1 for (B,)."""
+        if self.row_tokens is not None:
+            return int(self.row_tokens.sum())
+        return len(self) * (log_probs.shape[1] if log_probs.dim() == 2 else 1)
+
+    def teaches(self) -> Tensor:
+        """(B,) bool: rows with a non-zero advantage at a valid token. The others have no gradient."""
+        nonzero = self.advantages != 0
+        return nonzero if nonzero.dim() == 1 else nonzero.any(dim=1)
+
+
+def micro_batches(inputs: Inputs, size: int | None) -> list[Inputs]:
+    """The rows in order, in parts of at most `size`; undivided, the inputs themselves."""
+    if size is None or size >= len(inputs):
+        return [inputs]
+    return [inputs.take(slice(start, start + size)) for start in range(0, len(inputs), size)]
+
+
+def check_inputs(
+    batch: Any, advantages: Tensor, log_probs: Tensor | None, behavior_log_probs: Tensor | None, mask: Tensor | None
+) -> Inputs:
+    """Check everything a call was given.
+
+    Raises:
+        ValueError: what was given, what is expected and what to do.
+    """
+    if not isinstance(advantages, Tensor) or not advantages.is_floating_point() or advantages.dim() not in (1, 2):
+        given = (
+            f"of shape {tuple(advantages.shape)}, {advantages.dtype}" if isinstance(advantages, Tensor) else "no tensor"
+        )
+        raise ValueError(f"advantages is {given}; expected a floating-point tensor (B,) or (B, T).")
+    total = len(advantages)
+    if total == 0:
+        raise ValueError("the batch is empty: advantages has 0 rows; expected at least one. Skip the step instead.")
+    check_rows(batch, total)
+    shape = _token_shape(advantages, log_probs, behavior_log_probs, mask)
+    row_tokens = None
+    if mask is not None:
+        if mask.shape != shape:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (B, T) = {tuple(shape)}.")
+        if mask.dtype != torch.bool:
+            if not bool(((mask == 0) | (mask == 1)).all()):
+                raise ValueError(
+                    "mask has values other than 0 and 1; give 1 for tokens that count and 0 for the others."
+                )
+            mask = mask.bool()
+        row_tokens = mask.sum(dim=1).cpu()
+    checked = [
+        None if tensor is None else finite_where_valid(name, tensor.detach(), mask)
+        for name, tensor in (
+            ("advantages", advantages),
+            ("log_probs", log_probs),
+            ("behavior_log_probs", behavior_log_probs),
+        )
+    ]
+    assert checked[0] is not None  # for the type checker
+    return Inputs(batch, checked[0], checked[1], checked[2], mask, row_tokens)
+
+
+def check_log_probs(log_probs: Any, inputs: Inputs) -> Tensor:
+    """`log_probs` as a log-prob function returned them for the rows of `inputs`, if shaped as expected.
+
+    Raises:
+        ValueError: not a floating-point tensor of (n,) or (n, T), or not the shape that mask, advantages or known
+            log-probs have.
+    """
+    if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
+        raise ValueError(
+            f"the log-prob function returned a {type(log_probs).__name__}; expected a floating-point tensor."
+        )
+    others = (inputs.mask, inputs.advantages if inputs.advantages.dim() == 2 else None, inputs.log_probs)
+    expected = next((tuple(tensor.shape) for tensor in others if tensor is not None), None)
+    if expected is None:
+        fits = log_probs.dim() in (1, 2) and len(log_probs) == len(inputs)
+    else:
+        fits = tuple(log_probs.shape) == expected
+    if not fits:
+        wanted = f"({len(inputs)},) or ({len(inputs)}, T)" if expected is None else str(expected)
+        raise ValueError(
+            f"the log-prob function returned shape {tuple(log_probs.shape)} for {len(inputs)} rows; expected {wanted}: "
+            "one log-prob per row, or one per token."
+        )
+    return log_probs
+
+
+def _token_shape(
+    advantages: Tensor, log_probs: Tensor | None, behavior_log_probs: Tensor | None, mask: Tensor | None
+) -> torch.Size:
+    """(B, T) if anything given has tokens, else (B,)."""
+    total = len(advantages)
+    known = [("log_probs", log_probs), ("behavior_log_probs", behavior_log_probs)]
+    shape = next((t.shape for _, t in [*known, ("mask", mask)] if t is not None), advantages.shape)
+    if advantages.dim() == 2 and advantages.shape != shape:
+        raise ValueError(f"advantages has shape {tuple(advantages.shape)}, but the tokens are {tuple(shape)}.")
+    if len(shape) not in (1, 2) or shape[0] != total or (mask is not None and mask.dim() != 2):
+        raise ValueError(
+            f"advantages has shape {tuple(advantages.shape)} and log_probs or mask {tuple(shape)}; expected (B,) or "
+            "(B, T) with the same B, and a mask of (B, T)."
+        )
+    for name, tensor in known:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}.")
+    return shape
+
+
+def finite_where_valid(name: str, tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """`tensor` with zeros where the mask is 0; a ValueError where a valid value is NaN or infinite."""
+    if mask is not None:
+        tensor = tensor.where(mask if tensor.dim() == 2 else mask.any(dim=1), 0)
+    if not bool(tensor.isfinite().all()):
+        bad = ~tensor.isfinite()
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} has {int(bad.sum())} of {tensor.numel()} values NaN or infinite, the first at {first}; expected "
+            "finite numbers where the mask is 1. Mask such tokens, or drop such rows."
+        )
+    return tensor

@@ -1,0 +1,28 @@
+"""Log-probs to decide on, without a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkjoy.engine.inputs import Inputs, finite_where_valid, micro_batches
+from sparkjoy.engine.ledger import Ledger
+
+LogProbFunction = Callable[[Any], Tensor]
+"""`rows -> log-probs` of the actions taken in them: (n,) or (n, T)."""
+
+
+def screen_without_graph(
+    source: LogProbFunction, inputs: Inputs, micro_batch_size: int | None, ledger: Ledger, own: bool
+) -> Tensor:
+    """Log-probs of the whole batch from `source`, leaving the training stream's random state alone."""
+    device = inputs.advantages.device
+    devices = [] if device.type == "cpu" else [device]
+    device_type = "cuda" if device.type == "cpu" else device.type
+    with torch.no_grad(), torch.random.fork_rng(devices, device_type=device_type):
+        parts = [ledger.screen(source, part, own) for part in micro_batches(inputs, micro_batch_size)]
+    log_probs = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return finite_where_valid("the screening forward pass: log_probs", log_probs.detach(), inputs.mask)

@@ -1,0 +1,167 @@
+"""Keep or skip: the Kondo gate compares what a sample is worth with what a backward pass costs (arXiv 2603.20526)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparkjoy.prices import BatchQuantile, FixedPrice, Price, checked_rate
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a gate decided about N samples. Values stay tensors on their device until read.
+
+    Args:
+        keep: (N,) bool, which samples get a backward pass.
+        price: 0-dim, in units of the score: the smallest kept score of a hard rate gate, else the price used; None when
+            nothing is kept, or when no score was computed because everything is.
+        probability: (N,), with which each sample was kept; 0 or 1 when the gate is hard.
+        weight: (N,), what a kept term is multiplied by: 1, unless a gate that samples corrects for it.
+    """
+
+    keep: Tensor
+    price: Tensor | None
+    probability: Tensor
+    weight: Tensor
+
+
+class Gate(Protocol):
+    """Any callable of this shape is a gate."""
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
+        """Decide on N samples from their scores (N,) and, where known, what each costs (N,), in tokens."""
+        ...
+
+
+class KondoGate:
+    """Keep the samples whose score exceeds the price of a backward pass: G = 1[χ > λ], or its soft version.
+
+    - `rate`: keep the ⌈ρN⌉ samples of greatest score, negative ones too when positive ones are too few; ties go to the
+      earlier position.
+    - `price`: keep score > price, strictly. 0 is the papers' zero price.
+    - both: first the price, then the best of those up to the rate.
+    - `temperature` η > 0, with one of the two: keep ~ Bernoulli(σ((χ − λ) / η)), λ the given price or the
+      (1 − ρ)-quantile. A soft gate does not hold the rate: where η exceeds the spread of the scores it keeps
+      about half.
+
+    A hard gate never keeps a score of exactly 0: such a sample has no gradient. The exception is `rate=1` without a
+    price, which keeps everything: the plain, dense step.
+
+    >>> gate = KondoGate(rate=0.5)
+    >>> gate(torch.tensor([0.1, 2.0, -1.0, 0.7])).keep
+    tensor([False,  True, False,  True])
+    >>> KondoGate(price=0)(torch.tensor([0.1, 0.0, -1.0, 0.7])).keep
+    tensor([ True, False, False,  True])
+
+    Args:
+        rate: ρ, fraction to keep, in (0, 1].
+        price: λ, a finite number or a `Price`.
+        temperature: η, at least 0; 0 is the hard gate.
+        generator: source of a soft gate's N uniform draws; None: torch's global one.
+
+    Raises:
+        ValueError: neither rate nor price, both together with a temperature, or one of them outside its range.
+    """
+
+    def __init__(
+        self,
+        rate: float | None = None,
+        price: float | Price | None = None,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if rate is None and price is None:
+            raise ValueError("KondoGate got neither rate nor price; give one, for instance rate=0.03 or price=0.")
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature is {temperature!r}; expected a number of at least 0 (0 is the hard gate).")
+        if temperature > 0 and rate is not None and price is not None:
+            raise ValueError("a soft gate (temperature > 0) takes rate or price, not both.")
+        self.rate = None if rate is None else checked_rate(rate)
+        self.price = price if price is None or isinstance(price, Price) else FixedPrice(price)
+        self.temperature = float(temperature)
+        self.generator = generator
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether this is the plain, dense step: rate 1 without a price."""
+        return self.rate == 1 and self.price is None
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
+        """Decide which of N samples to keep.
+
+        Args:
+            score: (N,), finite; moved to float32 when it is of lower precision.
+            cost: (N,), what each sample costs, in tokens; only prices that count a budget read it.
+
+        Returns:
+            The `Decision`. With no sample kept, its price is None.
+
+        Raises:
+            ValueError: an empty, non-finite or misshapen score.
+        """
+        if score.dim() != 1 or len(score) == 0:
+            raise ValueError(f"score has shape {tuple(score.shape)}; expected (N,) with at least one sample.")
+        score = score.detach()
+        if torch.finfo(score.dtype).bits < 32:
+            score = score.float()
+        if not bool(score.isfinite().all()):
+            bad = int((~score.isfinite()).sum())
+            raise ValueError(f"score has {bad} of {len(score)} values NaN or infinite; expected finite numbers.")
+        ones = torch.ones_like(score)
+        if self.keeps_everything:
+            return Decision(keep=ones.bool(), price=score.min(), probability=ones, weight=ones)
+        if self.temperature > 0:
+            return self._soft(score, cost, ones)
+        return self._hard(score, cost, ones)
+
+    def _hard(self, score: Tensor, cost: Tensor | None, ones: Tensor) -> Decision:
+        keep = score != 0
+        price = None if self.price is None else self.price(score, cost)
+        if price is not None:
+            keep &= score > price
+        if self.rate is not None:
+            ranked = score.where(keep, -math.inf).argsort(descending=True, stable=True)
+            best = torch.zeros_like(keep)
+            best[ranked[: rate_count(self.rate, len(score))]] = True
+            keep &= best
+            price = score.where(keep, math.inf).min()
+        return Decision(keep, price if bool(keep.any()) else None, probability=keep.to(score.dtype), weight=ones)
+
+    def _soft(self, score: Tensor, cost: Tensor | None, ones: Tensor) -> Decision:
+        price = BatchQuantile(self.rate)(score) if self.price is None and self.rate is not None else None
+        if self.price is not None:
+            price = self.price(score, cost)
+        probability = ((score - price) / self.temperature).sigmoid()
+        device = score.device if self.generator is None else self.generator.device
+        uniforms = torch.rand(len(score), generator=self.generator, device=device, dtype=score.dtype)
+        keep = uniforms.to(score.device) < probability
+        return Decision(keep, price if bool(keep.any()) else None, probability, weight=ones)
+
+    def __repr__(self) -> str:
+        parts = [f"rate={self.rate:g}"] if self.rate is not None else []
+        parts += [f"price={self.price!r}"] if self.price is not None else []
+        parts += [f"temperature={self.temperature:g}"] if self.temperature else []
+        return f"KondoGate({', '.join(parts)})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The price's state; the generator is the caller's to save."""
+        return {} if self.price is None else {"price": self.price.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        if self.price is not None:
+            self.price.load_state_dict(state["price"])
+
+
+def rate_count(rate: float, total: int) -> int:
+    """How many of `total` a rate keeps: ⌈rate · total⌉, forgiving the float product's last digits.
+
+    >>> rate_count(0.03, 100), rate_count(0.1, 30), rate_count(0.001, 100)
+    (3, 3, 1)
+    """
+    return math.ceil(rate * total - 1e-9)

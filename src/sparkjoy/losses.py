@@ -1,0 +1,80 @@
+"""Policy-gradient losses, term by term: the caller sums, weights and normalises.
+
+A loss takes `(log_probs, advantages, behavior_log_probs, mask)` and returns terms to minimise, of the shape of
+`log_probs`. Only `log_probs` carries a gradient. Terms are proportional to the advantage, so a row of zero advantage
+adds nothing. The supervised oracle of the papers is `reinforce` on the log-probs of the labels with advantage 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparkjoy.scores import per_row
+
+Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def reinforce(
+    log_probs: Tensor,
+    advantages: Tensor,
+    behavior_log_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """REINFORCE, −U log π(a|s): the plain policy gradient (Williams 1992).
+
+    >>> reinforce(torch.tensor([-0.5, -2.0]), torch.tensor([1.0, -1.0]))
+    tensor([ 0.5000, -2.0000])
+
+    Args:
+        log_probs: (B,) or (B, T), differentiable.
+        advantages: (B,), or (B, T) with (B, T).
+        behavior_log_probs: not used.
+        mask: not used.
+
+    Returns:
+        Terms to minimise, the shape of `log_probs`.
+    """
+    return -per_row(advantages, log_probs) * log_probs
+
+
+def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "token") -> Loss:
+    """The Delightful Policy Gradient: −σ(χ/η) U log π, the weight detached (arXiv 2603.14608).
+
+    A rare success has weight near 1, a rare failure near 0; at χ = 0 it is 1/2.
+
+    >>> loss = delightful()
+    >>> loss(torch.tensor([-3.0, -3.0]), torch.tensor([1.0, -1.0]), None, None)
+    tensor([ 2.8577, -0.1423])
+
+    Args:
+        temperature: η > 0; 1 in the papers.
+        unit: whose delight weights a (B, T) term: its own token's, or the whole answer's, summed over valid tokens.
+
+    Returns:
+        A loss: `(log_probs, advantages, behavior_log_probs, mask) -> terms`.
+
+    Raises:
+        ValueError: a temperature that is not above 0, or an unknown unit.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature!r}; expected a number above 0.")
+    if unit not in ("token", "sample"):
+        raise ValueError(f"unit is {unit!r}; expected 'token' or 'sample'.")
+
+    def loss(
+        log_probs: Tensor,
+        advantages: Tensor,
+        behavior_log_probs: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        advantages = per_row(advantages, log_probs)
+        chi = -advantages * log_probs.detach()
+        if unit == "sample" and chi.dim() == 2:
+            chi = (chi if mask is None else chi.where(mask.bool(), 0)).sum(dim=1, keepdim=True)
+        return -torch.sigmoid(chi / temperature) * advantages * log_probs
+
+    return loss

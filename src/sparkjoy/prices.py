@@ -1,0 +1,102 @@
+"""What a backward pass costs, in units of the score: a sample passes when its score is above the price.
+
+A price is an object with state, asked once per batch, so that a price that learns from batch to batch fits the same
+place as a constant one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Price(Protocol):
+    """Gives the price of a batch, and may remember the batch for the next one."""
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
+        """The price for this batch, a 0-dim tensor, from its scores (N,) and what each row costs (N,), in tokens."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to give the same prices."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        ...
+
+
+class FixedPrice:
+    """The same price for every batch, λ = `value`; 0 is the papers' "adaptive" zero price.
+
+    >>> FixedPrice(0.5)(torch.tensor([0.1, 0.9]))
+    tensor(0.5000)
+
+    Args:
+        value: a finite number.
+
+    Raises:
+        ValueError: `value` is not a finite number.
+    """
+
+    def __init__(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(
+                f"price is {value!r}; expected a finite number or a Price. To keep everything, use rate=1."
+            )
+        self.value = float(value)
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
+        return torch.full((), self.value, dtype=score.dtype, device=score.device)
+
+    def __repr__(self) -> str:
+        return f"FixedPrice({self.value:g})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class BatchQuantile:
+    """The (1 − ρ)-quantile of the batch's own scores (arXiv 2603.20526, "fixed rate").
+
+    As a gate's price it keeps the scores strictly above the quantile, so ties at it can leave fewer than ρN; a gate's
+    `rate` counts exactly instead.
+
+    >>> BatchQuantile(0.25)(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    tensor(4.)
+
+    Args:
+        rate: ρ, the fraction meant to pass, in (0, 1].
+
+    Raises:
+        ValueError: `rate` outside (0, 1].
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = checked_rate(rate)
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
+        return torch.quantile(score, 1 - self.rate)
+
+    def __repr__(self) -> str:
+        return f"BatchQuantile({self.rate:g})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def checked_rate(rate: float) -> float:
+    """`rate` as a float, or a ValueError that says what a rate is."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+        raise ValueError(f"rate is {rate!r}; expected the fraction to keep, a number in (0, 1], such as 0.03 for 3%.")
+    return float(rate)

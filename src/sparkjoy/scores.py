@@ -1,0 +1,171 @@
+"""How much each sample is worth a backward pass, from numbers a forward pass already gives.
+
+Start here. `delight` is the product score of the papers; the others are there to be compared with it. Every score is
+computed without a graph, and a score function takes `(advantages, log_probs)`, so any of them, or one of your own, can
+be given to `GatedBackward(score=...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+"""`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row."""
+
+
+def surprisal(log_probs: Tensor) -> Tensor:
+    """Surprisal of the actions taken, ℓ = −log π(a|s), in nats (arXiv 2603.20526).
+
+    >>> surprisal(torch.tensor([0.5, 0.125]).log())
+    tensor([0.6931, 2.0794])
+
+    Args:
+        log_probs: log-probabilities of the actions taken, any shape.
+
+    Returns:
+        The same shape, detached.
+
+    Raises:
+        ValueError: a log-probability above 0 (beyond rounding), which no discrete action has. For densities give
+            `GatedBackward(score=...)` a function of your own, for instance `lambda U, logp: -(U * logp).detach()`.
+    """
+    log_probs = log_probs.detach()
+    rounding = 16 * max(torch.finfo(log_probs.dtype).eps, 1e-5)
+    if bool((log_probs > rounding).any()):
+        raise ValueError(
+            f"log_probs has a value of {log_probs.max().item():g}; the log-probability of a discrete action is at most "
+            "0. If these are densities, pass a score of your own: score=lambda U, logp: -(U * logp).detach()."
+        )
+    return -log_probs
+
+
+def delight(advantages: Tensor, log_probs: Tensor) -> Tensor:
+    """Delight, χ = U · ℓ: advantage times surprisal (arXiv 2603.14608 and 2603.20526).
+
+    Positive for a success, the more so the less it was expected; negative for a failure; 0 where either factor is 0.
+
+    >>> delight(torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0.5, 0.125, 0.125]).log())
+    tensor([ 0.6931,  2.0794, -2.0794])
+
+    Args:
+        advantages: (B,), or (B, T) when `log_probs` is (B, T).
+        log_probs: (B,) or (B, T), log-probabilities of the actions taken.
+
+    Returns:
+        The shape of `log_probs`, detached: never differentiated through.
+
+    Raises:
+        ValueError: shapes that do not go together, or a log-probability above 0.
+    """
+    return per_row(advantages, log_probs) * surprisal(log_probs)
+
+
+def sequence_delight(advantages: Tensor, log_probs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Delight of whole answers, χ = Σ_t U_t ℓ_t over the valid tokens (arXiv 2603.20526).
+
+    >>> log_probs = torch.tensor([[0.5, 0.5], [0.25, 0.125]]).log()
+    >>> sequence_delight(torch.tensor([1.0, -1.0]), log_probs, mask=torch.tensor([[1, 1], [1, 0]]))
+    tensor([ 1.3863, -1.3863])
+
+    Args:
+        advantages: (B,) one per answer, or (B, T) one per token.
+        log_probs: (B, T), log-probabilities of the tokens taken.
+        mask: (B, T), 1 for tokens that count; anything may stand where it is 0, NaN too. None: all count.
+
+    Returns:
+        (B,), detached. A row without a valid token has 0.
+
+    Raises:
+        ValueError: shapes that do not go together, or a valid log-probability above 0.
+    """
+    if log_probs.dim() != 2:
+        raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}; a sequence delight needs (B, T).")
+    advantages = per_row(advantages, log_probs)
+    if mask is not None:
+        if mask.shape != log_probs.shape:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}; expected that of log_probs, {tuple(log_probs.shape)}."
+            )
+        mask = mask.bool()
+        advantages, log_probs = advantages.where(mask, 0), log_probs.where(mask, 0)
+    return delight(advantages, log_probs).sum(dim=1)
+
+
+def advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
+    """The advantage alone, U: better than expected, however likely it was. Shape of `advantages`, detached.
+
+    >>> advantage_score(torch.tensor([0.5, -0.5]), torch.tensor([-1.0, -3.0]))
+    tensor([ 0.5000, -0.5000])
+    """
+    return advantages.detach()
+
+
+def absolute_advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
+    """|U|: far from expected, in either direction. Shape of `advantages`, detached.
+
+    >>> absolute_advantage_score(torch.tensor([0.5, -0.5]), torch.tensor([-1.0, -3.0]))
+    tensor([0.5000, 0.5000])
+    """
+    return advantages.detach().abs()
+
+
+def surprisal_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
+    """The surprisal alone, ℓ: rare actions, good or bad. Shape of `log_probs`, detached.
+
+    >>> surprisal_score(torch.tensor([0.5, -0.5]), torch.tensor([-1.0, -3.0]))
+    tensor([1., 3.])
+    """
+    return surprisal(log_probs)
+
+
+def additive_score(alpha: float) -> ScoreFunction:
+    """A score function αU + (1 − α)ℓ, the sum that the product is compared with (arXiv 2603.20526).
+
+    >>> additive_score(0.5)(torch.tensor([0.5, -0.5]), torch.tensor([-1.0, -3.0]))
+    tensor([0.7500, 1.2500])
+
+    Args:
+        alpha: weight of the advantage, in [0, 1].
+
+    Raises:
+        ValueError: `alpha` outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; expected a number in [0, 1].")
+
+    def score(advantages: Tensor, log_probs: Tensor) -> Tensor:
+        return alpha * per_row(advantages, log_probs) + (1 - alpha) * surprisal(log_probs)
+
+    return score
+
+
+def uniform_score(generator: torch.Generator | None = None) -> ScoreFunction:
+    """A score function that draws a uniform number per row: the random baseline any gate has to beat.
+
+    >>> uniform_score(torch.Generator().manual_seed(0))(torch.ones(3), torch.zeros(3))
+    tensor([0.4963, 0.7682, 0.0885])
+
+    Args:
+        generator: source of the draws; None: torch's global one.
+    """
+
+    def score(advantages: Tensor, log_probs: Tensor) -> Tensor:
+        device = advantages.device if generator is None else generator.device
+        return torch.rand(len(advantages), generator=generator, device=device).to(advantages.device)
+
+    return score
+
+
+def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:
+    """`advantages`, detached and shaped to multiply `log_probs`: (B,) becomes (B, 1) beside (B, T)."""
+    if advantages.shape == log_probs.shape:
+        return advantages.detach()
+    if advantages.dim() == 1 and log_probs.dim() == 2 and len(advantages) == len(log_probs):
+        return advantages.detach().unsqueeze(1)
+    raise ValueError(
+        f"advantages has shape {tuple(advantages.shape)} and log_probs {tuple(log_probs.shape)}; expected (B,) with "
+        "(B,), or (B,) or (B, T) with (B, T)."
+    )
