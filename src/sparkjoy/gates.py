@@ -133,9 +133,9 @@ class KondoGate:
         return Decision(keep, price if bool(keep.any()) else None, probability=keep.to(score.dtype), weight=ones)
 
     def _soft(self, score: Tensor, cost: Tensor | None, ones: Tensor) -> Decision:
-        price = BatchQuantile(self.rate)(score) if self.price is None and self.rate is not None else None
-        if self.price is not None:
-            price = self.price(score, cost)
+        quantile_or_given = BatchQuantile(self.rate) if self.rate is not None else self.price
+        assert quantile_or_given is not None  # the constructor saw to it
+        price = quantile_or_given(score, cost)
         probability = ((score - price) / self.temperature).sigmoid()
         device = score.device if self.generator is None else self.generator.device
         uniforms = torch.rand(len(score), generator=self.generator, device=device, dtype=score.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def assert_backward_rows(module: nn.Module, rows: int) -> Iterator[None]:
-    """Fail unless exactly `rows` rows pass backward through `module`, counted by its backward hook.
+    """Fail unless exactly `rows` rows pass backward through `module`, counted by a hook on its output.
 
     >>> layer = nn.Linear(2, 1)
     >>> with assert_backward_rows(layer, 3):
@@ -26,11 +26,15 @@ def assert_backward_rows(module: nn.Module, rows: int) -> Iterator[None]:
     """
     seen = 0
 
-    def count(_module: nn.Module, outputs: tuple[Tensor | None, ...]) -> None:
+    def gradient_arrived(gradient: Tensor) -> None:
         nonlocal seen
-        seen += next((len(gradient) for gradient in outputs if gradient is not None), 0)
+        seen += len(gradient)
 
-    handle = module.register_full_backward_pre_hook(count)  # type: ignore[arg-type]
+    def watch(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(gradient_arrived)
+
+    handle = module.register_forward_hook(watch)
     try:
         yield
     finally:

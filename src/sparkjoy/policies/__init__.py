@@ -1,0 +1,1 @@
+"""Small policies for the tasks."""

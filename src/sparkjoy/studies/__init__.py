@@ -1,0 +1,1 @@
+"""One claim of the papers each: `run(config)` measures it, `plot(records)` draws it."""

@@ -1,0 +1,1 @@
+"""Contextual tasks to train on."""

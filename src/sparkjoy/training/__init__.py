@@ -1,0 +1,1 @@
+"""A resumable training loop over the tasks, and its records on disk."""
