@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".tmp-{path.name}")
     try:
         write(temporary)
         temporary.replace(path)
@@ -28,6 +27,18 @@ def write_json(path: Path, value: object) -> None:
     """Write one JSON document; NaN and infinities become null."""
     text = json.dumps(_plain(value), indent=1) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: Path) -> Any:
+    """One JSON document.
+
+    Raises:
+        ValueError: the file is not one.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); remove it to start anew.") from None
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -52,7 +63,9 @@ def prepare_out(out: Path) -> None:
         write_whole(out / "probe", lambda temporary: temporary.write_text(""))
         (out / "probe").unlink()
     except OSError as error:
-        raise ValueError(f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written.") from None
+        raise ValueError(
+            f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written."
+        ) from None
 
 
 def _plain(value: Any) -> Any:

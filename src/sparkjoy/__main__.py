@@ -1,0 +1,5 @@
+"""`python -m sparkjoy` is the `sparkjoy` command."""
+
+from sparkjoy.cli import main
+
+main()

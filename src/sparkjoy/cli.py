@@ -1,0 +1,46 @@
+"""The `sparkjoy` command: train, compare, study."""
+
+from __future__ import annotations
+
+import sys
+
+HELP = """usage: sparkjoy COMMAND [flags]
+
+  sparkjoy train mnist      train one policy: sparkjoy train mnist --method kondo --rate 0.03 --out out/run
+  sparkjoy pareto mnist     train every method at every rate, and draw quality against cost
+  sparkjoy study scores     the same rate by other scores than delight, under two baselines
+
+Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures; a run that is stopped goes
+on from its last checkpoint when started again with the same --out."""
+
+
+def main() -> None:
+    """Run one command; exit status 2 and one line for what the user got wrong."""
+    try:
+        from sparkjoy import commands
+    except ImportError as error:
+        print(
+            f'sparkjoy: {error.name} is missing; the command line needs: pip install "sparkjoy[cli]"', file=sys.stderr
+        )
+        raise SystemExit(2) from None
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return
+    if arguments == ["--version"]:
+        from sparkjoy import __version__
+
+        print(f"sparkjoy {__version__}")
+        return
+    try:
+        commands.run(arguments)
+    except ValueError as error:
+        print(f"sparkjoy: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("sparkjoy: interrupted; the same command with the same --out goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What a task hands to the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch of answers and what they were worth.
+
+    Args:
+        batch: what the policy's `log_probs` takes, leading dimension B.
+        advantages: (B,).
+        log_probs: (B,) or (B, T), those the answers were sampled with; with a graph if that was asked for.
+        mask: (B, T), or None.
+        reward: mean reward, 0-dim.
+    """
+
+    batch: dict[str, Tensor]
+    advantages: Tensor
+    log_probs: Tensor
+    mask: Tensor | None
+    reward: Tensor
+
+
+class Policy(Protocol):
+    """A module that gives log-probs of the actions in given rows, (n,) or (n, T)."""
+
+    def log_probs(self, rows: dict[str, Tensor]) -> Tensor: ...
+
+
+class Task(Protocol):
+    """What the training loop needs of a task."""
+
+    name: str
+
+    def policy(self) -> nn.Module:
+        """A fresh policy, with a `log_probs(rows)` method, from torch's global random state."""
+        ...
+
+    def rollout(self, policy: nn.Module, generator: torch.Generator, graph: bool) -> Rollout:
+        """Sample a batch; `graph`: keep the forward pass's graph in `log_probs`, so that it can be differentiated."""
+        ...
+
+    def error(self, policy: nn.Module) -> float:
+        """Error of the greedy policy on held-out contexts, as a fraction."""
+        ...

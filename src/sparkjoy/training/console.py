@@ -1,0 +1,127 @@
+"""Progress while runs go on, and tables when they are done; needs the extra [cli]."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sparkjoy.training.loop import OnStep, Record
+from sparkjoy.training.settings import Settings
+
+REFRESH_SECONDS = 0.2
+
+
+class LiveRuns:
+    """A live line for the run in progress and one for all runs; without a terminal, one line per finished run.
+
+    Args:
+        runs: how many runs there will be.
+    """
+
+    def __init__(self, runs: int) -> None:
+        # No refreshing thread: it would take time from the run it reports on, and seconds are measured there.
+        self._progress = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            auto_refresh=False,
+        )
+        self._all = self._progress.add_task("all runs", total=runs, state="", visible=runs > 1)
+        self._current = self._progress.add_task("", total=1, state="")
+        self._drawn_at = 0.0
+
+    def __enter__(self) -> LiveRuns:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def start(self, name: str, settings: Settings) -> OnStep:
+        """Show a new run; what comes back is called after each of its steps."""
+        self._progress.reset(self._current, description=name, total=settings.steps, state="")
+
+        def on_step(step: int, record: Record | None) -> None:
+            done = step >= settings.steps or _reached(record, settings.until_error)
+            now = time.monotonic()
+            if not done and now - self._drawn_at < REFRESH_SECONDS:
+                return
+            self._drawn_at = now
+            self._progress.update(self._current, completed=step, state="" if record is None else _state(record))
+            if done:
+                self._progress.advance(self._all)
+                if not self._progress.console.is_terminal and record is not None:
+                    self._progress.console.print(f"{name}: {_state(record)}", highlight=False)
+            self._progress.refresh()
+
+        return on_step
+
+
+def print_runs(summaries: list[Record], target_error: float | None) -> None:
+    """One row an arm: means over seeds of error, samples and seconds, and when the target error was reached."""
+    table = Table(title="means over seeds, ± standard deviation")
+    columns = ["arm", "seeds", "error %", "backward samples", "seconds", "ms a step"]
+    target = "" if target_error is None else f"to {100 * target_error:g}%: "
+    columns += [f"{target}steps", "backward samples", "seconds"] if target else []
+    for column in columns:
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm in dict.fromkeys(run["arm"] for run in summaries):
+        runs = [run for run in summaries if run["arm"] == arm]
+        seconds = [run["seconds"]["total"] for run in runs]
+        row = [
+            arm,
+            str(len(runs)),
+            _mean_sd([100 * run["error"] for run in runs]),
+            f"{np.mean([run['backward_samples'] for run in runs]):,.0f}",
+            _mean_sd(seconds),
+            f"{1000 * np.mean([s / run['step'] for s, run in zip(seconds, runs, strict=True)]):.2f}",
+        ]
+        if target:
+            row += _to_target(runs)
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_scores(rows: list[dict[str, Any]]) -> None:
+    """One row a baseline and score."""
+    table = Table(title="means over seeds, ± standard deviation")
+    for column in ("baseline", "score", "error %", "seeds", "backward samples"):
+        table.add_column(column, justify="right" if column in ("error %", "seeds", "backward samples") else "left")
+    for row in rows:
+        spread = "" if row["error_sd"] is None else f" ± {100 * row['error_sd']:.2f}"
+        error = f"{100 * row['error']:.2f}{spread}"
+        table.add_row(row["baseline"], row["score"], error, str(row["seeds"]), f"{row['backward_samples']:,.0f}")
+    Console().print(table)
+
+
+def _to_target(runs: list[Record]) -> list[str]:
+    reached = [run["to_target"] for run in runs if run["to_target"] is not None]
+    if len(reached) < len(runs):
+        return [f"{len(reached)} of {len(runs)} seeds", "", ""]
+    means = [np.mean([first[key] for first in reached]) for key in ("step", "backward_samples", "seconds")]
+    return [f"{means[0]:,.0f}", f"{means[1]:,.0f}", f"{means[2]:.2f}"]
+
+
+def _mean_sd(values: list[float]) -> str:
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def _state(record: Record) -> str:
+    kept = record["kept"] / record["samples"]
+    price = "" if record["price"] is None else f"  price {record['price']:.3g}"
+    return f"error {100 * record['error']:.2f}%  kept {100 * kept:.3g}%{price}"
+
+
+def _reached(record: Record | None, until_error: float | None) -> bool:
+    return until_error is not None and record is not None and record["error"] <= until_error

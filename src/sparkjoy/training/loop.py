@@ -1,0 +1,211 @@
+"""Train a policy on a task, evaluate now and then, and survive being killed.
+
+A run is one folder: config.json, records.jsonl (one object per evaluation), summary.json, and checkpoint.pt, from which
+a killed run goes on to the same records and weights it would have had.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkjoy.engine.ledger import FlopCount
+from sparkjoy.tasks.rollouts import Rollout, Task
+from sparkjoy.training.checkpoint import load_checkpoint, save_checkpoint
+from sparkjoy.training.settings import Settings
+from sparkjoy.training.tally import Tally
+from sparkjoy.training.tracking import prepare_out, read_json, write_json, write_json_lines
+
+Record = dict[str, Any]
+OnStep = Callable[[int, Record | None], None]
+"""Called after every step with its number and the last record, None before the first."""
+
+CHECKPOINT_SECONDS = 10.0
+
+
+class Training:
+    """The state of one run, step by step.
+
+    Args:
+        task: what to train on.
+        settings: how.
+    """
+
+    def __init__(self, task: Task, settings: Settings) -> None:
+        self.task = task
+        self.settings = settings
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        torch.manual_seed(settings.seed)
+        self.policy = task.policy()
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.learning_rate, fused=True)
+        self.backward = settings.step(self.generator)
+        # The strongest dense loop differentiates the forward pass that sampled, instead of running a second one.
+        self.differentiates_rollout = not settings.gated and settings.micro_batch_size is None
+        self.tally = Tally()
+        self.steps_done = 0
+        self.records: list[Record] = []
+        self._rollout_flops: float | None = None
+
+    def step(self) -> None:
+        """One rollout, one backward step on what the gate keeps, one optimizer step unless nothing was kept."""
+        start = time.perf_counter()
+        rollout = self._rollout()
+        sampled = time.perf_counter()
+        if self.differentiates_rollout:
+            report = self.backward(lambda _: rollout.log_probs, rollout.batch, rollout.advantages, mask=rollout.mask)
+        else:
+            log_prob_fn: Callable[[Any], Tensor] = self.policy.log_probs  # type: ignore[assignment]
+            report = self.backward(
+                log_prob_fn, rollout.batch, rollout.advantages, log_probs=rollout.log_probs, mask=rollout.mask
+            )
+        with self._timed("optimizer"):
+            if report.kept:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.steps_done += 1
+        self.tally.stepped(report, self.differentiates_rollout)
+        self.tally.seconds["sample"] += sampled - start
+        self.tally.seconds["total"] += time.perf_counter() - start
+
+    def evaluate(self) -> Record:
+        """A record of the run so far."""
+        settings = self.settings
+        self.policy.eval()
+        error = self.task.error(self.policy)
+        self.policy.train()
+        record = {
+            "task": self.task.name,
+            "method": settings.method,
+            "score": settings.score if settings.method == "kondo" else None,
+            "rate": settings.gate_rate,
+            "seed": settings.seed,
+            "step": self.steps_done,
+            "error": error,
+            **self.tally.record(),
+        }
+        self.records.append(record)
+        return record
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or the error to stop at is reached."""
+        until = self.settings.until_error
+        reached = until is not None and bool(self.records) and self.records[-1]["error"] <= until
+        return reached or self.steps_done >= self.settings.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_random_state": torch.get_rng_state(),
+            "backward": self.backward.state_dict(),
+            "tally": self.tally.state_dict(),
+            "steps_done": self.steps_done,
+            "records": self.records,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_random_state"])
+        self.backward.load_state_dict(state["backward"])
+        self.tally.load_state_dict(state["tally"])
+        self.steps_done = state["steps_done"]
+        self.records = state["records"]
+
+    def _rollout(self) -> Rollout:
+        if self._rollout_flops is None:
+            with FlopCount() as count:
+                rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
+            self._rollout_flops = float(count.flops)
+        else:
+            rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
+        rows = len(rollout.advantages)
+        tokens = rollout.log_probs.numel() if rollout.mask is None else int(rollout.mask.sum())
+        self.tally.sampled(rows, tokens, self._rollout_flops, rollout.reward)
+        return rollout
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.tally.seconds[phase] += time.perf_counter() - start
+
+
+def train(
+    task: Task, settings: Settings, out: Path, task_config: dict[str, Any], on_step: OnStep | None = None
+) -> list[Record]:
+    """Run to the end, or go on from where a killed run with the same settings stopped.
+
+    Args:
+        task: what to train on.
+        settings: how.
+        out: the run's folder.
+        task_config: what the task was built from, for config.json.
+        on_step: called after every step.
+
+    Returns:
+        The records of the run.
+
+    Raises:
+        ValueError: the folder cannot be written, or holds a run with other settings.
+    """
+    torch.set_num_threads(settings.threads)
+    open_run(out, {"task": task.name, **task_config, **asdict(settings)})
+    training = Training(task, settings)
+    state = load_checkpoint(out / "checkpoint.pt")
+    if state is not None:
+        training.load_state_dict(state)
+    saved_at = time.monotonic()
+    while not training.finished:
+        training.step()
+        record = training.records[-1] if training.records else None
+        if training.steps_done % settings.evaluate_every == 0 or training.steps_done == settings.steps:
+            record = training.evaluate()
+            write_json_lines(out / "records.jsonl", training.records)
+            if training.finished or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                save_checkpoint(out / "checkpoint.pt", training.state_dict())
+                saved_at = time.monotonic()
+        if on_step is not None:
+            on_step(training.steps_done, record)
+    write_json_lines(out / "records.jsonl", training.records)
+    write_json(out / "summary.json", {"runs": [summary(training.records, settings.target_error)]})
+    return training.records
+
+
+def open_run(out: Path, config: dict[str, Any]) -> None:
+    """Make `out` the folder of a run or study with this config, or go on with it if it is one already.
+
+    Raises:
+        ValueError: it cannot be written, or holds results of another config.
+    """
+    prepare_out(out)
+    path = out / "config.json"
+    if path.exists():
+        earlier = read_json(path)
+        differing = sorted(key for key in earlier.keys() | config.keys() if earlier.get(key) != config.get(key))
+        if differing:
+            raise ValueError(
+                f"--out {out} holds results with other settings ({', '.join(differing)}); give another folder, or remove it."
+            )
+    write_json(path, config)
+
+
+def summary(records: list[Record], target_error: float | None) -> Record:
+    """The last record of a run, with the first at or below the target error, or None."""
+    reached = [record for record in records if target_error is not None and record["error"] <= target_error]
+    to_target = None
+    if reached:
+        first = reached[0]
+        to_target = {key: first[key] for key in ("error", "step", "backward_samples", "backward_tokens")}
+        to_target["seconds"] = first["seconds"]["total"]
+    return {**records[-1], "to_target": to_target}
