@@ -10,8 +10,8 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy pareto mnist     train every method at every rate, and draw quality against cost
   sparkjoy study scores     the same rate by other scores than delight, under two baselines
 
-Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures; a run that is stopped goes
-on from its last checkpoint when started again with the same --out."""
+Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures; a run that is stopped
+goes on from its last checkpoint when started again with the same --out."""
 
 
 def main() -> None:

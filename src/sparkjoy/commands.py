@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +15,7 @@ import tyro
 from sparkjoy.studies import pareto, score_comparison
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.training.console import LiveRuns, print_runs, print_scores
-from sparkjoy.training.loop import prepare_out, summary, train
+from sparkjoy.training.loop import summary, train
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import save_figure
 
@@ -23,17 +26,17 @@ FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name befor
 class TrainMnist:
     """Train one policy on MNIST as a contextual bandit."""
 
-    out: Path
+    out: Path = Path("out/train-mnist")
     """Folder for the results; a run that was stopped goes on from there."""
     settings: Annotated[Settings, FLAT] = field(default_factory=Settings)
     task: Annotated[MnistConfig, FLAT] = field(default_factory=MnistConfig)
 
     def __call__(self) -> None:
-        prepare_out(self.out)
+        task = MnistTask(self.task)
         settings = replace(self.settings, target_error=_target(self.settings.target_error, self.task.data))
         with LiveRuns(runs=1) as live:
             on_step = live.start(settings.label, settings)
-            records = train(MnistTask(self.task), settings, self.out, asdict(self.task), on_step)
+            records = train(task, settings, self.out, asdict(self.task), on_step)
         print_runs([{"arm": settings.label, **summary(records, settings.target_error)}], settings.target_error)
         print(f"results in {self.out}")
 
@@ -42,16 +45,16 @@ class TrainMnist:
 class ParetoMnist:
     """Train every method at every rate on MNIST, and draw quality against cost."""
 
-    out: Path
+    out: Path = Path("out/pareto-mnist")
     """Folder for the results; finished runs in it are not run again."""
     study: Annotated[pareto.ParetoConfig, FLAT] = field(default_factory=pareto.ParetoConfig)
     task: Annotated[MnistConfig, FLAT] = field(default_factory=MnistConfig)
 
     def __call__(self) -> None:
-        prepare_out(self.out)
+        task = MnistTask(self.task)
         config = replace(self.study, target_error=_target(self.study.target_error, self.task.data))
         with LiveRuns(runs=len(config.arms()) * len(config.seeds)) as live:
-            records = pareto.run(config, MnistTask(self.task), self.out, asdict(self.task), live.start)
+            records = pareto.run(config, task, self.out, asdict(self.task), live.start)
         pareto.write_figure(records, self.out)
         print_runs(pareto.summaries(records, config.target_error), config.target_error)
         print(f"results in {self.out}, the figure in {self.out / 'pareto.png'}")
@@ -61,14 +64,14 @@ class ParetoMnist:
 class StudyScores:
     """The same rate by delight and by every other score, under two baselines, on MNIST."""
 
-    out: Path
+    out: Path = Path("out/study-scores")
     """Folder for the results; finished runs in it are not run again."""
     study: Annotated[score_comparison.ScoresStudy, FLAT] = field(default_factory=score_comparison.ScoresStudy)
 
     def __call__(self) -> None:
-        prepare_out(self.out)
+        task = MnistTask(MnistConfig(data=self.study.data))
         with LiveRuns(runs=len(self.study.arms()) * len(score_comparison.BASELINES)) as live:
-            records = score_comparison.run(self.study, self.out, live.start)
+            records = score_comparison.run(self.study, task, self.out, live.start)
         save_figure(score_comparison.plot(records), self.out, "scores")
         print_scores(score_comparison.table(records))
         print(f"results in {self.out}, the figure in {self.out / 'scores.png'}")
@@ -91,7 +94,22 @@ def run(arguments: list[str]) -> None:
     if command is None:
         known = ", ".join(" ".join(words) for words in COMMANDS)
         raise ValueError(f"no command {' '.join(arguments[:2])!r}; there are: {known}. See sparkjoy --help.")
-    tyro.cli(command, args=arguments[2:], prog=f"sparkjoy {' '.join(arguments[:2])}")()
+    _parse(command, arguments[2:], f"sparkjoy {' '.join(arguments[:2])}")()
+
+
+def _parse(command: Callable[..., Any], flags: list[str], program: str) -> Callable[[], None]:
+    """The command with its flags; what tyro would explain in a box becomes one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed: Callable[[], None] = tyro.cli(command, args=flags, prog=program)
+            return parsed
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        body = itertools.takewhile(lambda line: "────" not in line, said.getvalue().splitlines()[1:])
+        sentence = " ".join(line.strip(" │") for line in body)
+        raise ValueError(f"{sentence.rstrip('.')}. See {program} --help.") from None
 
 
 def _target(asked: float | None, data: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,8 +29,8 @@ class MLP(nn.Sequential):
         if len(widths) < 2:
             raise ValueError(f"an MLP of widths {widths} has no layer; give at least the input's and the output's.")
         layers: list[nn.Module] = []
-        for narrow, wide in zip(widths, widths[1:], strict=False):
-            layers += [nn.Linear(narrow, wide), nn.ReLU()]
+        for width_in, width_out in itertools.pairwise(widths):
+            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         super().__init__(*layers[:-1])
 
     def log_probs(self, rows: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Quality against cost: train every method at every rate, and draw error against steps, backward samples and seconds."""
+"""Quality against cost: every method at every rate, its error against steps, backward samples and seconds."""
 
 from __future__ import annotations
 
@@ -126,14 +126,15 @@ def plot(records: list[Record]) -> Figure:
     figure = Figure(figsize=(15, 5), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     curves = _curves(records)
+    rates = {record["arm"]: record["rate"] for record in records}
     for axis, cost, label in zip(
         axes,
         ("step", "backward_samples", "seconds"),
         ("optimizer steps", "samples differentiated", "training seconds (sampling included)"),
         strict=True,
     ):
-        for number, (arm, curve) in enumerate(curves.items()):
-            style = _style(arm, number)
+        for arm, curve in curves.items():
+            style = _style(arm, rates)
             axis.plot(curve[cost], 100 * curve["error"], label=arm, **style)
             axis.fill_between(
                 curve[cost], 100 * curve["best"], 100 * curve["worst"], color=style["color"], alpha=0.15, linewidth=0
@@ -186,22 +187,24 @@ def _frontier(axis: Axes, curves: dict[str, Any], cost: str) -> None:
         costs[order],
         100 * np.minimum.accumulate(errors[order]),
         where="post",
-        color="black",
+        color="tab:orange",
         linestyle="--",
-        linewidth=1,
+        linewidth=0.8,
         label="frontier",
         zorder=5,
     )
 
 
-def _style(arm: str, number: int) -> dict[str, Any]:
-    if arm == "pg":
-        return {"color": "dimgray"}
-    if arm == "dg":
-        return {"color": "tab:red"}
-    if arm.startswith("uniform"):
-        return {"color": f"C{number % 10}", "linestyle": ":", "linewidth": 1}
-    return {"color": f"C{number % 10}"}
+def _style(arm: str, rates: dict[str, float | None]) -> dict[str, Any]:
+    """Black for DG, gray for PG; a colour for each rate, solid for the gate and dotted for rows at random."""
+    from matplotlib import colormaps
+
+    if arm in ("pg", "dg"):
+        return {"color": "gray" if arm == "pg" else "black", "linewidth": 2}
+    known = sorted({rate for rate in rates.values() if rate is not None})
+    rate = rates[arm]
+    color = "tab:red" if rate is None else colormaps["viridis"](0.9 * known.index(rate) / max(1, len(known) - 1))
+    return {"color": color, "linestyle": ":" if arm.startswith("uniform") else "-"}
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

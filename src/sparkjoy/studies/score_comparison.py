@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sparkjoy.studies.pareto import OnRun, train_all
-from sparkjoy.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy.tasks.mnist import MnistTask
 from sparkjoy.training.loop import Record, open_run
 from sparkjoy.training.settings import Score, Settings
 from sparkjoy.training.tracking import write_json, write_json_lines
@@ -68,14 +68,13 @@ class ScoresStudy:
         ]
 
 
-def run(study: ScoresStudy, out: Path, on_run: OnRun | None = None) -> list[Record]:
-    """Train every score under both baselines; finished runs are not run again.
+def run(study: ScoresStudy, task: MnistTask, out: Path, on_run: OnRun | None = None) -> list[Record]:
+    """Train every score under both baselines on `task`; finished runs are not run again.
 
     Returns:
         The records of all runs, each with its "baseline".
     """
     open_run(out, {**asdict(study), "scores": list(study.scores), "seeds": list(study.seeds)})
-    task = MnistTask(MnistConfig(data=study.data))
     records: list[Record] = []
     for baseline in BASELINES:
         task.config = replace(task.config, baseline=baseline)

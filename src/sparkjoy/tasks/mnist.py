@@ -86,4 +86,4 @@ class MnistTask:
         """Fraction of test images whose likeliest action is wrong."""
         with torch.no_grad():
             wrong = policy(self._test_inputs).argmax(dim=1) != self._digits.test_labels
-        return wrong.float().mean().item()
+        return float(wrong.float().mean())

@@ -68,28 +68,21 @@ class LiveRuns:
         return on_step
 
 
-def print_runs(summaries: list[Record], target_error: float | None) -> None:
+def print_runs(summaries: list[Record], target_error: float) -> None:
     """One row an arm: means over seeds of error, samples and seconds, and when the target error was reached."""
-    table = Table(title="means over seeds, ± standard deviation")
-    columns = ["arm", "seeds", "error %", "backward samples", "seconds", "ms a step"]
-    target = "" if target_error is None else f"to {100 * target_error:g}%: "
-    columns += [f"{target}steps", "backward samples", "seconds"] if target else []
-    for column in columns:
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    seeds = len({run["seed"] for run in summaries})
+    table = Table(title=f"mean ± sd over {seeds} seeds; on the right, when {100 * target_error:g}% was reached")
+    for column in ("arm", "error %", "backward", "ms/step", "steps", "backward", "seconds"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for arm in dict.fromkeys(run["arm"] for run in summaries):
         runs = [run for run in summaries if run["arm"] == arm]
-        seconds = [run["seconds"]["total"] for run in runs]
-        row = [
+        table.add_row(
             arm,
-            str(len(runs)),
             _mean_sd([100 * run["error"] for run in runs]),
             f"{np.mean([run['backward_samples'] for run in runs]):,.0f}",
-            _mean_sd(seconds),
-            f"{1000 * np.mean([s / run['step'] for s, run in zip(seconds, runs, strict=True)]):.2f}",
-        ]
-        if target:
-            row += _to_target(runs)
-        table.add_row(*row)
+            f"{1000 * np.mean([run['seconds']['total'] / run['step'] for run in runs]):.2f}",
+            *_to_target(runs),
+        )
     Console().print(table)
 
 
@@ -108,7 +101,7 @@ def print_scores(rows: list[dict[str, Any]]) -> None:
 def _to_target(runs: list[Record]) -> list[str]:
     reached = [run["to_target"] for run in runs if run["to_target"] is not None]
     if len(reached) < len(runs):
-        return [f"{len(reached)} of {len(runs)} seeds", "", ""]
+        return [f"{len(reached)} of {len(runs)}", "", ""]
     means = [np.mean([first[key] for first in reached]) for key in ("step", "backward_samples", "seconds")]
     return [f"{means[0]:,.0f}", f"{means[1]:,.0f}", f"{means[2]:.2f}"]
 

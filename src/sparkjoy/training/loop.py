@@ -195,7 +195,8 @@ def open_run(out: Path, config: dict[str, Any]) -> None:
         differing = sorted(key for key in earlier.keys() | config.keys() if earlier.get(key) != config.get(key))
         if differing:
             raise ValueError(
-                f"--out {out} holds results with other settings ({', '.join(differing)}); give another folder, or remove it."
+                f"--out {out} holds results with other settings ({', '.join(differing)}); give another folder, or "
+                "remove it."
             )
     write_json(path, config)
 

@@ -31,7 +31,7 @@ class Settings:
     """One run: everything that its records depend on, but for the task."""
 
     method: Method = "kondo"
-    """pg: plain policy gradient; dg: delightful policy gradient; kondo: the gate; uniform: rows at random, for comparison."""
+    """pg: plain policy gradient; dg: delightful one; kondo: the gate; uniform: rows at random, for comparison."""
     rate: float | None = None
     """Fraction of samples kept by kondo and uniform. Default 0.03 where no price is given."""
     price: float | None = None

@@ -40,7 +40,7 @@ class Tally:
         self.steps_since += 1
 
     def stepped(self, report: BackwardReport, forward_is_the_rollouts: bool) -> None:
-        """Count a backward step; where it differentiated the rollout's own forward pass, that one is counted already."""
+        """Count a backward step; the rollout's own forward pass, where that was differentiated, is counted already."""
         self.kept += report.kept
         if not forward_is_the_rollouts:
             self.forward_samples += report.forward_rows
