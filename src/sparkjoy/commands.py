@@ -33,11 +33,12 @@ class TrainMnist:
 
     def __call__(self) -> None:
         task = MnistTask(self.task)
-        settings = replace(self.settings, target_error=_target(self.settings.target_error, self.task.data))
+        target = _target(self.settings.target_error, self.task.data)
+        settings = replace(self.settings, target_error=target)
         with LiveRuns(runs=1) as live:
             on_step = live.start(settings.label, settings)
             records = train(task, settings, self.out, asdict(self.task), on_step)
-        print_runs([{"arm": settings.label, **summary(records, settings.target_error)}], settings.target_error)
+        print_runs([{"arm": settings.label, **summary(records, target)}], target)
         print(f"results in {self.out}")
 
 
@@ -52,11 +53,12 @@ class ParetoMnist:
 
     def __call__(self) -> None:
         task = MnistTask(self.task)
-        config = replace(self.study, target_error=_target(self.study.target_error, self.task.data))
+        target = _target(self.study.target_error, self.task.data)
+        config = replace(self.study, target_error=target)
         with LiveRuns(runs=len(config.arms()) * len(config.seeds)) as live:
             records = pareto.run(config, task, self.out, asdict(self.task), live.start)
         pareto.write_figure(records, self.out)
-        print_runs(pareto.summaries(records, config.target_error), config.target_error)
+        print_runs(pareto.summaries(records, target), target)
         print(f"results in {self.out}, the figure in {self.out / 'pareto.png'}")
 
 

@@ -167,16 +167,17 @@ class GatedBackward:
         inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
         ledger = Ledger(self._flop_rates)
         plan, decision, dense_log_probs = self._decide(log_prob_fn, inputs, ledger)
-        with ledger.phase("gather"):
-            kept_rows = decision.keep.nonzero().squeeze(1)
-            kept = len(kept_rows)
-            dense = plan == "dense" or kept == len(inputs)
-            rows = inputs if dense else inputs.take(kept_rows)
-            weight = decision.weight * decision.keep if dense else decision.weight[kept_rows]
+        kept_rows = decision.keep.nonzero().squeeze(1)
+        kept = len(kept_rows)
+        dense = plan == "dense" or kept == len(inputs)
+        weight = decision.weight * decision.keep if dense else decision.weight[kept_rows]
         total_loss = inputs.advantages.new_zeros(())
-        parts = micro_batches(rows, self.micro_batch_size) if kept else []
-        weights = weight.split(self.micro_batch_size or len(weight))
-        for number, (part, part_weight) in enumerate(zip(parts, weights, strict=False), start=1):
+        parts = micro_batches(len(weight), self.micro_batch_size) if kept else []
+        for number, rows in enumerate(parts, start=1):
+            with ledger.phase("gather"):
+                undivided = dense and len(parts) == 1
+                part = inputs if undivided else inputs.take(rows if dense else kept_rows[rows])
+                part_weight = weight[rows]
             with ledger.phase("forward"):
                 current = ledger.forward(log_prob_fn, part) if dense_log_probs is None else dense_log_probs
                 terms = self._terms(current, part, part_weight)

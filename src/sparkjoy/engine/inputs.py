@@ -63,11 +63,10 @@ class Inputs:
         return nonzero if nonzero.dim() == 1 else nonzero.any(dim=1)
 
 
-def micro_batches(inputs: Inputs, size: int | None) -> list[Inputs]:
-    """The rows in order, in parts of at most `size`; undivided, the inputs themselves."""
-    if size is None or size >= len(inputs):
-        return [inputs]
-    return [inputs.take(slice(start, start + size)) for start in range(0, len(inputs), size)]
+def micro_batches(total: int, size: int | None) -> list[slice]:
+    """The rows in order, in parts of at most `size`."""
+    size = size or total
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def check_inputs(

@@ -1,0 +1,21 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def full_mnist() -> Path:
+    """The folder of the full set's IDX files, named by SPARKJOY_MNIST."""
+    folder = os.environ.get("SPARKJOY_MNIST")
+    if not folder:
+        pytest.skip("SPARKJOY_MNIST does not name a folder with the full MNIST set")
+    return Path(folder)

@@ -1,0 +1,32 @@
+import math
+
+import pytest
+import torch
+
+import sparkjoy as sj
+
+
+def test_reinforce_has_the_policy_gradient():
+    log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    sj.reinforce(log_probs, torch.tensor([0.5, -0.25])).sum().backward()
+    assert log_probs.grad.tolist() == [-0.5, 0.25]
+
+
+def test_delightful_weighs_by_a_sigmoid_that_is_not_differentiated():
+    log_probs = torch.tensor([-2.0], requires_grad=True)
+    sj.delightful(temperature=0.5)(log_probs, torch.tensor([1.5]), None, None).sum().backward()
+    # χ = 1.5 · 2 = 3; σ(3 / 0.5) · 1.5
+    assert log_probs.grad.item() == pytest.approx(-1.5 / (1 + math.exp(-6)))
+
+
+def test_delightful_by_sample_shares_the_answers_delight():
+    log_probs = torch.tensor([[-1.0, -2.0, math.nan]])
+    terms = sj.delightful(unit="sample")(log_probs, torch.tensor([1.0]), None, torch.tensor([[1, 1, 0]]))
+    weight = 1 / (1 + math.exp(-3))
+    assert terms[0, :2].tolist() == pytest.approx([weight * 1, weight * 2])
+
+
+@pytest.mark.parametrize("arguments", [{"temperature": 0}, {"temperature": math.nan}, {"unit": "row"}])
+def test_delightful_refuses_what_it_does_not_know(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        sj.delightful(**arguments)
