@@ -1,0 +1,100 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sparkjoy import cli
+
+
+def sparkjoy(monkeypatch, capsys, *arguments):
+    """Exit status and what was printed to stderr."""
+    monkeypatch.setattr(sys, "argv", ["sparkjoy", *map(str, arguments)])
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    return status, capsys.readouterr().err
+
+
+def test_train_leaves_a_run_folder(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "run"
+    status, _ = sparkjoy(monkeypatch, capsys, "train", "mnist", "--steps", 20, "--evaluate-every", 10, "--out", out)
+    assert status == 0
+    assert {path.name for path in out.iterdir()} == {"config.json", "records.jsonl", "summary.json", "checkpoint.pt"}
+    assert json.loads((out / "config.json").read_text())["steps"] == 20
+
+
+def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_path):
+    flags = ("--methods", "dg", "kondo", "uniform", "--rates", "0.1", "--seeds", 0, 1, "--steps", 20)
+    arguments = ("pareto", "mnist", *flags, "--evaluate-every", 10, "--out", tmp_path)
+    assert sparkjoy(monkeypatch, capsys, *arguments)[0] == 0
+    runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
+    assert [(run["arm"], run["seed"]) for run in runs] == [
+        (arm, seed) for arm in ("dg", "kondo 10%", "uniform 10%") for seed in (0, 1)
+    ]
+    assert all("to_target" in run for run in runs)
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 12
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+    assert (tmp_path / "pareto.svg").exists()
+
+
+def test_study_scores_leaves_a_table_and_a_figure(monkeypatch, capsys, tmp_path):
+    flags = ("--scores", "delight", "uniform", "--seeds", 0, "--steps", 20, "--evaluate-every", 10)
+    assert sparkjoy(monkeypatch, capsys, "study", "scores", *flags, "--out", tmp_path)[0] == 0
+    rows = json.loads((tmp_path / "summary.json").read_text())["scores"]
+    assert [(row["baseline"], row["score"]) for row in rows] == [
+        (baseline, score) for baseline in ("expected-confidence", "batch-mean") for score in ("delight", "uniform")
+    ]
+    assert all(row["backward_samples"] == 60 for row in rows)
+    assert (tmp_path / "scores.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "mnist", "--rate", "1.5"), "rate is 1.5"),
+        (("train", "mnist", "--rate", "0"), "rate is 0"),
+        (("train", "mnist", "--method", "sgd"), "invalid choice 'sgd'"),
+        (("train", "mnist", "--nonsense"), "--nonsense"),
+        (("train", "mnist", "--steps", "many"), "--steps"),
+        (("train", "chess"), "no command 'train chess'"),
+        (("pareto", "mnist", "--rates", "3"), "rate is 3"),
+        (("pareto", "mnist", "--seeds"), "seeds"),
+        (("train", "mnist", "--data", "/no/such/folder"), "no such folder"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line_and_status_2(monkeypatch, capsys, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    status, said = sparkjoy(monkeypatch, capsys, *arguments, "--out", out)
+    assert status == 2
+    assert message in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_unwritable_out_is_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    status, said = sparkjoy(monkeypatch, capsys, "train", "mnist", "--steps", "10", "--out", tmp_path / "file" / "run")
+    assert status == 2
+    assert "cannot write there" in said
+    assert said.count("\n") == 1
+
+
+def test_help_names_every_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sparkjoy"])
+    cli.main()
+    shown = capsys.readouterr().out
+    from sparkjoy.commands import COMMANDS
+
+    assert all(f"sparkjoy {' '.join(words)}" in shown for words in COMMANDS)
+
+
+def test_without_the_extra_it_says_what_to_install():
+    code = "import sys; sys.modules['tyro'] = None; from sparkjoy.cli import main; main()"
+    finished = subprocess.run(
+        [sys.executable, "-c", code, "train", "mnist"], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 2
+    assert "sparkjoy[cli]" in finished.stderr

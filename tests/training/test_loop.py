@@ -1,0 +1,169 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparkjoy.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy.training import loop
+from sparkjoy.training.checkpoint import load_checkpoint
+from sparkjoy.training.loop import summary, train
+from sparkjoy.training.settings import Settings
+
+CONFIG = MnistConfig()
+
+
+@pytest.fixture(scope="module")
+def task():
+    return MnistTask(CONFIG)
+
+
+def without_seconds(records):
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def run(task, out, **settings):
+    return train(task, Settings(**{"steps": 60, "evaluate_every": 20, **settings}), out, asdict(CONFIG))
+
+
+def test_records_count_what_ran(task, tmp_path):
+    records = run(task, tmp_path, rate=0.03)
+    assert [record["step"] for record in records] == [20, 40, 60]
+    last = records[-1]
+    assert (last["task"], last["method"], last["rate"], last["seed"]) == ("mnist", "kondo", 0.03, 0)
+    # 100 images a step, sampled with one forward pass; 3 of them go forward again, and back.
+    assert (last["samples"], last["kept"], last["backward_samples"]) == (6000, 180, 180)
+    assert last["forward_samples"] == 6000 + 180
+    assert last["forward_tokens"] == last["forward_samples"]
+    products = 784 * 100 + 100 * 100 + 100 * 10
+    assert last["forward_flops"] == 2 * products * last["forward_samples"]
+    assert last["backward_flops"] == (4 * products - 2 * 784 * 100) * 180
+    assert 0 < last["error"] < 1
+    assert last["price"] > 0
+    assert set(last["seconds"]) == {"sample", "screen", "backward", "optimizer", "total"}
+    parts = sum(value for phase, value in last["seconds"].items() if phase != "total")
+    assert 0 < parts <= last["seconds"]["total"]
+    on_disk = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert on_disk == records
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+@pytest.mark.parametrize("method", ["pg", "dg"])
+def test_dense_methods_differentiate_the_forward_pass_that_sampled(task, tmp_path, method):
+    last = run(task, tmp_path, method=method)[-1]
+    assert (last["kept"], last["forward_samples"], last["backward_samples"]) == (6000, 6000, 6000)
+    assert last["price"] is None
+    two_passes = run(task, tmp_path / "divided", method=method, micro_batch_size=50)[-1]
+    assert two_passes["forward_samples"] == 12_000
+
+
+def test_a_seed_reproduces_a_run_and_another_does_not(task, tmp_path):
+    first, again, other = (run(task, tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 1)))
+    assert without_seconds(first) == without_seconds(again)
+    assert without_seconds(first) != without_seconds(other)
+
+
+def test_until_error_stops_and_target_error_only_reports(task, tmp_path):
+    stopped = run(task, tmp_path / "until", steps=300, method="dg", until_error=0.5)
+    assert stopped[-1]["error"] <= 0.5
+    assert len(stopped) < 15
+    assert all(record["error"] > 0.5 for record in stopped[:-1])
+    whole = run(task, tmp_path / "target", steps=300, method="dg", target_error=0.5)
+    assert len(whole) == 15
+    reached = json.loads((tmp_path / "target" / "summary.json").read_text())["runs"][0]["to_target"]
+    assert reached["step"] == stopped[-1]["step"]
+    assert reached["backward_samples"] == 100 * reached["step"]
+    assert summary(whole, 0.0)["to_target"] is None
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    whole = run(task, tmp_path / "whole", temperature=0.5, price=0.0)
+
+    class InterruptionError(Exception):
+        pass
+
+    def interrupt(step, record):
+        if step == 50:
+            raise InterruptionError
+
+    settings = Settings(steps=60, evaluate_every=20, temperature=0.5, price=0.0)
+    with pytest.raises(InterruptionError):
+        train(task, settings, tmp_path / "broken", asdict(CONFIG), interrupt)
+    assert load_checkpoint(tmp_path / "broken" / "checkpoint.pt")["steps_done"] == 40
+    resumed = train(task, settings, tmp_path / "broken", asdict(CONFIG))
+    assert without_seconds(resumed) == without_seconds(whole)
+    states = [load_checkpoint(tmp_path / name / "checkpoint.pt")["policy"] for name in ("whole", "broken")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_finished_run_is_not_run_again(task, tmp_path):
+    first = run(task, tmp_path)
+    stamp = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    assert run(task, tmp_path) == first
+    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == stamp
+
+
+def test_other_settings_in_the_same_folder_are_refused(task, tmp_path):
+    run(task, tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(rate, seed\)"):
+        run(task, tmp_path, rate=0.5, seed=1)
+
+
+def test_a_corrupt_checkpoint_is_named(task, tmp_path):
+    run(task, tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        run(task, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rate": 1.5}, "rate is 1.5"),
+        ({"method": "dg", "rate": 0.1}, "keeps every sample"),
+        ({"steps": 0}, "--steps 0"),
+        ({"target_error": 5}, "a fraction"),
+        ({"learning_rate": 0}, "--learning-rate"),
+        ({"score": "additive", "alpha": 2}, "alpha is 2"),
+        ({"temperature": -1}, "temperature"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_records_and_weights(tmp_path):
+    command = [sys.executable, "-m", "sparkjoy", "train", "mnist", "--steps", "1500", "--evaluate-every", "10", "--out"]
+    code = "import sparkjoy.training.loop as l; l.CHECKPOINT_SECONDS = 0.0; import sparkjoy.cli as c; c.main()"
+    command[1:3] = ["-c", code]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=120)
+    chance = random.Random(0)
+    broken = tmp_path / "broken"
+    kills = 0
+    for _ in range(20):
+        process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(4 + 1.5 * chance.random())
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    subprocess.run([*command, str(broken)], check=True, capture_output=True, timeout=120)
+    assert kills >= 1
+
+    def records(folder: Path):
+        return without_seconds(json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines())
+
+    assert records(broken) == records(tmp_path / "whole")
+    weights = [load_checkpoint(folder / "checkpoint.pt")["policy"] for folder in (tmp_path / "whole", broken)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
