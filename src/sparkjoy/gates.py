@@ -109,7 +109,7 @@ class KondoGate:
         score = score.detach()
         if torch.finfo(score.dtype).bits < 32:
             score = score.float()
-        if not bool(score.isfinite().all()):
+        if not math.isfinite(score.sum().item()) and not bool(score.isfinite().all()):
             bad = int((~score.isfinite()).sum())
             raise ValueError(f"score has {bad} of {len(score)} values NaN or infinite; expected finite numbers.")
         ones = torch.ones_like(score)
@@ -125,12 +125,13 @@ class KondoGate:
         if price is not None:
             keep &= score > price
         if self.rate is not None:
-            ranked = score.where(keep, -math.inf).argsort(descending=True, stable=True)
-            best = torch.zeros_like(keep)
-            best[ranked[: rate_count(self.rate, len(score))]] = True
-            keep &= best
-            price = score.where(keep, math.inf).min()
-        return Decision(keep, price if bool(keep.any()) else None, probability=keep.to(score.dtype), weight=ones)
+            ranked, order = score.where(keep, -math.inf).sort(descending=True, stable=True)
+            count = min(rate_count(self.rate, len(score)), int(keep.sum()))
+            keep = torch.zeros_like(keep).index_fill_(0, order[:count], True)
+            price = ranked[count - 1] if count else None
+        elif not bool(keep.any()):
+            price = None
+        return Decision(keep, price, probability=keep.to(score.dtype), weight=ones)
 
     def _soft(self, score: Tensor, cost: Tensor | None, ones: Tensor) -> Decision:
         quantile_or_given = BatchQuantile(self.rate) if self.rate is not None else self.price

@@ -34,7 +34,7 @@ def surprisal(log_probs: Tensor) -> Tensor:
     """
     log_probs = log_probs.detach()
     rounding = 16 * max(torch.finfo(log_probs.dtype).eps, 1e-5)
-    if bool((log_probs > rounding).any()):
+    if log_probs.numel() and log_probs.max().item() > rounding:
         raise ValueError(
             f"log_probs has a value of {log_probs.max().item():g}; the log-probability of a discrete action is at most "
             "0. If these are densities, pass a score of your own: score=lambda U, logp: -(U * logp).detach()."

@@ -7,6 +7,7 @@ Skipped rows are left out of the batch before the differentiable forward pass, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -171,7 +172,7 @@ class GatedBackward:
         kept = len(kept_rows)
         dense = plan == "dense" or kept == len(inputs)
         weight = decision.weight * decision.keep if dense else decision.weight[kept_rows]
-        total_loss = inputs.advantages.new_zeros(())
+        losses = []
         parts = micro_batches(len(weight), self.micro_batch_size) if kept else []
         for number, rows in enumerate(parts, start=1):
             with ledger.phase("gather"):
@@ -185,13 +186,13 @@ class GatedBackward:
                 _check_loss(loss, current, f"micro-batch {number} of {len(parts)}")
             with ledger.phase("backward"):
                 ledger.backward(self.backward, loss, part)
-            total_loss = total_loss + loss.detach()
+            losses.append(loss.detach())
         self._kept_fraction = kept / len(inputs)
         return BackwardReport(
             decision=decision,
             kept=kept,
             total=len(inputs),
-            loss=total_loss,
+            loss=torch.stack(losses).sum() if losses else inputs.advantages.new_zeros(()),
             screened_rows=ledger.screened_rows,
             forward_rows=ledger.forward_rows,
             backward_rows=ledger.backward_rows,
@@ -257,6 +258,8 @@ class GatedBackward:
             raise ValueError(
                 f"the gate's keep is {decision.keep.dtype} {tuple(decision.keep.shape)}; expected bool (B,)."
             )
+        if isinstance(gate, KondoGate) and gate.temperature == 0:
+            return decision  # keeps no score of 0, so no row that teaches nothing
         keep = decision.keep & teaches
         return replace(decision, keep=keep, price=decision.price if bool(keep.any()) else None)
 
@@ -341,7 +344,7 @@ def _check_loss(loss: Tensor, log_probs: Tensor, where: str) -> None:
             "the log-prob function returned log-probs without a graph, so there is nothing to differentiate; compute "
             "them with gradients enabled, from parameters that require them."
         )
-    if not bool(loss.isfinite()):
+    if not math.isfinite(loss.item()):
         raise ValueError(
             f"{where}: the loss is {loss.item()}, from log-probs between {log_probs.min().item():g} and "
             f"{log_probs.max().item():g}; expected finite numbers. Earlier micro-batches have added to .grad: zero it."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.survivors import Rows, check_rows, take
+from sparkjoy.engine.survivors import Rows, row_shapes, take
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Inputs:
         behavior_log_probs: (B,) or (B, T), or None.
         mask: (B, T) bool, or None.
         row_tokens: (B,) on the CPU, valid tokens of each row; None without a mask.
+        row_shapes: the shape of one row of every tensor of the batch.
     """
 
     batch: Any
@@ -30,6 +32,7 @@ class Inputs:
     behavior_log_probs: Tensor | None
     mask: Tensor | None
     row_tokens: Tensor | None
+    row_shapes: tuple[tuple[int, ...], ...]
 
     def take(self, rows: Rows) -> Inputs:
         """The given rows of everything."""
@@ -46,6 +49,7 @@ class Inputs:
             part(self.row_tokens)
             if isinstance(rows, slice) or self.row_tokens is None
             else self.row_tokens[rows.cpu()],
+            self.row_shapes,
         )
 
     def __len__(self) -> int:
@@ -85,7 +89,7 @@ def check_inputs(
     total = len(advantages)
     if total == 0:
         raise ValueError("the batch is empty: advantages has 0 rows; expected at least one. Skip the step instead.")
-    check_rows(batch, total)
+    shapes = row_shapes(batch, total)
     shape = _token_shape(advantages, log_probs, behavior_log_probs, mask)
     row_tokens = None
     if mask is not None:
@@ -107,7 +111,7 @@ def check_inputs(
         )
     ]
     assert checked[0] is not None  # for the type checker
-    return Inputs(batch, checked[0], checked[1], checked[2], mask, row_tokens)
+    return Inputs(batch, checked[0], checked[1], checked[2], mask, row_tokens, shapes)
 
 
 def check_log_probs(log_probs: Any, inputs: Inputs) -> Tensor:
@@ -160,7 +164,8 @@ def finite_where_valid(name: str, tensor: Tensor, mask: Tensor | None) -> Tensor
     """`tensor` with zeros where the mask is 0; a ValueError where a valid value is NaN or infinite."""
     if mask is not None:
         tensor = tensor.where(mask if tensor.dim() == 2 else mask.any(dim=1), 0)
-    if not bool(tensor.isfinite().all()):
+    # The sum is finite unless a value is not (or it overflows): one cheap pass, and the exact one only in doubt.
+    if not math.isfinite(tensor.sum().item()) and not bool(tensor.isfinite().all()):
         bad = ~tensor.isfinite()
         first = tuple(bad.nonzero()[0].tolist())
         raise ValueError(

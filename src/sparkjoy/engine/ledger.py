@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sparkjoy.engine.inputs import Inputs, check_log_probs
-from sparkjoy.engine.survivors import row_shape
 
 FlopRates = dict[tuple[Any, ...], float]
 """FLOPs per row, by direction and shape of a row; kept from call to call."""
@@ -112,7 +111,7 @@ class Ledger:
     def _measure(self, direction: str, part: Inputs) -> tuple[AbstractContextManager[Any], tuple[Any, ...]]:
         if self._flop_rates is None:
             return nullcontext(), ()
-        key = (direction, *row_shape(part.batch))
+        key = (direction, *part.row_shapes)
         return (nullcontext() if key in self._flop_rates else FlopCount()), key
 
     def _flops(self, measure: AbstractContextManager[Any], key: tuple[Any, ...], rows: int) -> float:

@@ -30,18 +30,18 @@ def take(batch: Any, rows: Rows) -> Any:
     return _rebuild(batch, lambda part: take(part, rows))
 
 
-def check_rows(batch: Any, total: int) -> None:
-    """Raise a ValueError that names the part of the batch whose leading dimension is not `total`."""
+def row_shapes(batch: Any, total: int) -> tuple[tuple[int, ...], ...]:
+    """The shape of one row of every tensor: what a row costs depends on it, and on nothing else of the batch.
+
+    Raises:
+        ValueError: the leading dimension of a tensor, which is named, is not `total`.
+    """
+    shapes = []
     for name, shape in _shapes(batch, "batch"):
         if not shape or shape[0] != total:
-            raise ValueError(
-                f"{name} has shape {tuple(shape)}; expected a leading dimension of {total}, as advantages."
-            )
-
-
-def row_shape(batch: Any) -> tuple[tuple[int, ...], ...]:
-    """The shape of one row of every tensor: what a row costs depends on it, and on nothing else of the batch."""
-    return tuple(shape[1:] for _, shape in _shapes(batch, "batch"))
+            raise ValueError(f"{name} has shape {shape}; expected a leading dimension of {total}, as advantages.")
+        shapes.append(shape[1:])
+    return tuple(shapes)
 
 
 def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
