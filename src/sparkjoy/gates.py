@@ -104,7 +104,7 @@ class KondoGate:
         Raises:
             ValueError: an empty, non-finite or misshapen score.
         """
-        if score.dim() != 1 or len(score) == 0:
+        if score.dim() != 1 or score.shape[0] == 0:
             raise ValueError(f"score has shape {tuple(score.shape)}; expected (N,) with at least one sample.")
         score = score.detach()
         if torch.finfo(score.dtype).bits < 32:
@@ -126,7 +126,7 @@ class KondoGate:
             keep &= score > price
         if self.rate is not None:
             ranked, order = score.where(keep, -math.inf).sort(descending=True, stable=True)
-            count = min(rate_count(self.rate, len(score)), int(keep.sum()))
+            count = min(rate_count(self.rate, score.shape[0]), int(keep.sum()))
             keep = torch.zeros_like(keep).index_fill_(0, order[:count], True)
             price = ranked[count - 1] if count else None
         elif not bool(keep.any()):

@@ -165,34 +165,35 @@ class GatedBackward:
             ValueError: NaN, infinite or misshapen input, before any `.grad` is touched; a log-prob that turns NaN or
                 infinite while differentiating, with the number of its micro-batch.
         """
-        inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
         ledger = Ledger(self._flop_rates)
+        inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
         plan, decision, dense_log_probs = self._decide(log_prob_fn, inputs, ledger)
         kept_rows = decision.keep.nonzero().squeeze(1)
-        kept = len(kept_rows)
-        dense = plan == "dense" or kept == len(inputs)
-        weight = decision.weight * decision.keep if dense else decision.weight[kept_rows]
+        kept = kept_rows.shape[0]
+        dense = plan == "dense" or kept == inputs.total
+        weight = self._weight(decision, None if dense else kept_rows)
         losses = []
-        parts = micro_batches(len(weight), self.micro_batch_size) if kept else []
+        parts = micro_batches(inputs.total if dense else kept, self.micro_batch_size) if kept else []
         for number, rows in enumerate(parts, start=1):
-            with ledger.phase("gather"):
-                undivided = dense and len(parts) == 1
-                part = inputs if undivided else inputs.take(rows if dense else kept_rows[rows])
-                part_weight = weight[rows]
-            with ledger.phase("forward"):
-                current = ledger.forward(log_prob_fn, part) if dense_log_probs is None else dense_log_probs
-                terms = self._terms(current, part, part_weight)
-                loss = terms.sum() / max(1, self._normalizer(inputs, kept_rows, current))
-                _check_loss(loss, current, f"micro-batch {number} of {len(parts)}")
-            with ledger.phase("backward"):
-                ledger.backward(self.backward, loss, part)
+            if len(parts) > 1:
+                part = inputs.take(rows if dense else kept_rows[rows])
+            else:
+                part = inputs if dense else inputs.take(kept_rows)
+            ledger.lap("gather")
+            current = ledger.forward(log_prob_fn, part) if dense_log_probs is None else dense_log_probs
+            terms = self._terms(current, part, None if weight is None else weight[rows])
+            loss = terms.sum() / max(1, self._normalizer(inputs, kept_rows, current))
+            _check_loss(loss, current, f"micro-batch {number} of {len(parts)}")
+            ledger.lap("forward")
+            ledger.backward(self.backward, loss, part)
+            ledger.lap("backward")
             losses.append(loss.detach())
-        self._kept_fraction = kept / len(inputs)
+        self._kept_fraction = kept / inputs.total
         return BackwardReport(
             decision=decision,
             kept=kept,
-            total=len(inputs),
-            loss=torch.stack(losses).sum() if losses else inputs.advantages.new_zeros(()),
+            total=inputs.total,
+            loss=sum(losses, start=inputs.advantages.new_zeros(())),
             screened_rows=ledger.screened_rows,
             forward_rows=ledger.forward_rows,
             backward_rows=ledger.backward_rows,
@@ -216,54 +217,66 @@ class GatedBackward:
             self.gate.load_state_dict(state["gate"])
         self._kept_fraction = state["kept_fraction"]
 
+    @property
+    def _keeps_everything(self) -> bool:
+        return self.gate is None or (isinstance(self.gate, KondoGate) and self.gate.keeps_everything)
+
     def _decide(
         self, log_prob_fn: LogProbFunction, inputs: Inputs, ledger: Ledger
     ) -> tuple[Plan, Decision, Tensor | None]:
         """The plan, the gate's decision, and the log-probs with a graph where a dense pass came first."""
-        if self.gate is None or (isinstance(self.gate, KondoGate) and self.gate.keeps_everything):
-            ones = torch.ones(len(inputs), dtype=inputs.advantages.dtype, device=inputs.advantages.device)
+        if self.gate is None or self._keeps_everything:
+            ones = torch.ones(inputs.total, dtype=inputs.advantages.dtype, device=inputs.advantages.device)
             return "dense", Decision(ones.bool(), None, ones, ones), None
         hard_rate = self.gate.rate if isinstance(self.gate, KondoGate) and self.gate.temperature == 0 else None
         plan = cheapest_plan(
             known=inputs.log_probs is not None,
             drafted=self.screen is not None,
-            undivided=self.micro_batch_size is None or self.micro_batch_size >= len(inputs),
+            undivided=self.micro_batch_size is None or self.micro_batch_size >= inputs.total,
             kept_fraction=self._kept_fraction if hard_rate is None else hard_rate,
         )
         graph = None
         if plan == "dense":
-            with ledger.phase("forward"):
-                graph = ledger.forward(log_prob_fn, inputs)
-        with ledger.phase("screen"):
-            if inputs.log_probs is not None:
-                log_probs = inputs.log_probs
-            elif graph is not None:
-                log_probs = finite_where_valid("the dense forward pass: log_probs", graph.detach(), inputs.mask)
-            else:
-                own = self.screen is None
-                source = log_prob_fn if self.screen is None else self.screen
-                log_probs = screen_without_graph(source, inputs, self.micro_batch_size, ledger, own)
-            return plan, self._gate_rows(self.gate, inputs, log_probs), graph
+            graph = ledger.forward(log_prob_fn, inputs)
+            ledger.lap("forward")
+        if inputs.log_probs is not None:
+            log_probs = inputs.log_probs
+        elif graph is not None:
+            log_probs = finite_where_valid("the dense forward pass: log_probs", graph.detach(), inputs.mask)
+        else:
+            own = self.screen is None
+            source = log_prob_fn if self.screen is None else self.screen
+            log_probs = screen_without_graph(source, inputs, self.micro_batch_size, ledger, own)
+        decision = self._gate_rows(self.gate, inputs, log_probs)
+        ledger.lap("screen")
+        return plan, decision, graph
 
     def _gate_rows(self, gate: Gate, inputs: Inputs, log_probs: Tensor) -> Decision:
         score = self.score(inputs.advantages, log_probs)
         if score.dim() == 2:
             score = (score if inputs.mask is None else score.where(inputs.mask, 0)).sum(dim=1)
-        if score.shape != (len(inputs),):
-            raise ValueError(f"the score has shape {tuple(score.shape)}; expected ({len(inputs)},), one per row.")
-        teaches = inputs.teaches()
+        if score.shape != (inputs.total,):
+            raise ValueError(f"the score has shape {tuple(score.shape)}; expected ({inputs.total},), one per row.")
+        if self.score is not delight:  # delight is 0 already where the advantage is
+            score = score.where(inputs.teaches(), 0)
         cost = None if inputs.row_tokens is None else inputs.row_tokens.to(score.device)
-        decision = gate(score.where(teaches, 0), cost)
-        if decision.keep.shape != teaches.shape or decision.keep.dtype != torch.bool:
+        decision = gate(score, cost)
+        if decision.keep.shape != score.shape or decision.keep.dtype != torch.bool:
             raise ValueError(
                 f"the gate's keep is {decision.keep.dtype} {tuple(decision.keep.shape)}; expected bool (B,)."
             )
         if isinstance(gate, KondoGate) and gate.temperature == 0:
             return decision  # keeps no score of 0, so no row that teaches nothing
-        keep = decision.keep & teaches
+        keep = decision.keep & inputs.teaches()
         return replace(decision, keep=keep, price=decision.price if bool(keep.any()) else None)
 
-    def _terms(self, log_probs: Tensor, rows: Inputs, weight: Tensor) -> Tensor:
+    def _weight(self, decision: Decision, kept_rows: Tensor | None) -> Tensor | None:
+        """What terms are multiplied by, None for 1: those of `kept_rows`, or of all rows with 0 for the skipped."""
+        if kept_rows is not None:
+            return None if isinstance(self.gate, KondoGate) else decision.weight[kept_rows]
+        return None if self._keeps_everything else decision.weight * decision.keep
+
+    def _terms(self, log_probs: Tensor, rows: Inputs, weight: Tensor | None) -> Tensor:
         """Weighted terms of the loss, 0 where the mask is 0."""
         if rows.mask is not None:
             log_probs = log_probs.where(rows.mask, 0)
@@ -275,6 +288,8 @@ class GatedBackward:
             )
         if rows.mask is not None:
             terms = terms.where(rows.mask, 0)
+        if weight is None:
+            return terms
         weight = weight.to(terms.dtype)
         return terms * (weight if terms.dim() == 1 else weight.unsqueeze(1))
 
@@ -282,11 +297,11 @@ class GatedBackward:
         if self.normalizer == "batch":
             return inputs.tokens(log_probs)
         if self.normalizer == "samples":
-            return len(inputs)
+            return inputs.total
         if self.normalizer == "kept":
             if inputs.row_tokens is not None:
                 return int(inputs.row_tokens[kept_rows.cpu()].sum())
-            return len(kept_rows) * (log_probs.shape[1] if log_probs.dim() == 2 else 1)
+            return kept_rows.shape[0] * (log_probs.shape[1] if log_probs.dim() == 2 else 1)
         return self.normalizer
 
 

@@ -52,14 +52,16 @@ class Inputs:
             self.row_shapes,
         )
 
-    def __len__(self) -> int:
-        return len(self.advantages)
+    @property
+    def total(self) -> int:
+        """The number of rows."""
+        return self.advantages.shape[0]
 
     def tokens(self, log_probs: Tensor) -> int:
         """Valid tokens of all rows: without a mask as many as a row of `log_probs` has, 1 for (B,)."""
         if self.row_tokens is not None:
             return int(self.row_tokens.sum())
-        return len(self) * (log_probs.shape[1] if log_probs.dim() == 2 else 1)
+        return self.total * (log_probs.shape[1] if log_probs.dim() == 2 else 1)
 
     def teaches(self) -> Tensor:
         """(B,) bool: rows with a non-zero advantage at a valid token. The others have no gradient."""
@@ -86,7 +88,7 @@ def check_inputs(
             f"of shape {tuple(advantages.shape)}, {advantages.dtype}" if isinstance(advantages, Tensor) else "no tensor"
         )
         raise ValueError(f"advantages is {given}; expected a floating-point tensor (B,) or (B, T).")
-    total = len(advantages)
+    total = advantages.shape[0]
     if total == 0:
         raise ValueError("the batch is empty: advantages has 0 rows; expected at least one. Skip the step instead.")
     shapes = row_shapes(batch, total)
@@ -128,14 +130,14 @@ def check_log_probs(log_probs: Any, inputs: Inputs) -> Tensor:
     others = (inputs.mask, inputs.advantages if inputs.advantages.dim() == 2 else None, inputs.log_probs)
     expected = next((tuple(tensor.shape) for tensor in others if tensor is not None), None)
     if expected is None:
-        fits = log_probs.dim() in (1, 2) and len(log_probs) == len(inputs)
+        fits = log_probs.dim() in (1, 2) and log_probs.shape[0] == inputs.total
     else:
         fits = tuple(log_probs.shape) == expected
     if not fits:
-        wanted = f"({len(inputs)},) or ({len(inputs)}, T)" if expected is None else str(expected)
+        wanted = f"({inputs.total},) or ({inputs.total}, T)" if expected is None else str(expected)
         raise ValueError(
-            f"the log-prob function returned shape {tuple(log_probs.shape)} for {len(inputs)} rows; expected {wanted}: "
-            "one log-prob per row, or one per token."
+            f"the log-prob function returned shape {tuple(log_probs.shape)} for {inputs.total} rows; expected "
+            f"{wanted}: one log-prob per row, or one per token."
         )
     return log_probs
 
@@ -144,7 +146,7 @@ def _token_shape(
     advantages: Tensor, log_probs: Tensor | None, behavior_log_probs: Tensor | None, mask: Tensor | None
 ) -> torch.Size:
     """(B, T) if anything given has tokens, else (B,)."""
-    total = len(advantages)
+    total = advantages.shape[0]
     known = [("log_probs", log_probs), ("behavior_log_probs", behavior_log_probs)]
     shape = next((t.shape for _, t in [*known, ("mask", mask)] if t is not None), advantages.shape)
     if advantages.dim() == 2 and advantages.shape != shape:

@@ -7,8 +7,7 @@ arrives there. FLOPs are measured on the first pass over rows of a new shape and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -57,24 +56,22 @@ class Ledger:
         self.forward_flops = self.backward_flops = 0.0
         self.seconds = {"screen": 0.0, "gather": 0.0, "forward": 0.0, "backward": 0.0}
         self._flop_rates = flop_rates
+        self._lap_began = time.perf_counter()
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the host seconds spent inside to `seconds[name]`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
+    def lap(self, phase: str) -> None:
+        """Add the host seconds since the last lap, or since the call began, to `seconds[phase]`."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._lap_began
+        self._lap_began = now
 
     def screen(self, source: Callable[[Any], Tensor], part: Inputs, own: bool) -> Tensor:
         """Log-probs of `part`, to decide on; `own` says that the source is the log-prob function itself."""
         log_probs = self._forward("forward" if own else "screen", source, part)
         tokens = part.tokens(log_probs)
-        self.screened_rows += len(part)
+        self.screened_rows += part.total
         self.screened_tokens += tokens
         if own:
-            self.forward_rows += len(part)
+            self.forward_rows += part.total
             self.forward_tokens += tokens
         return log_probs
 
@@ -82,11 +79,11 @@ class Ledger:
         """Log-probs of `part`, to differentiate; a hook counts its rows when their gradient arrives."""
         log_probs = self._forward("forward", log_prob_fn, part)
         tokens = part.tokens(log_probs)
-        self.forward_rows += len(part)
+        self.forward_rows += part.total
         self.forward_tokens += tokens
 
         def gradient_arrived(gradient: Tensor) -> None:
-            self.backward_rows += len(gradient)
+            self.backward_rows += gradient.shape[0]
             self.backward_tokens += tokens
 
         if log_probs.requires_grad:
@@ -96,27 +93,27 @@ class Ledger:
     def backward(self, backward: Callable[[Tensor], Any], loss: Tensor, part: Inputs) -> None:
         """Run `backward(loss)`, whose graph ends at the log-probs of `part`."""
         before = self.backward_rows
-        measure, key = self._measure("backward", part)
-        with measure:
+        key = ("backward", *part.row_shapes)
+        if self._flop_rates is None:
             backward(loss)
-        self.backward_flops += self._flops(measure, key, self.backward_rows - before)
+            return
+        if key in self._flop_rates:
+            backward(loss)
+        else:
+            with FlopCount() as count:
+                backward(loss)
+            self._flop_rates[key] = count.flops / max(1, self.backward_rows - before)
+        self.backward_flops += self._flop_rates[key] * (self.backward_rows - before)
 
     def _forward(self, direction: str, source: Callable[[Any], Tensor], part: Inputs) -> Tensor:
-        measure, key = self._measure(direction, part)
-        with measure:
-            log_probs = check_log_probs(source(part.batch), part)
-        self.forward_flops += self._flops(measure, key, len(part))
-        return log_probs
-
-    def _measure(self, direction: str, part: Inputs) -> tuple[AbstractContextManager[Any], tuple[Any, ...]]:
-        if self._flop_rates is None:
-            return nullcontext(), ()
         key = (direction, *part.row_shapes)
-        return (nullcontext() if key in self._flop_rates else FlopCount()), key
-
-    def _flops(self, measure: AbstractContextManager[Any], key: tuple[Any, ...], rows: int) -> float:
-        if self._flop_rates is None or rows == 0:
-            return 0.0
-        if isinstance(measure, FlopCount):
-            self._flop_rates[key] = measure.flops / rows
-        return self._flop_rates[key] * rows
+        if self._flop_rates is None:
+            return check_log_probs(source(part.batch), part)
+        if key in self._flop_rates:
+            log_probs = source(part.batch)
+        else:
+            with FlopCount() as count:
+                log_probs = source(part.batch)
+            self._flop_rates[key] = count.flops / part.total
+        self.forward_flops += self._flop_rates[key] * part.total
+        return check_log_probs(log_probs, part)

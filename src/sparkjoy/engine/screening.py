@@ -23,7 +23,7 @@ def screen_without_graph(
     devices = [] if device.type == "cpu" else [device]
     device_type = "cuda" if device.type == "cpu" else device.type
     with torch.no_grad(), torch.random.fork_rng(devices, device_type=device_type):
-        chunks = micro_batches(len(inputs), micro_batch_size)
+        chunks = micro_batches(inputs.total, micro_batch_size)
         parts = [ledger.screen(source, inputs if len(chunks) == 1 else inputs.take(rows), own) for rows in chunks]
     log_probs = parts[0] if len(parts) == 1 else torch.cat(parts)
     return finite_where_valid("the screening forward pass: log_probs", log_probs.detach(), inputs.mask)
