@@ -27,7 +27,21 @@ def test_train_leaves_a_run_folder(monkeypatch, capsys, tmp_path):
 
 
 def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_path):
-    flags = ("--methods", "dg", "kondo", "uniform", "--rates", "0.1", "--seeds", 0, 1, "--steps", 20)
+    flags = (
+        "--methods",
+        "dg",
+        "kondo",
+        "uniform",
+        "--rates",
+        "0.1",
+        "--uniform-rates",
+        "0.1",
+        "--seeds",
+        0,
+        1,
+        "--steps",
+        20,
+    )
     arguments = ("pareto", "mnist", *flags, "--evaluate-every", 10, "--out", tmp_path)
     assert sparkjoy(monkeypatch, capsys, *arguments)[0] == 0
     runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
