@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparkjoy.gates import KondoGate, rate_count
 from sparkjoy.scores import delight
-from sparkjoy.tasks.bandit import method_weight
-from sparkjoy.tasks.gambling import Gambling, draw_actions, draw_rewards
+from sparkjoy.tasks.bandit import Method, method_weight
+from sparkjoy.tasks.gambling import Gambling, Noise, draw_actions, draw_rewards, tipping_sigma
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,6 +84,20 @@ def lucky_records(sigmas: Sequence[float], gap: float, chances: Sequence[float],
                     "draws": draws,
                 }
             )
+    return records
+
+
+def threshold_records(gap: float, chances: Sequence[float], temperature: float) -> list[Record]:
+    """By formula: the noise, in gaps, at which the expected step at p starts to lead away from the good arm."""
+    methods: tuple[Method, ...] = ("pg", "dg", "kondo")
+    noises: tuple[Noise, ...] = ("bad", "all")
+    records = []
+    for noise in noises:
+        for p in chances:
+            for method in methods:
+                sigma = tipping_sigma(p, gap, method, temperature, noise)
+                tipping = None if sigma is None else sigma / gap
+                records.append({"noise": noise, "p": p, "method": method, "tipping_sigma_over_gap": tipping})
     return records
 
 
@@ -210,16 +224,17 @@ def plot_gambling(lucky: Sequence[Record], records: Sequence[Record]) -> Figure:
         axis.set_title(f"σ/Δ = {ratio:g} on {'the bad arm' if noise == 'bad' else 'both arms'} (dotted: predicted end)")
         axis.grid(alpha=0.3)
     figure.suptitle(
-        "Noise on the bad arm of more than about twice the gap makes the gate gamble; equal noise does not", fontsize=13
+        "Noise on the bad arm of about twice the gap makes the gate gamble; equal noise does not", fontsize=13
     )
     return figure
 
 
 def plot_final(axis: Axes, groups: dict[tuple[str, str], list[Record]]) -> None:
     """Final p, mean and spread over seeds, against σ/Δ, one line per (label, colour)."""
-    for (label, color), group in groups.items():
+    for i, ((label, color), group) in enumerate(groups.items()):
         if group:
-            places = range(len(group))
+            shift = 0.05 * (i - (len(groups) - 1) / 2)  # side by side: several end at the same place
+            places = [place + shift for place in range(len(group))]
             axis.errorbar(
                 places,
                 [r["final_p"] for r in group],
@@ -229,7 +244,7 @@ def plot_final(axis: Axes, groups: dict[tuple[str, str], list[Record]]) -> None:
                 marker=".",
                 capsize=2,
             )
-            axis.set_xticks(places, [f"{r['sigma'] / r['gap']:g}" for r in group])
+            axis.set_xticks(range(len(group)), [f"{r['sigma'] / r['gap']:g}" for r in group])
     axis.set(xlabel="σ/Δ, reward noise in gaps", ylabel="final p (mean, sd over seeds)", ylim=(-0.05, 1.05))
     axis.grid(alpha=0.3)
 

@@ -23,6 +23,7 @@ from sparkjoy.studies.bandit_gambling import (
     Record,
     batch_weight,
     curve_record,
+    keep_best,
     learn,
     plot_final,
 )
@@ -55,15 +56,20 @@ RULES: dict[str, Rule] = {
 
 
 def guard_weight(
-    name: str, keys: int, memory: int | None = None, key: Callable[[Tensor], Tensor] | None = None
+    name: str,
+    keys: int,
+    memory: int | None = None,
+    key: Callable[[Tensor], Tensor] | None = None,
+    rate: float | None = None,
 ) -> BatchWeight:
-    """The gate at price zero on a guarded score: "none", "mean" (`GuardedDelight`), "group", or one of RULES.
+    """The gate on a guarded score: "none", "mean" (`GuardedDelight`), "group", or one of RULES.
 
     Args:
         name: the guard; "group" is "mean" over the draws of one batch, without memory.
         keys: number of keys over all runs.
         memory: draws an average looks back over.
         key: actions (R, B) -> keys (R, B); None: one key per run and arm of two.
+        rate: of the gate; None: price zero.
     """
     gate = KondoGate(price=0)
     draws = RepeatedDraws(keys, memory)
@@ -86,6 +92,8 @@ def guard_weight(
             draws.update(flat, reward)
             statistics = (draws.mean[flat], draws.deviation[flat], draws.count[flat])
             score = delight(RULES[name](advantage, reward, *statistics), log_prob)
+        if rate is not None:
+            return keep_best(score.view_as(advantages), rate)
         return gate(score).keep.double().view_as(advantages)
 
     return weight
@@ -94,14 +102,18 @@ def guard_weight(
 GUARDS = ("none", "mean", "group", *RULES)
 
 
-def guard_records(tasks: Sequence[Gambling], learning: Learning, guard: str, memory: int | None = None) -> list[Record]:
-    """One record per task: how the gate at price zero learned under `guard`."""
-    curves = learn(tasks, learning, guard_weight(guard, keys=2 * len(tasks) * learning.seeds, memory=memory))
+def guard_records(
+    tasks: Sequence[Gambling], learning: Learning, guard: str, memory: int | None = None, rate: float | None = None
+) -> list[Record]:
+    """One record per task: how the gate, at price zero or at a rate, learned under `guard`."""
+    method = "kondo" if rate is None else "kondo_rate"
+    curves = learn(tasks, learning, guard_weight(guard, 2 * len(tasks) * learning.seeds, memory, rate=rate))
     return [
         {
-            **curve_record(task, "kondo", curves.p[i], float(curves.backward_fraction[i])),
+            **curve_record(task, method, curves.p[i], float(curves.backward_fraction[i])),
             "guard": guard,
             "memory": memory,
+            "rate": rate,
             "batch": learning.batch,
         }
         for i, task in enumerate(tasks)
@@ -200,7 +212,9 @@ def plot_guards(records: Sequence[Record], costs: Sequence[Record], repeats: Seq
     figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
     for axis, noise in zip(axes[0], ("bad", "all"), strict=True):
         groups = {
-            (guard, color): [r for r in records if (r["noise"], r["guard"], r["memory"]) == (noise, guard, None)]
+            (guard, color): [
+                r for r in records if (r["noise"], r["guard"], r["memory"], r["rate"]) == (noise, guard, None, None)
+            ]
             for guard, color in COLORS.items()
         }
         plot_final(axis, groups)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from sparkjoy.tasks.gambling import Gambling, checked_sigma
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+DG_TEMPERATURE = 1.0  # of the learning curves, as in the papers
+REPEAT_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 Record = dict[str, Any]
 Progress = Callable[[float, str], None]
 Job = tuple[str, str, Callable[[], list[Record]]]
@@ -38,7 +41,7 @@ class BanditStudy:
     p: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 0.9, 0.99)
     """Probabilities of the right arm, in (0, 1)."""
     temperatures: tuple[float, ...] = (0.1, 1.0, 10.0)
-    """Temperatures of DG, above 0; learning curves use 1.0 whatever is given here."""
+    """Temperatures of DG, above 0; the learning curves always use 1.0."""
     constant_baseline: float = 0.5
     """The baseline that does not track p, in (0, 1)."""
     draws: int = 20_000
@@ -127,7 +130,7 @@ def run(config: BanditStudy, progress: Progress | None = None) -> dict[str, Any]
 
     Returns:
         Lists of records: "zero_price", "slopes", "baseline_sweep", "contexts", "contexts_summary", "sums", "lucky",
-        "gambling", "guards", "guard_repeats", "guard_costs".
+        "gambling_thresholds", "gambling", "guards", "guard_repeats", "guard_costs".
     """
     jobs = [*_zero_price_jobs(config), *_exact_jobs(config), *_gambling_jobs(config)]
     summary: dict[str, Any] = {}
@@ -157,80 +160,68 @@ def plot(summary: dict[str, Any]) -> dict[str, Figure]:
 
 
 def _zero_price_jobs(config: BanditStudy) -> list[Job]:
-    def measure(bandit: SoftmaxBandit) -> list[Record]:
-        return bandit_zero_price.zero_price_records(
-            bandit,
-            temperatures=config.temperatures,
-            constant=config.constant_baseline,
-            draws=config.draws,
-            batches=config.batches,
-            max_draws=config.max_draws,
-            seed=config.seed,
-        )
-
-    def sweep() -> list[Record]:
-        bandit = SoftmaxBandit(sorted(config.arms)[len(config.arms) // 2], min(config.p))
-        values = np.geomspace(bandit.p, max(config.constant_baseline, 2 * bandit.p), 9).tolist()
-        return bandit_zero_price.baseline_sweep(bandit, values, config.batches, config.max_draws, config.seed)
-
+    measure = partial(
+        bandit_zero_price.zero_price_records,
+        temperatures=config.temperatures,
+        constant=config.constant_baseline,
+        draws=config.draws,
+        batches=config.batches,
+        max_draws=config.max_draws,
+        seed=config.seed,
+    )
     settings = [SoftmaxBandit(arms, p) for arms in config.arms for p in config.p]
+    swept = SoftmaxBandit(sorted(config.arms)[len(config.arms) // 2], min(config.p))
+    values = np.geomspace(swept.p, max(config.constant_baseline, 2 * swept.p), 9).tolist()
+    sweep = partial(bandit_zero_price.baseline_sweep, swept, values, config.batches, config.max_draws, config.seed)
     return [
-        *(("zero_price", f"zero price, K = {b.arms}, p = {b.p:g}", lambda b=b: measure(b)) for b in settings),  # type: ignore[misc]
-        ("baseline_sweep", "zero price, constant baselines", sweep),
+        *(("zero_price", f"zero price, K = {b.arms}, p = {b.p:g}", partial(measure, b)) for b in settings),
+        ("baseline_sweep", "zero price, other baselines", sweep),
     ]
 
 
 def _exact_jobs(config: BanditStudy) -> list[Job]:
-    def contexts() -> list[Record]:
-        return [
-            record
+    values = sorted(set(config.context_p))
+    pairs = bandit_contexts.pair_records
+    return [
+        *(
+            ("contexts", f"contexts, K = {arms}", partial(pairs, arms, temperature, values))
             for arms in config.arms
             for temperature in config.temperatures
-            for record in bandit_contexts.pair_records(arms, temperature, sorted(set(config.context_p)))
-        ]
-
-    return [
-        ("contexts", "contexts against the oracle", contexts),
-        ("sums", "product against sum", lambda: bandit_sums.sum_records(config.alphas)),
+        ),
+        ("sums", "product against sum", partial(bandit_sums.sum_records, config.alphas)),
     ]
 
 
 def _gambling_jobs(config: BanditStudy) -> list[Job]:
-    tasks, learning = config.tasks, config.learning
-    noisiest = Gambling(max(config.sigma) * config.gap, config.gap)
-
-    def lucky() -> list[Record]:
-        chances = sorted({0.1, config.start, 0.9})
-        sigmas = [ratio * config.gap for ratio in config.sigma]
-        return bandit_gambling.lucky_records(sigmas, config.gap, chances, config.draws, config.seed)
-
-    def curves(method: bandit_gambling.CurveMethod) -> list[Record]:
-        return bandit_gambling.gambling_records(tasks, learning, 1.0, config.rate, method)
-
-    jobs: list[Job] = [("lucky", "gambling, lucky draws", lucky)]
-    for method in bandit_gambling.METHODS:
-        jobs.append(("gambling", f"gambling, {method}", lambda method=method: curves(method)))  # type: ignore[misc]
-    for guard in bandit_guards.GUARDS:
-        for memory in (None,) if guard != "mean" else (None, config.memory):
-            jobs.append(
-                (
-                    "guards",
-                    f"guards, {guard}",
-                    lambda guard=guard, memory=memory: bandit_guards.guard_records(tasks, learning, guard, memory),  # type: ignore[misc]
-                )
-            )
-        jobs.append(
+    tasks, learning, gap = config.tasks, config.learning, config.gap
+    chances = sorted({0.1, config.start, 0.9})
+    sigmas = [ratio * gap for ratio in config.sigma]
+    lucky = partial(bandit_gambling.lucky_records, sigmas, gap, chances, config.draws, config.seed)
+    learned = partial(bandit_gambling.gambling_records, tasks, learning, DG_TEMPERATURE, config.rate)
+    guarded = partial(bandit_guards.guard_records, tasks, learning)
+    noisiest = Gambling(max(sigmas), gap)
+    return [
+        ("lucky", "gambling, lucky draws", lucky),
+        (
+            "gambling_thresholds",
+            "gambling, thresholds",
+            partial(bandit_gambling.threshold_records, gap, chances, DG_TEMPERATURE),
+        ),
+        *(("gambling", f"gambling, {method}", partial(learned, method)) for method in bandit_gambling.METHODS),
+        *(("guards", f"guards, {guard}", partial(guarded, guard)) for guard in bandit_guards.GUARDS),
+        ("guards", "guards, mean with a memory", partial(guarded, "mean", memory=config.memory)),
+        ("guards", "guards, mean at a rate", partial(guarded, "mean", rate=config.rate)),
+        *(
             (
                 "guard_costs",
                 f"guards, cost of {guard}",
-                lambda guard=guard: bandit_guards.cost_records(config.gap, learning, guard, config.memory),  # type: ignore[misc]
+                partial(bandit_guards.cost_records, gap, learning, guard, config.memory),
             )
-        )
-    jobs.append(
+            for guard in bandit_guards.GUARDS
+        ),
         (
             "guard_repeats",
             "guards, fewer repeated draws",
-            lambda: bandit_guards.repeat_records(noisiest, learning, (1, 2, 4, 8, 16, 32, 64)),
-        )
-    )
-    return jobs
+            partial(bandit_guards.repeat_records, noisiest, learning, REPEAT_BATCHES),
+        ),
+    ]

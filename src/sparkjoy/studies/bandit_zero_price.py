@@ -131,7 +131,7 @@ class CosineSearch:
             return 1.0
         below, above = (self.mean_cosine(self.sizes[i], toward, away) for i in (low, high))
         share = (TARGET_COSINE - below) / (above - below)
-        return self.sizes[low] * (self.sizes[high] / self.sizes[low]) ** share
+        return self.sizes[low] * math.exp(share * math.log(self.sizes[high] / self.sizes[low]))
 
     def mean_cosine(self, size: int, toward: float, away: float) -> float:
         """Mean over batches of the cosine; a right draw pushes `toward` (e* − π), a wrong one −`away` (e_j − π)."""

@@ -102,6 +102,26 @@ class Gambling:
         return float((density * weighted).sum() / density.sum())
 
 
+def tipping_sigma(p: float, gap: float, method: Method, temperature: float = 1.0, noise: Noise = "bad") -> float | None:
+    """The noise at which a method's expected step at p turns round; None if it never does up to 1000 gaps.
+
+    >>> round(tipping_sigma(0.5, 1.0, "kondo"), 2)
+    1.81
+    >>> tipping_sigma(0.5, 1.0, "pg") is None
+    True
+    """
+    low, high = 0.0, 1000 * gap
+    if Gambling(high, gap, noise).drift(p, method, temperature) > 0:
+        return None
+    for _ in range(60):
+        middle = (low + high) / 2
+        if Gambling(middle, gap, noise).drift(p, method, temperature) > 0:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 def draw_actions(p: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """(..., draws) arms, 0 the good one, for policies that take it with probability p (...,)."""
     return (torch.rand(*p.shape, draws, generator=generator, dtype=p.dtype) >= p.unsqueeze(-1)).long()
