@@ -159,6 +159,6 @@ def plot_contexts(records: Sequence[Record]) -> Figure:
         figure.colorbar(image, ax=axes, label="cosine to the oracle, DG minus PG (blue: DG closer)", shrink=0.7)
     figure.suptitle(
         "DG is closer to the supervised oracle than PG, except where contexts are already easy\n"
-        "(dots: DG gives the harder context more than the oracle does)"
+        "(red: past its peak DG weighs the harder of two easy contexts too much)"
     )
     return figure

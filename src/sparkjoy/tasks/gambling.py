@@ -103,17 +103,20 @@ class Gambling:
 
 
 def tipping_sigma(p: float, gap: float, method: Method, temperature: float = 1.0, noise: Noise = "bad") -> float | None:
-    """The noise at which a method's expected step at p turns round; None if it never does up to 1000 gaps.
+    """The smallest noise at which a method's expected step at p leads away from the good arm; None up to 1000 gaps.
 
     >>> round(tipping_sigma(0.5, 1.0, "kondo"), 2)
     1.81
     >>> tipping_sigma(0.5, 1.0, "pg") is None
     True
     """
-    low, high = 0.0, 1000 * gap
-    if Gambling(high, gap, noise).drift(p, method, temperature) > 0:
-        return None
-    for _ in range(60):
+    # A scan before the bisection: under noise on both arms DG turns round and, at larger noise still, back again.
+    scanned: list[float] = [0.0, *torch.logspace(-2, 3, 251, dtype=torch.float64).mul(gap).tolist()]
+    turned = [sigma for sigma in scanned if Gambling(sigma, gap, noise).drift(p, method, temperature) <= 0]
+    if not turned or turned[0] == 0:
+        return turned[0] if turned else None
+    low, high = scanned[scanned.index(turned[0]) - 1], turned[0]
+    for _ in range(40):
         middle = (low + high) / 2
         if Gambling(middle, gap, noise).drift(p, method, temperature) > 0:
             low = middle
