@@ -55,10 +55,10 @@ class Learning:
 
 @dataclass(frozen=True)
 class Curves:
-    """p after each step, (settings, seeds, steps + 1), and the fraction of draws that got a backward pass."""
+    """p before and after each step (settings, seeds, steps + 1), and the backward passes of each (settings, steps)."""
 
     p: Tensor
-    backward_fraction: Tensor
+    backward: Tensor
 
 
 def lucky_records(sigmas: Sequence[float], gap: float, chances: Sequence[float], draws: int, seed: int) -> list[Record]:
@@ -108,7 +108,7 @@ def learn(tasks: Sequence[Gambling], learning: Learning, weight: BatchWeight, sw
     sigmas = torch.tensor([task.arm_sigmas for task in tasks], dtype=torch.float64).repeat_interleave(learning.seeds, 0)
     gap = tasks[0].gap
     difference = torch.full((runs,), math.log(learning.start / (1 - learning.start)), dtype=torch.float64)
-    history, backward = [difference.sigmoid()], torch.zeros(runs, dtype=torch.float64)
+    history, backward = [difference.sigmoid()], []
     for step in range(learning.steps):
         p = difference.sigmoid()
         actions = draw_actions(p, learning.batch, generator)
@@ -124,9 +124,9 @@ def learn(tasks: Sequence[Gambling], learning: Learning, weight: BatchWeight, sw
         ascent = (weights * advantages * ((actions == 0).double() - p.unsqueeze(1))).mean(1)
         difference = difference + 2 * learning.learning_rate * ascent
         history.append(difference.sigmoid())
-        backward += (weights > 0).double().mean(1) / learning.steps
+        backward.append((weights > 0).double().sum(1))
     shape = (len(tasks), learning.seeds)
-    return Curves(torch.stack(history, -1).view(*shape, -1), backward.view(shape).mean(1))
+    return Curves(torch.stack(history, -1).view(*shape, -1), torch.stack(backward, -1).view(*shape, -1).mean(1))
 
 
 def batch_weight(method: CurveMethod, temperature: float, rate: float) -> BatchWeight:
@@ -145,12 +145,13 @@ def keep_best(score: Tensor, rate: float) -> Tensor:
     return torch.zeros_like(score).scatter_(1, best, 1).where(score != 0, 0)
 
 
-def curve_record(task: Gambling, name: str, curves: Tensor, backward: float) -> Record:
-    """What one method did on one task, from its curves (seeds, steps + 1)."""
+def curve_record(task: Gambling, name: str, curves: Tensor, backward: Tensor, batch: int) -> Record:
+    """What one method did on one task, from its curves (seeds, steps + 1) and backward passes (steps,)."""
     final = curves[:, -1]
     every = max(1, (curves.shape[1] - 1) // CURVE_POINTS)
     mean = curves.mean(0)
     reached = (mean >= SOLVED).nonzero()
+    steps_to_90 = int(reached[0]) if len(reached) else None
     return {
         "sigma": task.sigma,
         "gap": task.gap,
@@ -162,8 +163,9 @@ def curve_record(task: Gambling, name: str, curves: Tensor, backward: float) -> 
         "final_p_sd": float(final.std(correction=0)),
         "solved": float((final > SOLVED).double().mean()),
         "trapped": float((final < 1 - SOLVED).double().mean()),
-        "steps_to_90": int(reached[0]) if len(reached) else None,
-        "backward_fraction": backward,
+        "steps_to_90": steps_to_90,
+        "backward_passes_to_90": None if steps_to_90 is None else float(backward[:steps_to_90].sum()),
+        "backward_fraction": float(backward.mean()) / batch,
         "curve": [round(float(value), 4) for value in mean[::every]],
         "curve_every": every,
     }
@@ -180,7 +182,7 @@ def gambling_records(
         settles = None if method == "kondo_rate" else task.settling_point(method, temperature, learning.start)
         records.append(
             {
-                **curve_record(task, method, curves.p[i], float(curves.backward_fraction[i])),
+                **curve_record(task, method, curves.p[i], curves.backward[i], learning.batch),
                 "temperature": temperature if method == "dg" else None,
                 "rate": rate if method == "kondo_rate" else None,
                 "lucky_predicted": task.lucky_probability(learning.start),

@@ -110,7 +110,7 @@ def guard_records(
     curves = learn(tasks, learning, guard_weight(guard, 2 * len(tasks) * learning.seeds, memory, rate=rate))
     return [
         {
-            **curve_record(task, method, curves.p[i], float(curves.backward_fraction[i])),
+            **curve_record(task, method, curves.p[i], curves.backward[i], learning.batch),
             "guard": guard,
             "memory": memory,
             "rate": rate,
@@ -126,7 +126,7 @@ def repeat_records(task: Gambling, learning: Learning, batches: Sequence[int]) -
     for batch in batches:
         fewer = replace(learning, batch=batch)
         curves = learn([task], fewer, batch_weight("pg", 1.0, 1.0))
-        plain = curve_record(task, "pg", curves.p[0], float(curves.backward_fraction[0]))
+        plain = curve_record(task, "pg", curves.p[0], curves.backward[0], batch)
         records += [{**plain, "guard": None, "memory": None, "batch": batch}]
         records += [record for guard in ("none", "mean") for record in guard_records([task], fewer, guard)]
     return records

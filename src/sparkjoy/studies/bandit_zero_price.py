@@ -218,7 +218,6 @@ def plot_zero_price(records: Sequence[Record], slopes: Sequence[Record], sweep: 
     _lines(axes[0, 0], tracking, "perpendicular_variance")
     axes[0, 0].set(ylabel="perpendicular variance of one draw", title="noise, baseline p (the gate: 0, not drawn)")
     axes[0, 0].set_ylim(bottom=1e-9)  # cold DG goes on to 1e-60
-    axes[0, 0].legend(fontsize=9, loc="upper left")
     for row, baseline in enumerate(("p", "constant")):
         rows = [record for record in chosen if record["baseline"] == baseline]
         name = "baseline p" if baseline == "p" else f"baseline {rows[0]['baseline_value']:g}" if rows else baseline
@@ -228,6 +227,7 @@ def plot_zero_price(records: Sequence[Record], slopes: Sequence[Record], sweep: 
         axes[row, 2].set(ylabel="backward passes to mean cosine 0.95", title=f"backward passes, {name}")
         _write_slopes(axes[row, 1], slopes, arms, baseline, "draws_slope")
         _write_slopes(axes[row, 2], slopes, arms, baseline, "backward_slope")
+    axes[1, 1].legend(fontsize=9, loc="lower left")
     _plot_sweep(axes[1, 0], sweep)
     for row in range(2):  # the same axis for both baselines, so that the eye can compare
         for column in (1, 2):
