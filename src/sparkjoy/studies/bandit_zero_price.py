@@ -183,8 +183,8 @@ def baseline_sweep(
 ) -> list[Record]:
     """How far from p a constant baseline may be before the ungated gradient's noise, not its signal, sets the draws.
 
-    `draws_predicted` is the larger of the draws for one success, 3/p, and those that average the perpendicular noise
-    down to the angle of cosine 0.95: (b/p)² / (1 − p) / tan²(acos 0.95) · (K − 2)/K.
+    `draws_predicted` adds the draws for one success, 3/p, to those that average the perpendicular noise down to the
+    angle of cosine 0.95: (b/p)² / (1 − p) / tan²(acos 0.95) · (K − 2)/K.
     """
     search = CosineSearch(bandit, batches, max_draws, seed)
     angle = 1 / TARGET_COSINE**2 - 1
@@ -196,9 +196,8 @@ def baseline_sweep(
             "baseline_value": value,
             "draws_pg": search.draws_to_cosine(value, "pg", 0.0),
             "draws_kondo": search.draws_to_cosine(value, "kondo", 0.0),
-            "draws_predicted": max(
-                success, (value / bandit.p) ** 2 / (1 - bandit.p) / angle * (bandit.arms - 2) / bandit.arms
-            ),
+            "draws_predicted": success
+            + (value / bandit.p) ** 2 / (1 - bandit.p) / angle * (bandit.arms - 2) / bandit.arms,
         }
         for value in values
     ]
@@ -227,7 +226,7 @@ def plot_zero_price(records: Sequence[Record], slopes: Sequence[Record], sweep: 
         axes[row, 2].set(ylabel="backward passes to mean cosine 0.95", title=f"backward passes, {name}")
         _write_slopes(axes[row, 1], slopes, arms, baseline, "draws_slope")
         _write_slopes(axes[row, 2], slopes, arms, baseline, "backward_slope")
-    axes[1, 1].legend(fontsize=9, loc="lower left")
+    figure.legend(*axes[1, 1].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     _plot_sweep(axes[1, 0], sweep)
     for row in range(2):  # the same axis for both baselines, so that the eye can compare
         for column in (1, 2):
@@ -278,7 +277,7 @@ def _plot_sweep(axis: Axes, sweep: Sequence[Record]) -> None:
         values = [record["baseline_value"] for record in sweep]
         for name, style, color, label in (
             ("draws_pg", ".-", "#444444", "PG, measured"),
-            ("draws_predicted", ":", "#444444", "max(3/p, 9.3 b²/p² (K − 2)/K)"),
+            ("draws_predicted", ":", "#444444", "3/p + 9.3 b²/p² (K − 2)/K"),
             ("draws_kondo", ".-", "#c0392b", "gate, price 0"),
         ):
             axis.plot(values, [record[name] for record in sweep], style, color=color, label=label)
