@@ -52,9 +52,7 @@ def prepare_out(out: Path) -> None:
         write_whole(out / "probe", lambda temporary: temporary.write_text(""))
         (out / "probe").unlink()
     except OSError as error:
-        raise ValueError(
-            f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written."
-        ) from None
+        raise ValueError(f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written.") from None
 
 
 def _plain(value: Any) -> Any:
