@@ -9,6 +9,7 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy train mnist      train one policy: sparkjoy train mnist --method kondo --rate 0.03 --out out/run
   sparkjoy pareto mnist     train every method at every rate, and draw quality against cost
   sparkjoy study scores     the same rate by other scores than delight, under two baselines
+  sparkjoy study bandit     the papers' bandit theory, checked number by number
 
 Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures; a run that is stopped
 goes on from its last checkpoint when started again with the same --out."""

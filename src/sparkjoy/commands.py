@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
-from sparkjoy.studies import pareto, score_comparison
+from sparkjoy.studies import bandit_theory, pareto, score_comparison
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
-from sparkjoy.training.console import LiveRuns, print_runs, print_scores
+from sparkjoy.training.console import LiveRuns, print_runs, print_scores, print_slopes, study_progress
 from sparkjoy.training.loop import summary, train
 from sparkjoy.training.settings import Settings
-from sparkjoy.training.tracking import save_figure
+from sparkjoy.training.tracking import prepare_out, save_figure, write_json
 
 FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name before them
 
@@ -79,10 +80,32 @@ class StudyScores:
         print(f"results in {self.out}, the figure in {self.out / 'scores.png'}")
 
 
+@dataclass(frozen=True)
+class StudyBandit:
+    """The papers' bandit theory, checked number by number, in about half a minute."""
+
+    out: Path = Path("out/study-bandit")
+    """Folder for summary.json and the figures; written when everything is measured."""
+    study: Annotated[bandit_theory.BanditStudy, FLAT] = field(default_factory=bandit_theory.BanditStudy)
+
+    def __call__(self) -> None:
+        prepare_out(self.out)
+        torch.set_num_threads(1)
+        with study_progress() as progress:
+            measured = bandit_theory.run(self.study, progress)
+        write_json(self.out / "config.json", asdict(self.study))
+        write_json(self.out / "summary.json", measured)
+        for name, figure in bandit_theory.plot(measured).items():
+            save_figure(figure, self.out, name)
+        print_slopes(measured["slopes"])
+        print(f"results and five figures in {self.out}")
+
+
 COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("train", "mnist"): TrainMnist,
     ("pareto", "mnist"): ParetoMnist,
     ("study", "scores"): StudyScores,
+    ("study", "bandit"): StudyBandit,
 }
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from sparkjoy.training.loop import OnStep, Record
@@ -68,6 +78,20 @@ class LiveRuns:
         return on_step
 
 
+@contextmanager
+def study_progress() -> Iterator[Callable[[float, str], None]]:
+    """A live bar; what comes back is told the fraction done and what comes next."""
+    columns = (BarColumn(bar_width=20), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, auto_refresh=False) as progress:
+        task = progress.add_task("", total=1.0)
+
+        def advance(fraction: float, what: str) -> None:
+            progress.update(task, completed=fraction, description=what)
+            progress.refresh()
+
+        yield advance
+
+
 def print_runs(summaries: list[Record], target_error: float) -> None:
     """One row an arm: means over seeds of error, samples and seconds, and when the target error was reached."""
     seeds = len({run["seed"] for run in summaries})
@@ -95,6 +119,16 @@ def print_scores(rows: list[dict[str, Any]]) -> None:
         spread = "" if row["error_sd"] is None else f" ± {100 * row['error_sd']:.2f}"
         error = f"{100 * row['error']:.2f}{spread}"
         table.add_row(row["baseline"], row["score"], error, str(row["seeds"]), f"{row['backward_samples']:,.0f}")
+    Console().print(table)
+
+
+def print_slopes(rows: list[dict[str, Any]]) -> None:
+    """One row a baseline, number of arms and method: how what a cosine of 0.95 takes grows as p falls."""
+    table = Table(title="needed for a mean cosine of 0.95: as what power of p")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*("" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
     Console().print(table)
 
 
