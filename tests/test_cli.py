@@ -77,6 +77,8 @@ def test_study_scores_leaves_a_table_and_a_figure(monkeypatch, capsys, tmp_path)
         (("pareto", "mnist", "--rates", "3"), "rate is 3"),
         (("pareto", "mnist", "--seeds"), "seeds"),
         (("train", "mnist", "--data", "/no/such/folder"), "no such folder"),
+        (("study", "bandit", "--p", "1.5"), "p is 1.5"),
+        (("study", "bandit", "--arms", "1"), "arms is 1"),
     ],
 )
 def test_what_the_user_got_wrong_is_one_line_and_status_2(monkeypatch, capsys, tmp_path, arguments, message):
@@ -112,3 +114,30 @@ def test_without_the_extra_it_says_what_to_install():
     )
     assert finished.returncode == 2
     assert "sparkjoy[cli]" in finished.stderr
+
+
+def test_study_bandit_leaves_a_summary_and_a_figure_per_part(monkeypatch, capsys, tmp_path):
+    flags = (
+        "--arms",
+        3,
+        "--p",
+        0.01,
+        0.1,
+        "--sigma",
+        0,
+        1,
+        "--draws",
+        1000,
+        "--batches",
+        100,
+        "--seeds",
+        3,
+        "--steps",
+        20,
+    )
+    assert sparkjoy(monkeypatch, capsys, "study", "bandit", *flags, "--out", tmp_path)[0] == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {"zero_price", "contexts", "sums", "gambling"} <= set(summary)
+    for figure in ("zero_price", "contexts", "sums", "gambling", "guards"):
+        assert (tmp_path / f"{figure}.png").stat().st_size > 10_000
+        assert (tmp_path / f"{figure}.svg").exists()

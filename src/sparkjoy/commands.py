@@ -97,7 +97,8 @@ class StudyBandit:
         write_json(self.out / "summary.json", measured)
         for name, figure in bandit_theory.plot(measured).items():
             save_figure(figure, self.out, name)
-        print_slopes(measured["slopes"])
+        if measured["slopes"]:
+            print_slopes(measured["slopes"])
         print(f"results and five figures in {self.out}")
 
 
