@@ -50,3 +50,22 @@ def test_leave_one_out_refuses_groups_of_one():
 def test_expected_confidence_refuses_shapes_that_do_not_go_together():
     with pytest.raises(ValueError, match="probabilities"):
         sj.expected_confidence_advantage(torch.ones(3), torch.ones(2, 4))
+
+
+def test_group_standardised_has_unit_spread_and_exact_zeros():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.5, 0.5, 0.5])
+    advantage = sj.group_standardised_advantage(rewards, 3)
+    assert advantage[:3].std().item() == pytest.approx(1)
+    assert torch.equal(advantage[3:], torch.zeros(3))
+    with pytest.raises(ValueError, match="no spread"):
+        sj.group_standardised_advantage(rewards, 1)
+
+
+def test_good_and_bad_average_to_pmpos_loss():
+    advantages = torch.tensor([0.3, -0.2, 0.0, -0.9, -0.1])
+    log_probs = -torch.rand(5, generator=torch.Generator().manual_seed(0))
+    loss = sj.reinforce(log_probs, sj.good_and_bad_advantage(advantages, alpha=0.25)).mean()
+    assert loss.item() == pytest.approx((-0.25 * log_probs[0] + 0.75 * log_probs[[1, 3, 4]].mean()).item())
+    assert torch.equal(sj.good_and_bad_advantage(torch.zeros(3)), torch.zeros(3))
+    with pytest.raises(ValueError, match="alpha"):
+        sj.good_and_bad_advantage(advantages, alpha=2)

@@ -30,3 +30,19 @@ def test_delightful_by_sample_shares_the_answers_delight():
 def test_delightful_refuses_what_it_does_not_know(arguments):
     with pytest.raises(ValueError, match="expected"):
         sj.delightful(**arguments)
+
+
+def test_clipped_has_reinforces_gradient_on_policy_and_none_beyond_the_clip():
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    log_probs = torch.tensor([-1.0, -1.0, -0.5, -1.5], requires_grad=True)
+    behavior = torch.tensor([-1.0, -1.0, -1.0, -1.0])
+    sj.clipped(0.2)(log_probs, advantages, behavior, None).sum().backward()
+    # On policy −U; beyond the clip, in the direction of the advantage, 0.
+    assert log_probs.grad.tolist() == [-1.0, 1.0, 0.0, 0.0]
+
+
+def test_clipped_refuses_what_it_cannot_use():
+    with pytest.raises(ValueError, match="epsilon"):
+        sj.clipped(1.5)
+    with pytest.raises(ValueError, match="behavior_log_probs"):
+        sj.clipped()(torch.zeros(1), torch.ones(1), None, None)

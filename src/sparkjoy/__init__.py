@@ -1,7 +1,9 @@
 """sparkjoy: policy gradients that pay for a backward pass only where a sample is worth it."""
 
 from sparkjoy.baselines import expected_confidence_advantage as expected_confidence_advantage
+from sparkjoy.baselines import good_and_bad_advantage as good_and_bad_advantage
 from sparkjoy.baselines import group_mean_advantage as group_mean_advantage
+from sparkjoy.baselines import group_standardised_advantage as group_standardised_advantage
 from sparkjoy.baselines import leave_one_out_advantage as leave_one_out_advantage
 from sparkjoy.engine.backward import BackwardReport as BackwardReport
 from sparkjoy.engine.backward import GatedBackward as GatedBackward
@@ -9,6 +11,7 @@ from sparkjoy.engine.backward import gated_backward as gated_backward
 from sparkjoy.gates import Decision as Decision
 from sparkjoy.gates import Gate as Gate
 from sparkjoy.gates import KondoGate as KondoGate
+from sparkjoy.losses import clipped as clipped
 from sparkjoy.losses import delightful as delightful
 from sparkjoy.losses import reinforce as reinforce
 from sparkjoy.prices import BatchQuantile as BatchQuantile
@@ -27,11 +30,14 @@ __all__ = [
     "GatedBackward",
     "KondoGate",
     "Price",
+    "clipped",
     "delight",
     "delightful",
     "expected_confidence_advantage",
     "gated_backward",
+    "good_and_bad_advantage",
     "group_mean_advantage",
+    "group_standardised_advantage",
     "leave_one_out_advantage",
     "reinforce",
     "sequence_delight",

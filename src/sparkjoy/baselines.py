@@ -53,6 +53,58 @@ def leave_one_out_advantage(rewards: Tensor, group_size: int | None = None) -> T
     return _zero_where_equal(groups, (groups - groups.mean(dim=1, keepdim=True)) * (size / (size - 1)))
 
 
+def group_standardised_advantage(rewards: Tensor, group_size: int | None = None) -> Tensor:
+    """GRPO's advantage, U_i = (r_i − mean(r)) / sd(r) within the group (arXiv 2402.03300).
+
+    The rarer a success in its group, the larger: one in n answers gets (n − 1)/√n. Gate on `group_mean_advantage` where
+    that should not decide.
+
+    >>> group_standardised_advantage(torch.tensor([1.0, 0.0, 0.0]))
+    tensor([ 1.1547, -0.5774, -0.5774])
+
+    Args:
+        rewards: (B,), the answers of one prompt beside one another.
+        group_size: answers per prompt, at least 2. None: the whole batch is one group.
+
+    Returns:
+        (B,), exactly 0 where all rewards of the group are equal.
+
+    Raises:
+        ValueError: as `group_mean_advantage`, or groups of one.
+    """
+    groups = _groups(rewards, group_size)
+    if groups.shape[1] < 2:
+        raise ValueError("a group of 1 has no spread; group_standardised_advantage needs a group_size of at least 2.")
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    spread = groups.std(dim=1, keepdim=True).clamp(min=torch.finfo(groups.dtype).tiny)
+    return _zero_where_equal(groups, centred / spread)
+
+
+def good_and_bad_advantage(advantages: Tensor, alpha: float = 0.5) -> Tensor:
+    """PMPO's weights as advantages: αB/n₊ on the n₊ good answers, −(1 − α)B/n₋ on the n₋ bad ones (arXiv 2410.04166).
+
+    Averaged over the batch, −U log π is then PMPO's loss: −α times the mean log-prob of the good answers plus (1 − α)
+    times that of the bad ones. How good or bad they were no longer counts.
+
+    >>> good_and_bad_advantage(torch.tensor([0.9, 0.1, 0.0, -0.3]))
+    tensor([ 1.,  1.,  0., -2.])
+
+    Args:
+        advantages: (B,); above 0 is good, below 0 bad.
+        alpha: weight of the good ones, in [0, 1].
+
+    Raises:
+        ValueError: `advantages` not (B,), or `alpha` outside [0, 1].
+    """
+    if advantages.dim() != 1:
+        raise ValueError(f"advantages has shape {tuple(advantages.shape)}; expected (B,).")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; expected a number in [0, 1].")
+    good, bad = (advantages > 0).to(advantages), (advantages < 0).to(advantages)
+    of_good, of_bad = good / good.sum().clamp(min=1), bad / bad.sum().clamp(min=1)
+    return len(advantages) * (alpha * of_good - (1 - alpha) * of_bad)
+
+
 def expected_confidence_advantage(rewards: Tensor, probabilities: Tensor) -> Tensor:
     """Advantage over the expected confidence, U = r − Σ_a π(a|s)² (arXiv 2603.14608).
 

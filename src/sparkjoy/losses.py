@@ -41,6 +41,42 @@ def reinforce(
     return -per_row(advantages, log_probs) * log_probs
 
 
+def clipped(epsilon: float = 0.2) -> Loss:
+    """PPO's clipped surrogate: −min(ρU, clip(ρ, 1 − ε, 1 + ε)U), ρ = π/π_behavior (Schulman et al., arXiv 1707.06347).
+
+    Where the current policy is the one that sampled, its gradient is that of `reinforce`; it differs from the second
+    update on the same batch on.
+
+    >>> clipped(0.2)(torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([-1.0]), None)
+    tensor([-1.2000])
+
+    Args:
+        epsilon: ε in (0, 1).
+
+    Returns:
+        A loss: `(log_probs, advantages, behavior_log_probs, mask) -> terms`; it needs `behavior_log_probs`.
+
+    Raises:
+        ValueError: ε outside (0, 1), or, when called, no `behavior_log_probs`.
+    """
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon is {epsilon!r}; expected a number in (0, 1).")
+
+    def loss(
+        log_probs: Tensor,
+        advantages: Tensor,
+        behavior_log_probs: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        if behavior_log_probs is None:
+            raise ValueError("clipped needs behavior_log_probs, those the actions were sampled with.")
+        advantages = per_row(advantages, log_probs)
+        ratio = (log_probs - behavior_log_probs).exp()
+        return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+
+    return loss
+
+
 def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "token") -> Loss:
     """The Delightful Policy Gradient: −σ(χ/η) U log π, the weight detached (arXiv 2603.14608).
 

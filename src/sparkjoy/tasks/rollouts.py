@@ -19,6 +19,7 @@ class Rollout:
         log_probs: (B,) or (B, T), those the answers were sampled with; with a graph if that was asked for.
         mask: (B, T), or None.
         reward: mean reward, 0-dim.
+        group_size: answers per prompt, beside one another; None: the batch is one group.
     """
 
     batch: dict[str, Tensor]
@@ -26,6 +27,7 @@ class Rollout:
     log_probs: Tensor
     mask: Tensor | None
     reward: Tensor
+    group_size: int | None = None
 
 
 class Policy(Protocol):
@@ -38,6 +40,8 @@ class Task(Protocol):
     """What the training loop needs of a task."""
 
     name: str
+    samples_with_graph: bool
+    """Whether `rollout(graph=True)` is possible."""
 
     def policy(self) -> nn.Module:
         """A fresh policy, with a `log_probs(rows)` method, from torch's global random state."""

@@ -7,8 +7,7 @@ a killed run goes on to the same records and weights it would have had.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,30 +46,34 @@ class Training:
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.learning_rate, fused=True)
         self.backward = settings.step(self.generator)
         # The strongest dense loop differentiates the forward pass that sampled, instead of running a second one.
-        self.differentiates_rollout = not settings.gated and settings.micro_batch_size is None
+        undivided = settings.micro_batch_size is None and settings.updates == 1
+        self.differentiates_rollout = task.samples_with_graph and not settings.gated and undivided
         self.tally = Tally()
         self.steps_done = 0
         self.records: list[Record] = []
         self._rollout_flops: float | None = None
 
     def step(self) -> None:
-        """One rollout, one backward step on what the gate keeps, one optimizer step unless nothing was kept."""
+        """One rollout; per update one backward step on what is kept, and one optimizer step unless nothing is."""
         start = time.perf_counter()
         rollout = self._rollout()
         sampled = time.perf_counter()
-        if self.differentiates_rollout:
-            report = self.backward(lambda _: rollout.log_probs, rollout.batch, rollout.advantages, mask=rollout.mask)
-        else:
-            log_prob_fn: Callable[[Any], Tensor] = self.policy.log_probs  # type: ignore[assignment]
-            report = self.backward(
-                log_prob_fn, rollout.batch, rollout.advantages, log_probs=rollout.log_probs, mask=rollout.mask
-            )
-        with self._timed("optimizer"):
+        advantages = self.settings.advantages(rollout.advantages, rollout.group_size)
+        for _ in range(self.settings.updates):
+            if self.differentiates_rollout:
+                report = self.backward(lambda _: rollout.log_probs, rollout.batch, advantages, mask=rollout.mask)
+            else:
+                log_prob_fn: Callable[[Any], Tensor] = self.policy.log_probs  # type: ignore[assignment]
+                report = self.backward(
+                    log_prob_fn, rollout.batch, advantages, log_probs=rollout.log_probs, mask=rollout.mask
+                )
             if report.kept:
+                before = time.perf_counter()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+                self.tally.seconds["optimizer"] += time.perf_counter() - before
+            self.tally.stepped(report, self.differentiates_rollout)
         self.steps_done += 1
-        self.tally.stepped(report, self.differentiates_rollout)
         self.tally.seconds["sample"] += sampled - start
         self.tally.seconds["total"] += time.perf_counter() - start
 
@@ -133,12 +136,6 @@ class Training:
         tokens = rollout.log_probs.numel() if rollout.mask is None else int(rollout.mask.sum())
         self.tally.sampled(rows, tokens, self._rollout_flops, rollout.reward)
         return rollout
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.tally.seconds[phase] += time.perf_counter() - start
 
 
 def train(

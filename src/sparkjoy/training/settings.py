@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from sparkjoy.baselines import good_and_bad_advantage, group_standardised_advantage
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.gates import KondoGate
-from sparkjoy.losses import delightful, reinforce
+from sparkjoy.losses import Loss, clipped, delightful, reinforce
 from sparkjoy.scores import (
     ScoreFunction,
     absolute_advantage_score,
@@ -20,7 +22,7 @@ from sparkjoy.scores import (
     uniform_score,
 )
 
-Method = Literal["pg", "dg", "kondo", "uniform"]
+Method = Literal["pg", "dg", "kondo", "uniform", "ppo", "grpo", "pmpo"]
 Score = Literal["delight", "advantage", "absolute-advantage", "surprisal", "additive", "uniform"]
 
 DEFAULT_RATE = 0.03
@@ -31,7 +33,7 @@ class Settings:
     """One run: everything that its records depend on, but for the task."""
 
     method: Method = "kondo"
-    """pg: plain policy gradient; dg: delightful one; kondo: the gate; uniform: rows at random, for comparison."""
+    """pg: plain policy gradient; dg: delightful one; kondo: the gate; uniform: rows at random; ppo, grpo, pmpo."""
     rate: float | None = None
     """Fraction of samples kept by kondo and uniform. Default 0.03 where no price is given."""
     price: float | None = None
@@ -54,14 +56,20 @@ class Settings:
     """Stop at the first evaluation with an error at or below this fraction."""
     target_error: float | None = None
     """Report when the error first was at or below this fraction; the run goes on."""
+    clip: float = 0.2
+    """Range of the ratio in ppo and grpo."""
+    epochs: int | None = None
+    """Updates on each batch. Default 4 for ppo, else 1."""
+    dg_unit: Literal["token", "sample"] = "token"
+    """Whose delight weights a term in dg: its own token's, or the whole answer's."""
     micro_batch_size: int | None = None
     """Rows per forward and backward pass; all at once by default."""
     threads: int = 1
     """Threads of torch."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "threads"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "evaluate_every", "threads", "epochs"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1.")
         for name in ("until_error", "target_error"):
             value = getattr(self, name)
@@ -79,6 +87,11 @@ class Settings:
     def gated(self) -> bool:
         """Whether samples are skipped at all."""
         return self.method in ("kondo", "uniform")
+
+    @property
+    def updates(self) -> int:
+        """Updates on each batch."""
+        return self.epochs or (4 if self.method == "ppo" else 1)
 
     @property
     def gate_rate(self) -> float | None:
@@ -99,13 +112,25 @@ class Settings:
 
     def step(self, generator: torch.Generator) -> GatedBackward:
         """The engine's step of this method; `generator` is the source of the gate's draws."""
-        loss = delightful() if self.method == "dg" else reinforce
+        loss: Loss = reinforce
+        if self.method == "dg":
+            loss = delightful(unit=self.dg_unit)
+        elif self.method in ("ppo", "grpo"):
+            loss = clipped(self.clip)
         gate = None
         if self.gated:
             gate = KondoGate(self.gate_rate, self.price, self.temperature, generator)
         return GatedBackward(
             gate, loss=loss, score=self._score(generator), micro_batch_size=self.micro_batch_size, normalizer="batch"
         )
+
+    def advantages(self, advantages: Tensor, group_size: int | None) -> Tensor:
+        """What this method makes of advantages (B,) over their group's baseline."""
+        if self.method == "grpo":
+            return group_standardised_advantage(advantages, group_size)
+        if self.method == "pmpo":
+            return good_and_bad_advantage(advantages)
+        return advantages
 
     def _score(self, generator: torch.Generator) -> ScoreFunction:
         scores: dict[str, ScoreFunction] = {
