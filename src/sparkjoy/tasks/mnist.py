@@ -83,6 +83,10 @@ class MnistTask:
             advantages = expected_confidence_advantage(rewards, probabilities)
         return Rollout({"inputs": images, "actions": actions}, advantages, log_probs, None, rewards.mean())
 
+    def trim(self, rows: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        """The rows as they are: an action is a single token."""
+        return rows
+
     def error(self, policy: nn.Module) -> float:
         """Fraction of test images whose likeliest action is wrong."""
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,10 @@ class Task(Protocol):
 
     def rollout(self, policy: nn.Module, generator: torch.Generator, graph: bool) -> Rollout:
         """Sample a batch; `graph`: keep the forward pass's graph in `log_probs`, so that it can be differentiated."""
+        ...
+
+    def trim(self, rows: Any, length: int) -> Any:
+        """Rows of a batch with their answers cut to the first `length` tokens."""
         ...
 
     def error(self, policy: nn.Module) -> float:

@@ -44,7 +44,7 @@ class Training:
         torch.manual_seed(settings.seed)
         self.policy = task.policy()
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.learning_rate, fused=True)
-        self.backward = settings.step(self.generator)
+        self.backward = settings.step(self.generator, task.trim)
         # The strongest dense loop differentiates the forward pass that sampled, instead of running a second one.
         undivided = settings.micro_batch_size is None and settings.updates == 1
         self.differentiates_rollout = task.samples_with_graph and not settings.gated and undivided
@@ -59,14 +59,12 @@ class Training:
         rollout = self._rollout()
         sampled = time.perf_counter()
         advantages = self.settings.advantages(rollout.advantages, rollout.group_size)
+        own_forward: Callable[[Any], Tensor] = self.policy.log_probs  # type: ignore[assignment]
+        log_prob_fn = (lambda _: rollout.log_probs) if self.differentiates_rollout else own_forward
         for _ in range(self.settings.updates):
-            if self.differentiates_rollout:
-                report = self.backward(lambda _: rollout.log_probs, rollout.batch, advantages, mask=rollout.mask)
-            else:
-                log_prob_fn: Callable[[Any], Tensor] = self.policy.log_probs  # type: ignore[assignment]
-                report = self.backward(
-                    log_prob_fn, rollout.batch, advantages, log_probs=rollout.log_probs, mask=rollout.mask
-                )
+            report = self.backward(
+                log_prob_fn, rollout.batch, advantages, log_probs=rollout.log_probs, mask=rollout.mask
+            )
             if report.kept:
                 before = time.perf_counter()
                 self.optimizer.step()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparkjoy.baselines import good_and_bad_advantage, group_standardised_advantage
 from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.engine.token_gate import TokenGatedBackward
 from sparkjoy.gates import KondoGate
 from sparkjoy.losses import Loss, clipped, delightful, reinforce
 from sparkjoy.scores import (
@@ -62,6 +64,8 @@ class Settings:
     """Updates on each batch. Default 4 for ppo, else 1."""
     dg_unit: Literal["token", "sample"] = "token"
     """Whose delight weights a term in dg: its own token's, or the whole answer's."""
+    unit: Literal["sample", "token"] = "sample"
+    """What kondo keeps or skips: whole answers, or, as an experiment, single tokens."""
     micro_batch_size: int | None = None
     """Rows per forward and backward pass; all at once by default."""
     threads: int = 1
@@ -81,7 +85,9 @@ class Settings:
             raise ValueError(
                 f"--method {self.method} keeps every sample; --rate and --price go with kondo and uniform."
             )
-        self.step(torch.Generator())  # raises on a rate, price, temperature or alpha outside its range
+        if self.unit == "token" and (self.method != "kondo" or self.score != "delight" or self.micro_batch_size):
+            raise ValueError("--unit token goes with --method kondo, by delight, in one micro-batch.")
+        self.step(torch.Generator(), trim=None)  # raises on a rate, price, temperature or alpha outside its range
 
     @property
     def gated(self) -> bool:
@@ -106,12 +112,16 @@ class Settings:
             parts.append(f"{100 * self.gate_rate:g}%")
         if self.price is not None:
             parts.append(f"price {self.price:g}")
+        if self.unit == "token":
+            parts.append("of tokens")
         if self.method == "kondo" and self.score != "delight":
             parts.append(f"by {self.score}" + (f" {self.alpha:g}" if self.score == "additive" else ""))
         return " ".join(parts)
 
-    def step(self, generator: torch.Generator) -> GatedBackward:
-        """The engine's step of this method; `generator` is the source of the gate's draws."""
+    def step(
+        self, generator: torch.Generator, trim: Callable[[Any, int], Any] | None
+    ) -> GatedBackward | TokenGatedBackward:
+        """The engine's step of this method; `generator` is the source of the gate's draws, `trim` shortens answers."""
         loss: Loss = reinforce
         if self.method == "dg":
             loss = delightful(unit=self.dg_unit)
@@ -120,6 +130,8 @@ class Settings:
         gate = None
         if self.gated:
             gate = KondoGate(self.gate_rate, self.price, self.temperature, generator)
+        if gate is not None and self.unit == "token":
+            return TokenGatedBackward(gate, loss=loss, trim=trim)
         return GatedBackward(
             gate, loss=loss, score=self._score(generator), micro_batch_size=self.micro_batch_size, normalizer="batch"
         )
