@@ -193,7 +193,7 @@ class GatedBackward:
             decision=decision,
             kept=kept,
             total=inputs.total,
-            loss=sum(losses, start=inputs.advantages.new_zeros(())),
+            loss=losses[0] if len(losses) == 1 else sum(losses, start=inputs.advantages.new_zeros(())),
             screened_rows=ledger.screened_rows,
             forward_rows=ledger.forward_rows,
             backward_rows=ledger.backward_rows,

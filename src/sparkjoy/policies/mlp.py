@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class MLP(nn.Sequential):
+class MLP(nn.Module):
     """Linear layers with ReLU between, from an input (B, D) to logits (B, K), torch's default initialisation.
 
     >>> import torch
@@ -28,10 +28,15 @@ class MLP(nn.Sequential):
     def __init__(self, *widths: int) -> None:
         if len(widths) < 2:
             raise ValueError(f"an MLP of widths {widths} has no layer; give at least the input's and the output's.")
-        layers: list[nn.Module] = []
-        for width_in, width_out in itertools.pairwise(widths):
-            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-        super().__init__(*layers[:-1])
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits (B, K) of inputs (B, D)."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            inputs = layer(inputs).relu_()  # a linear layer's backward does not read its output
+        return last(inputs)  # type: ignore[no-any-return]
 
     def log_probs(self, rows: dict[str, Tensor]) -> Tensor:
         """Log-probs (n,) of `rows["actions"]` (n,) at `rows["inputs"]` (n, D)."""
