@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy.prices import BatchQuantile, FixedPrice, Price, checked_rate
+from sparkjoy.scores import without_graph
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class KondoGate:
         """
         if score.dim() != 1 or score.shape[0] == 0:
             raise ValueError(f"score has shape {tuple(score.shape)}; expected (N,) with at least one sample.")
-        score = score.detach()
+        score = without_graph(score)
         if torch.finfo(score.dtype).bits < 32:
             score = score.float()
         if not math.isfinite(score.sum().item()) and not bool(score.isfinite().all()):
@@ -125,9 +126,9 @@ class KondoGate:
         if price is not None:
             keep &= score > price
         if self.rate is not None:
-            ranked, order = score.where(keep, -math.inf).sort(descending=True, stable=True)
-            count = min(rate_count(self.rate, score.shape[0]), int(keep.sum()))
-            keep = torch.zeros_like(keep).index_fill_(0, order[:count], True)
+            ranked, order = score.masked_fill(~keep, -math.inf).sort(descending=True, stable=True)
+            count = min(rate_count(self.rate, score.shape[0]), int(keep.count_nonzero()))
+            keep = keep.zero_().index_fill_(0, order[:count], True)
             price = ranked[count - 1] if count else None
         elif not bool(keep.any()):
             price = None

@@ -16,6 +16,11 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row."""
 
 
+def without_graph(tensor: Tensor) -> Tensor:
+    """The tensor without its graph; itself where it has none, since on a tiny model every operation counts."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def surprisal(log_probs: Tensor) -> Tensor:
     """Surprisal of the actions taken, ℓ = −log π(a|s), in nats (arXiv 2603.20526).
 
@@ -32,7 +37,7 @@ def surprisal(log_probs: Tensor) -> Tensor:
         ValueError: a log-probability above 0 (beyond rounding), which no discrete action has. For densities give
             `GatedBackward(score=...)` a function of your own, for instance `lambda U, logp: -(U * logp).detach()`.
     """
-    log_probs = log_probs.detach()
+    log_probs = without_graph(log_probs)
     rounding = 16 * max(torch.finfo(log_probs.dtype).eps, 1e-5)
     if log_probs.numel() and log_probs.max().item() > rounding:
         raise ValueError(
@@ -162,9 +167,9 @@ def uniform_score(generator: torch.Generator | None = None) -> ScoreFunction:
 def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """`advantages`, detached and shaped to multiply `log_probs`: (B,) becomes (B, 1) beside (B, T)."""
     if advantages.shape == log_probs.shape:
-        return advantages.detach()
+        return without_graph(advantages)
     if advantages.dim() == 1 and log_probs.dim() == 2 and len(advantages) == len(log_probs):
-        return advantages.detach().unsqueeze(1)
+        return without_graph(advantages).unsqueeze(1)
     raise ValueError(
         f"advantages has shape {tuple(advantages.shape)} and log_probs {tuple(log_probs.shape)}; expected (B,) with "
         "(B,), or (B,) or (B, T) with (B, T)."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.survivors import Rows, row_shapes, take
+from sparkjoy.scores import without_graph
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def check_inputs(
             mask = mask.bool()
         row_tokens = mask.sum(dim=1).cpu()
     checked = [
-        None if tensor is None else finite_where_valid(name, tensor.detach(), mask)
+        None if tensor is None else finite_where_valid(name, without_graph(tensor), mask)
         for name, tensor in (
             ("advantages", advantages),
             ("log_probs", log_probs),
