@@ -46,6 +46,7 @@ class MnistTask:
     """
 
     name = "mnist"
+    samples_with_graph = True
 
     def __init__(self, config: MnistConfig) -> None:
         self.config = config

@@ -38,6 +38,8 @@ class Task(Protocol):
     """What the training loop needs of a task."""
 
     name: str
+    samples_with_graph: bool
+    """Whether `rollout` can keep the graph of the forward pass that sampled."""
 
     def policy(self) -> nn.Module:
         """A fresh policy, with a `log_probs(rows)` method, from torch's global random state."""
