@@ -38,13 +38,15 @@ def plain_sample(policy, prompts, answers_per_prompt, answer_length, generator=N
     for _ in range(answer_length):
         hidden = policy.embed(tokens, torch.arange(seen, seen + tokens.shape[1]))
         for index, block in enumerate(policy.blocks):
-            queries, keys, values = block.heads_of(hidden)
+            queries, seen_now = block.project(hidden)
+            heads = [part.unflatten(2, (block.heads, -1)).transpose(1, 2) for part in (queries, *seen_now.chunk(2, 2))]
+            queries, keys, values = heads
             if caches[index] is not None:
                 keys = torch.cat([caches[index][0], keys], dim=2)
                 values = torch.cat([caches[index][1], values], dim=2)
             caches[index] = (keys, values)
             attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=seen == 0)
-            hidden = block.finish(hidden, attended)
+            hidden = block.finish(hidden, attended.transpose(1, 2).flatten(2))
         seen += tokens.shape[1]
         every = policy.head(policy.norm(hidden[:, -1])).log_softmax(dim=1)
         tokens = torch.multinomial(every.exp(), 1, generator=generator)

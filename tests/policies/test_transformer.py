@@ -40,6 +40,25 @@ def test_sampler_knows_the_log_probs_of_a_full_forward(generator, sizes, prompt_
     torch.testing.assert_close(log_probs, policy.log_probs(rows), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("groups", [[0] * 8, [7, 7, 7, 2, 2, 2, 2, 2], [1, 0, 1, 2, 0, 1, 2, 2], [3] * 7 + [1]])
+@pytest.mark.parametrize(("prompt_length", "answer_length"), [(6, 7), (1, 5), (4, 1)])
+def test_reading_a_shared_prompt_once_changes_no_gradient(generator, groups, prompt_length, answer_length):
+    policy = make(layers=2).double()
+    index = torch.tensor(groups)
+    prompts = torch.randint(3, (8, prompt_length), generator=generator)[index]
+    rows = {"prompts": prompts, "answers": torch.randint(3, (8, answer_length), generator=generator)}
+    weight = torch.randn(8, answer_length, generator=generator, dtype=torch.double)
+    plain, shared = (policy.log_probs(given) for given in (rows, {**rows, "prompt_index": index}))
+    torch.testing.assert_close(shared, plain, atol=1e-12, rtol=0)
+    parameters = list(policy.parameters())
+    for one, other in zip(
+        torch.autograd.grad((weight * plain).sum(), parameters, allow_unused=True),
+        torch.autograd.grad((weight * shared).sum(), parameters, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+
+
 def test_padding_changes_nothing(generator):
     policy = make()
     lengths = torch.tensor([1, 3, 5])

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparkjoy.policies.attention import Block, attend, causal_mask
+
 if TYPE_CHECKING:
-    from sparkjoy.policies.transformer import Block, Transformer
+    from sparkjoy.policies.transformer import Transformer
 
 
 @torch.no_grad()
@@ -47,7 +49,7 @@ def sample_answers(
     hidden = _prefill(policy, prompts, prompt_lengths, cache[:, :prompt_length]).repeat_interleave(
         answers_per_prompt, 0
     )
-    layers = [_layer(block) for block in policy.blocks]
+    layers = [_layer(block) for block in policy.layers]
     for step in range(answer_length):
         if step:
             hidden = F.embedding(answers[step - 1], embedding) + position_embeddings[step - 1]
@@ -92,15 +94,15 @@ def _layer(block: Block) -> _Layer:
 def _prefill(policy: Transformer, prompts: Tensor, lengths: Tensor | None, cache: Tensor) -> Tensor:
     """Fill `cache` (layers, H, 3 D, P * A) with the prompts' keys and values; the last prompt tokens' states (P, D)."""
     count, prompt_length = prompts.shape
-    hidden = policy.embed(prompts, torch.arange(prompt_length, device=prompts.device))
-    for block, layer_cache in zip(policy.blocks, cache, strict=True):
-        queries, keys, values = block.heads_of(hidden)
-        width = hidden.shape[2]
-        for part, start in ((keys, width), (values, 2 * width)):
-            shared = part.permute(2, 1, 3, 0).flatten(1, 2).unsqueeze(3)  # (H, D, P, 1)
-            layer_cache[:, start : start + width].unflatten(2, (count, -1)).copy_(shared)
-        # Padding comes after the tokens that count, so none of these looks at it.
-        hidden = block.finish(hidden, F.scaled_dot_product_attention(queries, keys, values, is_causal=True))
+    slots = torch.arange(prompt_length, device=prompts.device)
+    hidden = policy.embed(prompts, slots)
+    # Padding comes after the tokens that count, so none of these looks at it.
+    mask = causal_mask(slots, prompt_length, hidden)
+    for block, layer_cache in zip(policy.layers, cache, strict=True):
+        queries, seen = block.project(hidden)
+        shared = seen.permute(1, 2, 0).unsqueeze(3)  # (H, 2 D, P, 1)
+        layer_cache[:, hidden.shape[2] :].unflatten(2, (count, -1)).copy_(shared)
+        hidden = block.finish(hidden, attend(queries, seen, mask, block.heads))
     if lengths is None:
         return hidden[:, -1]
     return hidden[torch.arange(count, device=prompts.device), lengths - 1]

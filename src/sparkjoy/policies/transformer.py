@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparkjoy.policies.attention import Block, attend, causal_mask
 from sparkjoy.policies.sampling import sample_answers
-
-
-class Block(nn.Module):
-    """Pre-norm attention and a pre-norm feed-forward part with ReLU, each added to the residual stream; no biases.
-
-    ReLU, as torch's and flax's own layers have by default: a GELU costs four times as much at these sizes.
-    """
-
-    def __init__(self, width: int, heads: int, feed_forward: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm = nn.LayerNorm(width, bias=False)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.feed_forward_norm = nn.LayerNorm(width, bias=False)
-        self.up = nn.Linear(width, feed_forward, bias=False)
-        self.down = nn.Linear(feed_forward, width, bias=False)
-
-    def heads_of(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of hidden states (n, S, D): (n, heads, S, D / heads) each."""
-        qkv = self.qkv(self.attention_norm(hidden))
-        n, length, _ = hidden.shape
-        queries, keys, values = qkv.view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return queries, keys, values
-
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The residual stream (n, S, D) after this block, given what its heads saw, (n, heads, S, D / heads)."""
-        hidden = hidden + self.out(attended.transpose(1, 2).flatten(2))
-        return hidden + self.down(F.relu(self.up(self.feed_forward_norm(hidden))))
 
 
 class Transformer(nn.Module):
@@ -99,15 +73,24 @@ class Transformer(nn.Module):
         """Differentiable log-probs (n, T) of `rows["answers"]` (n, T) after `rows["prompts"]` (n, H).
 
         `rows["prompt_lengths"]` (n,), where given, says how many tokens of each prompt count; anything may stand after
-        them.
+        them. `rows["prompt_index"]` (n,), where given, is equal for rows of equal prompts: such a prompt is then read
+        once for all its answers. It changes the cost and nothing else.
 
         Raises:
             ValueError: the sequences are longer than there are positions.
         """
         prompts, answers, lengths = rows["prompts"], rows["answers"], rows.get("prompt_lengths")
-        hidden = self._read(prompts, answers[:, :-1], lengths)
+        read, index = answers[:, :-1], rows.get("prompt_index")
+        self._check_length(prompts.shape[1] + read.shape[1])
+        if lengths is not None:
+            hidden = self._read_ragged(prompts, read, lengths.unsqueeze(1))
+        elif index is None or len(index) < 2:
+            hidden = self._read(prompts, read)
+        else:
+            hidden = self._read_shared(prompts, read, index)
         logits = self.head(self.norm(hidden))
-        return -F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none").view_as(answers)
+        surprisals: Tensor = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
+        return -surprisals.view_as(answers)
 
     def sample(
         self,
@@ -144,34 +127,73 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token and position embeddings, summed."""
-        return self.tokens(tokens) + self.positions(positions)
+        embedded: Tensor = self.tokens(tokens) + self.positions(positions)
+        return embedded
 
-    def _read(self, prompts: Tensor, answers: Tensor, lengths: Tensor | None) -> Tensor:
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, first to last."""
+        return cast(list[Block], list(self.blocks))
+
+    def _read(self, prompts: Tensor, answers: Tensor) -> Tensor:
         """Hidden states (n, T, D) that predict the answer's tokens; `answers` is without its last token."""
+        sequence = torch.cat([prompts, answers], dim=1)
+        slots = torch.arange(sequence.shape[1], device=sequence.device)
+        hidden = self.embed(sequence, slots)
+        mask = causal_mask(slots, len(slots), hidden)
+        *blocks, last = self.layers
+        for block in blocks:
+            hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
+        # Of the last block only the positions that predict an answer's token matter.
+        first = prompts.shape[1] - 1
+        queries, seen = last.project(hidden)
+        return last.finish(hidden[:, first:], attend(queries[:, first:], seen, mask[first:], last.heads))
+
+    def _read_shared(self, prompts: Tensor, answers: Tensor, index: Tensor) -> Tensor:
+        """As `_read`, each distinct prompt once."""
+        groups, group = index.unique(return_inverse=True)
+        count, (total, length), prompt_length = len(groups), answers.shape, prompts.shape[1]
+        if 2 * count > total or length == 0:  # too little is shared to pay for the gathering
+            return self._read(prompts, answers)
+        first_row = torch.empty_like(groups).scatter_(0, group, torch.arange(total, device=index.device))
+        slots = torch.arange(prompt_length + length, device=index.device)
+        # All prompt tokens and then all answer tokens, one row each: (tokens, D).
+        tokens = torch.cat([prompts.index_select(0, first_row).flatten(), answers.flatten()])
+        positions = torch.cat([slots[:prompt_length].repeat(count), slots[prompt_length:].repeat(total)])
+        hidden = self.embed(tokens, positions)
+        # Copying by a product with zeros and ones is as quick as gathering, and its backward pass much quicker.
+        copies = F.one_hot(group, count).to(hidden.dtype)
+
+        def parts(flat: Tensor) -> tuple[Tensor, Tensor]:
+            asked, answered = flat.split([count * prompt_length, total * length])
+            return asked.unflatten(0, (count, prompt_length)), answered.unflatten(0, (total, length))
+
+        def for_answers(asked: Tensor) -> Tensor:
+            return (copies @ asked.flatten(1)).unflatten(1, asked.shape[1:])
+
+        prompt_mask = causal_mask(slots[:prompt_length], prompt_length, hidden)
+        answer_mask = causal_mask(slots, length, hidden)
+        for block in self.layers:
+            queries, seen = block.project(hidden)
+            asking, answering = parts(queries)
+            asked, answered = parts(seen)
+            in_prompt = attend(asking, asked, prompt_mask, block.heads)
+            in_answer = attend(answering, torch.cat([for_answers(asked), answered], dim=1), answer_mask, block.heads)
+            hidden = block.finish(hidden, torch.cat([in_prompt.flatten(0, 1), in_answer.flatten(0, 1)]))
+        asked, answered = parts(hidden)
+        return torch.cat([for_answers(asked[:, -1:]), answered], dim=1)
+
+    def _read_ragged(self, prompts: Tensor, answers: Tensor, lengths: Tensor) -> Tensor:
+        """As `_read`, for prompts of which `lengths` (n, 1) tokens count."""
         prompt_length = prompts.shape[1]
         sequence = torch.cat([prompts, answers], dim=1)
-        self._check_length(sequence.shape[1])
         slots = torch.arange(sequence.shape[1], device=sequence.device)
-        if lengths is not None:
-            return self._read_ragged(sequence, slots, prompt_length, lengths.unsqueeze(1))
-        hidden = self.embed(sequence, slots)
-        for block in self.blocks[:-1]:
-            hidden = block.finish(hidden, F.scaled_dot_product_attention(*block.heads_of(hidden), is_causal=True))
-        # Of the last block only the positions that predict an answer's token matter.
-        last = self.blocks[-1]
-        queries, keys, values = last.heads_of(hidden)
-        mask = slots <= slots[prompt_length - 1 :, None]
-        attended = F.scaled_dot_product_attention(queries[:, :, prompt_length - 1 :], keys, values, attn_mask=mask)
-        return last.finish(hidden[:, prompt_length - 1 :], attended)
-
-    def _read_ragged(self, sequence: Tensor, slots: Tensor, prompt_length: int, lengths: Tensor) -> Tensor:
         padding = (slots >= lengths) & (slots < prompt_length)  # (n, S)
         # An answer's positions follow its prompt's last token, wherever its slots are.
         positions = torch.where(slots < prompt_length, slots, slots - prompt_length + lengths)
         hidden = self.embed(sequence.masked_fill(padding, 0), positions)
-        mask = (slots <= slots[:, None]) & ~padding[:, None, None]
-        for block in self.blocks:
-            queries, keys, values = block.heads_of(hidden)
-            hidden = block.finish(hidden, F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
+        mask = causal_mask(slots, len(slots), hidden).masked_fill(padding[:, None, None], -torch.inf)
+        for block in self.layers:
+            hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
         first = hidden.gather(1, (lengths - 1).unsqueeze(2).expand(-1, 1, hidden.shape[2]))
         return torch.cat([first, hidden[:, prompt_length:]], dim=1)

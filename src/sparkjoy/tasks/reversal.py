@@ -118,7 +118,9 @@ class ReversalTask:
         prompts = prompts.repeat_interleave(config.answers, 0)
         rewards = self.reward(prompts, answers)
         advantages = group_mean_advantage(rewards, config.answers)
-        return Rollout({"prompts": prompts, "answers": answers}, advantages, log_probs, None, rewards.mean())
+        index = torch.arange(config.prompts).repeat_interleave(config.answers)
+        batch = {"prompts": prompts, "answers": answers, "prompt_index": index}
+        return Rollout(batch, advantages, log_probs, None, rewards.mean())
 
     def error(self, policy: Transformer) -> float:
         """Fraction of wrong tokens in one sampled answer to each of 1,000 fixed prompts, the same draws every time."""
