@@ -30,7 +30,7 @@ def sample_answers(
 ) -> tuple[Tensor, Tensor]:
     """What `Transformer.sample` does."""
     prompt_length, total = prompts.shape[1], len(prompts) * answers_per_prompt
-    embedding, head = policy.tokens.weight, policy.head.weight
+    embedding, head = policy.tokens.weight, policy.head.weight.t()
     # Gumbel noise for every draw at once: the likeliest of logits + noise is a draw from their softmax.
     noise = embedding.new_empty(answer_length, total, len(embedding)).exponential_(generator=generator).log_().neg_()
     logits = torch.empty_like(noise)
@@ -49,23 +49,25 @@ def sample_answers(
     hidden = _prefill(policy, prompts, prompt_lengths, cache[:, :prompt_length]).repeat_interleave(
         answers_per_prompt, 0
     )
-    layers = [_layer(block) for block in policy.layers]
+    layers = [_layer(block, layer_cache) for block, layer_cache in zip(policy.layers, cache, strict=True)]
     for step in range(answer_length):
         if step:
             hidden = F.embedding(answers[step - 1], embedding) + position_embeddings[step - 1]
-            filled = prompt_length + step
-            for layer, layer_cache in zip(layers, cache, strict=True):
-                hidden = _decode(hidden, layer, layer_cache[:filled], None if bias is None else bias[:filled])
-        torch.mm(policy.norm(hidden), head.t(), out=logits[step])
+            for layer in layers:
+                hidden = _decode(hidden, layer, prompt_length + step, bias)
+        torch.mm(policy.norm(hidden), head, out=logits[step])
         torch.argmax(logits[step] + noise[step], dim=1, out=answers[step])
     log_probs = logits.log_softmax(dim=2).gather(2, answers.unsqueeze(2)).squeeze(2)
     return answers.t().contiguous(), log_probs.t().contiguous()
 
 
 class _Layer(NamedTuple):
-    """A block's weights as decoding wants them."""
+    """A block's weights and cache as decoding wants them: every view is made once, not once per token."""
 
-    heads: int
+    slots: tuple[Tensor, ...]  # (3 D, B) each, the query, key and value of one slot
+    queries: tuple[Tensor, ...]  # (heads, D / heads, B) each, of one slot
+    keys: Tensor  # (slots, heads, D / heads, B)
+    values: Tensor  # likewise
     attention_norm: Tensor
     qkv: Tensor  # (3 D, D), the queries' rows scaled by 1 / sqrt(D / heads)
     out: Tensor  # (D, D), transposed
@@ -75,12 +77,16 @@ class _Layer(NamedTuple):
     epsilon: float
 
 
-def _layer(block: Block) -> _Layer:
+def _layer(block: Block, cache: Tensor) -> _Layer:
     width = block.out.weight.shape[0]
     qkv = block.qkv.weight.clone()
     qkv[:width] *= (width // block.heads) ** -0.5
+    queries, keys, values = cache.unflatten(1, (3, block.heads, -1)).unbind(1)
     return _Layer(
-        block.heads,
+        cache.unbind(0),
+        queries.unbind(0),
+        keys,
+        values,
         block.attention_norm.weight,
         qkv,
         block.out.weight.t(),
@@ -108,16 +114,15 @@ def _prefill(policy: Transformer, prompts: Tensor, lengths: Tensor | None, cache
     return hidden[torch.arange(count, device=prompts.device), lengths - 1]
 
 
-def _decode(hidden: Tensor, layer: _Layer, cache: Tensor, bias: Tensor | None) -> Tensor:
-    """The residual stream (B, D) of the newest token after one block; its keys and values go to the last slot."""
+def _decode(hidden: Tensor, layer: _Layer, filled: int, bias: Tensor | None) -> Tensor:
+    """The residual stream (B, D) of the newest token after one block; its keys and values go to slot `filled` - 1."""
     shape, width = hidden.shape[1:], hidden.shape[1]
     normed = F.layer_norm(hidden, shape, layer.attention_norm, None, layer.epsilon)
-    torch.mm(layer.qkv, normed.t(), out=cache[-1])
-    queries, keys, values = cache.unflatten(1, (3, layer.heads, -1)).unbind(1)  # (slots, heads, D / heads, B) each
-    scores = (queries[-1] * keys).sum(dim=2)
+    torch.mm(layer.qkv, normed.t(), out=layer.slots[filled - 1])
+    scores = (layer.queries[filled - 1] * layer.keys[:filled]).sum(dim=2)
     if bias is not None:
-        scores += bias
-    attended = (scores.softmax(dim=0).unsqueeze(2) * values).sum(dim=0).view(width, -1)
+        scores += bias[:filled]
+    attended = (scores.softmax(dim=0).unsqueeze(2) * layer.values[:filled]).sum(dim=0).view(width, -1)
     hidden = torch.addmm(hidden, attended.t(), layer.out)
     normed = F.layer_norm(hidden, shape, layer.feed_forward_norm, None, layer.epsilon)
     return torch.addmm(hidden, torch.mm(normed, layer.up).relu_(), layer.down)

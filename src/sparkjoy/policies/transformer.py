@@ -169,7 +169,8 @@ class Transformer(nn.Module):
             return asked.unflatten(0, (count, prompt_length)), answered.unflatten(0, (total, length))
 
         def for_answers(asked: Tensor) -> Tensor:
-            return (copies @ asked.flatten(1)).unflatten(1, asked.shape[1:])
+            copied: Tensor = copies @ asked.flatten(1)
+            return copied.view(total, *asked.shape[1:])
 
         prompt_mask = causal_mask(slots[:prompt_length], prompt_length, hidden)
         answer_mask = causal_mask(slots, length, hidden)
