@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from sparkjoy.policies.transformer import Transformer
 
 
-@torch.no_grad()
 def sample_answers(
     policy: Transformer,
     prompts: Tensor,
@@ -28,7 +27,7 @@ def sample_answers(
     generator: torch.Generator | None,
     prompt_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What `Transformer.sample` does."""
+    """What `Transformer.sample` does; to be called without gradients."""
     prompt_length, total = prompts.shape[1], len(prompts) * answers_per_prompt
     embedding, head = policy.tokens.weight, policy.head.weight.t()
     # Gumbel noise for every draw at once: the likeliest of logits + noise is a draw from their softmax.

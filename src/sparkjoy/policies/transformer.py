@@ -116,7 +116,11 @@ class Transformer(nn.Module):
             ValueError: the sequences are longer than there are positions.
         """
         self._check_length(prompts.shape[1] + answer_length - 1)
-        return sample_answers(self, prompts, answers_per_prompt, answer_length, generator, prompt_lengths)
+        with torch.inference_mode():
+            answers, log_probs = sample_answers(
+                self, prompts, answers_per_prompt, answer_length, generator, prompt_lengths
+            )
+        return answers.clone(), log_probs.clone()  # a graph may save these, but not inference tensors
 
     def _check_length(self, length: int) -> None:
         if length > self.positions.num_embeddings:
@@ -153,7 +157,7 @@ class Transformer(nn.Module):
         """As `_read`, each distinct prompt once."""
         groups, group = index.unique(return_inverse=True)
         count, (total, length), prompt_length = len(groups), answers.shape, prompts.shape[1]
-        if 2 * count > total or length == 0:  # too little is shared to pay for the gathering
+        if 3 * count > total or length == 0:  # too little is shared to pay for the gathering
             return self._read(prompts, answers)
         first_row = torch.empty_like(groups).scatter_(0, group, torch.arange(total, device=index.device))
         slots = torch.arange(prompt_length + length, device=index.device)
