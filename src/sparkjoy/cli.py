@@ -7,7 +7,9 @@ import sys
 HELP = """usage: sparkjoy COMMAND [flags]
 
   sparkjoy train mnist      train one policy: sparkjoy train mnist --method kondo --rate 0.03 --out out/run
+  sparkjoy train reversal   the same on token reversal with a transformer
   sparkjoy pareto mnist     train every method at every rate, and draw quality against cost
+  sparkjoy pareto reversal  the same on token reversal
   sparkjoy study scores     the same rate by other scores than delight, under two baselines
   sparkjoy study bandit     the papers' bandit theory, checked number by number
 

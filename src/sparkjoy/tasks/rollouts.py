@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Task(Protocol):
 
     name: str
     samples_with_graph: bool
-    """Whether `rollout(graph=True)` is possible."""
+    """Whether `rollout` can keep the graph of the forward pass that sampled."""
 
-    def policy(self) -> nn.Module:
+    def policy(self) -> Any:
         """A fresh policy, with a `log_probs(rows)` method, from torch's global random state."""
         ...
 
-    def rollout(self, policy: nn.Module, generator: torch.Generator, graph: bool) -> Rollout:
+    def rollout(self, policy: Any, generator: torch.Generator, graph: bool) -> Rollout:
         """Sample a batch; `graph`: keep the forward pass's graph in `log_probs`, so that it can be differentiated."""
         ...
 
@@ -55,6 +55,6 @@ class Task(Protocol):
         """Rows of a batch with their answers cut to the first `length` tokens."""
         ...
 
-    def error(self, policy: nn.Module) -> float:
+    def error(self, policy: Any) -> float:
         """Error of the greedy policy on held-out contexts, as a fraction."""
         ...

@@ -59,7 +59,7 @@ class Training:
         rollout = self._rollout()
         sampled = time.perf_counter()
         advantages = self.settings.advantages(rollout.advantages, rollout.group_size)
-        own_forward: Callable[[Any], Tensor] = self.policy.log_probs  # type: ignore[assignment]
+        own_forward: Callable[[Any], Tensor] = self.policy.log_probs
         log_prob_fn = (lambda _: rollout.log_probs) if self.differentiates_rollout else own_forward
         for _ in range(self.settings.updates):
             report = self.backward(

@@ -1,0 +1,204 @@
+"""A decoder-only transformer over a small vocabulary, and the log-probs of answers to prompts."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparkjoy.policies.attention import Block, attend, causal_mask
+from sparkjoy.policies.sampling import sample_answers
+
+
+class Transformer(nn.Module):
+    """Answers of T tokens to prompts of H tokens: decoder-only, pre-norm, no biases, learned positions.
+
+    The sequence is the prompt and then the answer; the first answer token is predicted from the last prompt token, so
+    there is no separator, and the last answer token is never read.
+
+    >>> import torch
+    >>> policy = Transformer(vocab_size=2, positions=19)
+    >>> prompts = torch.randint(2, (3, 10))
+    >>> answers, log_probs = policy.sample(prompts, 2, 10, torch.Generator().manual_seed(0))
+    >>> answers.shape
+    torch.Size([6, 10])
+    >>> rows = {"prompts": prompts.repeat_interleave(2, 0), "answers": answers}
+    >>> bool(torch.isclose(policy.log_probs(rows), log_probs, atol=1e-5).all())
+    True
+
+    Args:
+        vocab_size: M, of prompts and answers alike.
+        positions: the longest sequence read, H + T - 1.
+        layers: number of blocks.
+        width: D, of the residual stream; a multiple of `heads`.
+        heads: attention heads.
+        feed_forward: width of the feed-forward part.
+
+    Raises:
+        ValueError: a size below 1, or a width that is no multiple of `heads`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        positions: int,
+        layers: int = 3,
+        width: int = 64,
+        heads: int = 4,
+        feed_forward: int = 128,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "vocab_size": vocab_size,
+            "positions": positions,
+            "layers": layers,
+            "width": width,
+            "heads": heads,
+            "feed_forward": feed_forward,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; expected at least 1.")
+        if width % heads:
+            raise ValueError(f"width is {width}, which {heads} heads do not divide; expected a multiple of {heads}.")
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.positions = nn.Embedding(positions, width)
+        self.blocks = nn.ModuleList(Block(width, heads, feed_forward) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, vocab_size, bias=False)
+
+    def log_probs(self, rows: dict[str, Tensor]) -> Tensor:
+        """Differentiable log-probs (n, T) of `rows["answers"]` (n, T) after `rows["prompts"]` (n, H).
+
+        `rows["prompt_lengths"]` (n,), where given, says how many tokens of each prompt count; anything may stand after
+        them. `rows["prompt_index"]` (n,), where given, is equal for rows of equal prompts: such a prompt is then read
+        once for all its answers. It changes the cost and nothing else.
+
+        Raises:
+            ValueError: the sequences are longer than there are positions.
+        """
+        prompts, answers, lengths = rows["prompts"], rows["answers"], rows.get("prompt_lengths")
+        read, index = answers[:, :-1], rows.get("prompt_index")
+        self._check_length(prompts.shape[1] + read.shape[1])
+        if lengths is not None:
+            hidden = self._read_ragged(prompts, read, lengths.unsqueeze(1))
+        elif index is None or len(index) < 2:
+            hidden = self._read(prompts, read)
+        else:
+            hidden = self._read_shared(prompts, read, index)
+        logits = self.head(self.norm(hidden))
+        surprisals: Tensor = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
+        return -surprisals.view_as(answers)
+
+    def sample(
+        self,
+        prompts: Tensor,
+        answers_per_prompt: int,
+        answer_length: int,
+        generator: torch.Generator | None = None,
+        prompt_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw answers at temperature 1, the answers of a prompt beside one another.
+
+        Args:
+            prompts: (P, H).
+            answers_per_prompt: A.
+            answer_length: T.
+            generator: source of all draws; None: torch's global one.
+            prompt_lengths: (P,), how many tokens of each prompt count; None: all.
+
+        Returns:
+            Answers and the log-probs they were drawn with, (P * A, T) each, without a graph.
+
+        Raises:
+            ValueError: the sequences are longer than there are positions.
+        """
+        self._check_length(prompts.shape[1] + answer_length - 1)
+        with torch.inference_mode():
+            answers, log_probs = sample_answers(
+                self, prompts, answers_per_prompt, answer_length, generator, prompt_lengths
+            )
+        return answers.clone(), log_probs.clone()  # a graph may save these, but not inference tensors
+
+    def _check_length(self, length: int) -> None:
+        if length > self.positions.num_embeddings:
+            raise ValueError(
+                f"prompt and answer have {length} tokens to read; this policy was made for at most "
+                f"{self.positions.num_embeddings} positions."
+            )
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token and position embeddings, summed."""
+        embedded: Tensor = self.tokens(tokens) + self.positions(positions)
+        return embedded
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, first to last."""
+        return cast(list[Block], list(self.blocks))
+
+    def _read(self, prompts: Tensor, answers: Tensor) -> Tensor:
+        """Hidden states (n, T, D) that predict the answer's tokens; `answers` is without its last token."""
+        sequence = torch.cat([prompts, answers], dim=1)
+        slots = torch.arange(sequence.shape[1], device=sequence.device)
+        hidden = self.embed(sequence, slots)
+        mask = causal_mask(slots, len(slots), hidden)
+        *blocks, last = self.layers
+        for block in blocks:
+            hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
+        # Of the last block only the positions that predict an answer's token matter.
+        first = prompts.shape[1] - 1
+        queries, seen = last.project(hidden)
+        return last.finish(hidden[:, first:], attend(queries[:, first:], seen, mask[first:], last.heads))
+
+    def _read_shared(self, prompts: Tensor, answers: Tensor, index: Tensor) -> Tensor:
+        """As `_read`, each distinct prompt once."""
+        groups, group = index.unique(return_inverse=True)
+        count, (total, length), prompt_length = len(groups), answers.shape, prompts.shape[1]
+        if 3 * count > total or length == 0:  # too little is shared to pay for the gathering
+            return self._read(prompts, answers)
+        first_row = torch.empty_like(groups).scatter_(0, group, torch.arange(total, device=index.device))
+        slots = torch.arange(prompt_length + length, device=index.device)
+        # All prompt tokens and then all answer tokens, one row each: (tokens, D).
+        tokens = torch.cat([prompts.index_select(0, first_row).flatten(), answers.flatten()])
+        positions = torch.cat([slots[:prompt_length].repeat(count), slots[prompt_length:].repeat(total)])
+        hidden = self.embed(tokens, positions)
+        # Copying by a product with zeros and ones is as quick as gathering, and its backward pass much quicker.
+        copies = F.one_hot(group, count).to(hidden.dtype)
+
+        def parts(flat: Tensor) -> tuple[Tensor, Tensor]:
+            asked, answered = flat.split([count * prompt_length, total * length])
+            return asked.unflatten(0, (count, prompt_length)), answered.unflatten(0, (total, length))
+
+        def for_answers(asked: Tensor) -> Tensor:
+            copied: Tensor = copies @ asked.flatten(1)
+            return copied.view(total, *asked.shape[1:])
+
+        prompt_mask = causal_mask(slots[:prompt_length], prompt_length, hidden)
+        answer_mask = causal_mask(slots, length, hidden)
+        for block in self.layers:
+            queries, seen = block.project(hidden)
+            asking, answering = parts(queries)
+            asked, answered = parts(seen)
+            in_prompt = attend(asking, asked, prompt_mask, block.heads)
+            in_answer = attend(answering, torch.cat([for_answers(asked), answered], dim=1), answer_mask, block.heads)
+            hidden = block.finish(hidden, torch.cat([in_prompt.flatten(0, 1), in_answer.flatten(0, 1)]))
+        asked, answered = parts(hidden)
+        return torch.cat([for_answers(asked[:, -1:]), answered], dim=1)
+
+    def _read_ragged(self, prompts: Tensor, answers: Tensor, lengths: Tensor) -> Tensor:
+        """As `_read`, for prompts of which `lengths` (n, 1) tokens count."""
+        prompt_length = prompts.shape[1]
+        sequence = torch.cat([prompts, answers], dim=1)
+        slots = torch.arange(sequence.shape[1], device=sequence.device)
+        padding = (slots >= lengths) & (slots < prompt_length)  # (n, S)
+        # An answer's positions follow its prompt's last token, wherever its slots are.
+        positions = torch.where(slots < prompt_length, slots, slots - prompt_length + lengths)
+        hidden = self.embed(sequence.masked_fill(padding, 0), positions)
+        mask = causal_mask(slots, len(slots), hidden).masked_fill(padding[:, None, None], -torch.inf)
+        for block in self.layers:
+            hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
+        first = hidden.gather(1, (lengths - 1).unsqueeze(2).expand(-1, 1, hidden.shape[2]))
+        return torch.cat([first, hidden[:, prompt_length:]], dim=1)

@@ -1,0 +1,143 @@
+"""Token reversal: a prompt of H tokens, an answer that must be its reverse, a reward for how much is right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparkjoy.baselines import group_mean_advantage
+from sparkjoy.policies.transformer import Transformer
+from sparkjoy.tasks.rollouts import Rollout
+
+HELD_OUT_PROMPTS = 1000
+
+
+@dataclass(frozen=True)
+class ReversalConfig:
+    """The papers' protocol (arXiv 2603.14608 and 2603.20526): 10 tokens of 2, 10 answers to each of 10 prompts."""
+
+    prompt_length: int = 10
+    """H, tokens of a prompt and of an answer."""
+    vocab_size: int = 2
+    """M, different tokens."""
+    target: Literal["reverse", "copy", "increment"] = "reverse"
+    """The right answer: the prompt backwards, the prompt, or every token plus one modulo M."""
+    shaping: Literal["fraction", "first-error", "all-or-nothing"] = "fraction"
+    """Reward: fraction of right positions, of those before the first wrong one, or 1 only if all are right."""
+    prompts: int = 10
+    """Prompts drawn a step."""
+    answers: int = 10
+    """Answers drawn to each prompt; their mean reward is its baseline."""
+    layers: int = 3
+    """Blocks of the transformer."""
+    width: int = 64
+    """Width of the transformer."""
+    heads: int = 4
+    """Attention heads; they divide the width."""
+    feed_forward: int = 128
+    """Width of the feed-forward parts."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_length", "prompts", "answers", "layers", "width", "heads", "feed_forward"):
+            _check_at_least(1, name, getattr(self, name))
+        _check_at_least(2, "vocab_size", self.vocab_size)
+        _check_one_of(("reverse", "copy", "increment"), "target", self.target)
+        _check_one_of(("fraction", "first-error", "all-or-nothing"), "shaping", self.shaping)
+        if self.width % self.heads:
+            raise ValueError(f"--width {self.width}: expected a multiple of --heads {self.heads}.")
+
+
+class ReversalTask:
+    """Prompts of random tokens, and the reward for writing them backwards.
+
+    >>> task = ReversalTask(ReversalConfig(prompt_length=4, vocab_size=9))
+    >>> prompts = torch.tensor([[1, 2, 3, 4]])
+    >>> task.target(prompts), task.reward(prompts, torch.tensor([[4, 3, 2, 2]]))
+    (tensor([[4, 3, 2, 1]]), tensor([0.7500]))
+
+    Args:
+        config: sizes and the protocol.
+    """
+
+    name = "reversal"
+    samples_with_graph = False
+
+    def __init__(self, config: ReversalConfig) -> None:
+        self.config = config
+        self._held_out = self.sample(HELD_OUT_PROMPTS, torch.Generator().manual_seed(0))
+
+    def policy(self) -> Transformer:
+        """A transformer of the config's sizes."""
+        config = self.config
+        return Transformer(
+            config.vocab_size,
+            positions=2 * config.prompt_length - 1,
+            layers=config.layers,
+            width=config.width,
+            heads=config.heads,
+            feed_forward=config.feed_forward,
+        )
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Prompts (count, H), every token drawn uniformly."""
+        return torch.randint(self.config.vocab_size, (count, self.config.prompt_length), generator=generator)
+
+    def target(self, prompts: Tensor) -> Tensor:
+        """The right answers to `prompts` (B, H): (B, H)."""
+        if self.config.target == "reverse":
+            return prompts.flip(1)
+        if self.config.target == "increment":
+            return (prompts + 1) % self.config.vocab_size
+        return prompts
+
+    def reward(self, prompts: Tensor, answers: Tensor) -> Tensor:
+        """Reward (B,) in [0, 1] of `answers` (B, H) to `prompts` (B, H)."""
+        right = answers == self.target(prompts)
+        if self.config.shaping == "all-or-nothing":
+            return right.all(dim=1).float()
+        if self.config.shaping == "first-error":
+            right = right.int().cumprod(dim=1)
+        return right.float().mean(dim=1)
+
+    def rollout(self, policy: Transformer, generator: torch.Generator, graph: bool) -> Rollout:
+        """Draw prompts, and several answers to each from the policy.
+
+        Raises:
+            ValueError: `graph` asked for; the sampler has no graph to give.
+        """
+        if graph:
+            raise ValueError(
+                "reversal's sampler keeps no graph; differentiate policy.log_probs(rollout.batch) instead."
+            )
+        config = self.config
+        prompts = self.sample(config.prompts, generator)
+        answers, log_probs = policy.sample(prompts, config.answers, config.prompt_length, generator)
+        prompts = prompts.repeat_interleave(config.answers, 0)
+        rewards = self.reward(prompts, answers)
+        advantages = group_mean_advantage(rewards, config.answers)
+        index = torch.arange(config.prompts).repeat_interleave(config.answers)
+        batch = {"prompts": prompts, "answers": answers, "prompt_index": index}
+        return Rollout(batch, advantages, log_probs, None, rewards.mean(), config.answers)
+
+    def trim(self, rows: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        """Rows of a batch with their answers cut to the first `length` tokens."""
+        return {**rows, "answers": rows["answers"][:, :length]}
+
+    def error(self, policy: Transformer) -> float:
+        """Fraction of wrong tokens in one sampled answer to each of 1,000 fixed prompts, the same draws every time."""
+        generator = torch.Generator().manual_seed(1)
+        answers, _ = policy.sample(self._held_out, 1, self.config.prompt_length, generator)
+        return float((answers != self.target(self._held_out)).float().mean())
+
+
+def _check_at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}.")
+
+
+def _check_one_of(choices: tuple[str, ...], name: str, value: str) -> None:
+    if value not in choices:
+        raise ValueError(f"--{name} {value}: expected one of {', '.join(choices)}.")
