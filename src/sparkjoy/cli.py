@@ -11,6 +11,7 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy pareto mnist     train every method at every rate, and draw quality against cost
   sparkjoy pareto reversal  the same on token reversal
   sparkjoy study scores     the same rate by other scores than delight, under two baselines
+  sparkjoy study scaling    the longest prompt each method learns to reverse within a budget
   sparkjoy study bandit     the papers' bandit theory, checked number by number
 
 Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures; a run that is stopped

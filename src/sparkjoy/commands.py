@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from sparkjoy.studies import bandit_theory, pareto, score_comparison
+from sparkjoy.studies import bandit_theory, pareto, scaling, score_comparison
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.tasks.rollouts import Task
-from sparkjoy.training.console import LiveRuns, print_runs, print_scores, print_slopes, study_progress
+from sparkjoy.training.console import LiveRuns, print_runs, print_scaling, print_scores, print_slopes, study_progress
 from sparkjoy.training.loop import summary, train
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import prepare_out, save_figure, write_json
@@ -118,6 +118,24 @@ class StudyBandit:
         print(f"results and five figures in {self.out}")
 
 
+@dataclass(frozen=True)
+class StudyScaling:
+    """The longest prompt each method learns to reverse within a budget, each at its best learning rate."""
+
+    out: Path = Path("out/study-scaling")
+    """Folder for the results; finished runs in it are not run again."""
+    study: Annotated[scaling.ScalingStudy, FLAT] = field(default_factory=scaling.ScalingStudy)
+
+    def __call__(self) -> None:
+        study = self.study
+        tries = len(study.learning_rates) * len(study.tuning_seeds) + len(study.seeds)
+        with LiveRuns(runs=len(study.arms) * len(study.prompt_lengths) * tries) as live:
+            rows = scaling.run(study, self.out, live.start)
+        save_figure(scaling.plot(rows), self.out, "scaling")
+        print_scaling(rows)
+        print(f"results in {self.out}, the figure in {self.out / 'scaling.png'}")
+
+
 COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("train", "mnist"): TrainMnist,
     ("train", "reversal"): TrainReversal,
@@ -125,6 +143,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("pareto", "reversal"): ParetoReversal,
     ("study", "scores"): StudyScores,
     ("study", "bandit"): StudyBandit,
+    ("study", "scaling"): StudyScaling,
 }
 
 

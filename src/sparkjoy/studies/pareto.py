@@ -100,14 +100,20 @@ def train_all(
     """Train each of `runs` in its folder, and merge what they leave into `out`."""
     records: list[Record] = []
     for settings in runs:
-        name = f"{settings.label}, seed {settings.seed}"
-        folder = out / "runs" / name.replace("%", "pct").replace(", ", "-").replace(" ", "-")
-        on_step = None if on_run is None else on_run(name, settings)
-        of_run = [{"arm": settings.label, **record} for record in train(task, settings, folder, task_config, on_step)]
-        records += of_run
+        records += train_one(settings, task, out / "runs", task_config, on_run)
         write_json_lines(out / "records.jsonl", records)
         write_json(out / "summary.json", {"runs": summaries(records, settings.target_error)})
     return records
+
+
+def train_one(
+    settings: Settings, task: Task, out: Path, task_config: dict[str, Any], on_run: OnRun | None
+) -> list[Record]:
+    """Train one run in a folder of its own below `out`; its records, with the name of their arm."""
+    name = f"{settings.label}, seed {settings.seed}"
+    folder = out / name.replace("%", "pct").replace(", ", "-").replace(" ", "-")
+    on_step = None if on_run is None else on_run(name, settings)
+    return [{"arm": settings.label, **record} for record in train(task, settings, folder, task_config, on_step)]
 
 
 def summaries(records: list[Record], target_error: float | None) -> list[Record]:

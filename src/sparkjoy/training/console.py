@@ -122,6 +122,26 @@ def print_scores(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_scaling(rows: list[dict[str, Any]]) -> None:
+    """One row a method and prompt length: means over the seeds that reached the target."""
+    table = Table(title="to the target error, means over seeds")
+    for column in ("H", "arm", "learning rate", "solved", "answers", "backward tokens", "seconds"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+    for length, arm in dict.fromkeys((row["prompt_length"], row["arm"]) for row in rows):
+        of_arm = [row for row in rows if (row["prompt_length"], row["arm"]) == (length, arm)]
+        solved = [row for row in of_arm if row["answers"] is not None]
+        means = [np.mean([row[key] for row in solved]) for key in ("answers", "backward_tokens", "seconds") if solved]
+        table.add_row(
+            str(length),
+            arm,
+            f"{of_arm[0]['learning_rate']:g}",
+            f"{len(solved)} of {len(of_arm)}",
+            *(f"{mean:,.0f}" for mean in means[:2]),
+            *(f"{mean:.1f}" for mean in means[2:]),
+        )
+    Console().print(table)
+
+
 def print_slopes(rows: list[dict[str, Any]]) -> None:
     """One row a baseline, number of arms and method: how what a cosine of 0.95 takes grows as p falls."""
     table = Table(title="needed for a mean cosine of 0.95: as what power of p")
