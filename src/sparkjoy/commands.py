@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from sparkjoy.studies import bandit_theory, pareto, scaling, score_comparison
+from sparkjoy.studies import bandit_theory, pareto, scaling, score_comparison, token_gate
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.tasks.rollouts import Task
 from sparkjoy.training.console import LiveRuns, print_runs, print_scaling, print_scores, print_slopes, study_progress
 from sparkjoy.training.loop import summary, train
 from sparkjoy.training.settings import Settings
-from sparkjoy.training.tracking import prepare_out, save_figure, write_json
+from sparkjoy.training.tracking import prepare_out, save_figure, write_json, write_json_lines
 
 FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name before them
 
@@ -136,6 +136,29 @@ class StudyScaling:
         print(f"results in {self.out}, the figure in {self.out / 'scaling.png'}")
 
 
+@dataclass(frozen=True)
+class StudyTokens:
+    """Gating single tokens against gating whole answers, on token reversal: what is kept, and where it leads."""
+
+    out: Path = Path("out/study-tokens")
+    """Folder for records.jsonl, summary.json and the figure; written when everything is measured."""
+    study: Annotated[token_gate.TokenGateStudy, FLAT] = field(default_factory=token_gate.TokenGateStudy)
+
+    def __call__(self) -> None:
+        prepare_out(self.out)
+        torch.set_num_threads(1)
+        with study_progress() as progress:
+            records = token_gate.run(self.study, progress)
+        write_json(self.out / "config.json", asdict(self.study))
+        write_json_lines(self.out / "records.jsonl", records)
+        ends = {(record["arm"], record["seed"]): record for record in records}
+        write_json(self.out / "summary.json", {"runs": list(ends.values())})
+        save_figure(token_gate.plot(records), self.out, "tokens")
+        for (arm, seed), record in ends.items():
+            print(f"{arm}, seed {seed}: error {100 * record['error']:.1f}% after {record['step']} steps")
+        print(f"results in {self.out}, the figure in {self.out / 'tokens.png'}")
+
+
 COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("train", "mnist"): TrainMnist,
     ("train", "reversal"): TrainReversal,
@@ -144,6 +167,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("study", "scores"): StudyScores,
     ("study", "bandit"): StudyBandit,
     ("study", "scaling"): StudyScaling,
+    ("study", "tokens"): StudyTokens,
 }
 
 

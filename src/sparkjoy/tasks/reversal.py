@@ -27,6 +27,8 @@ class ReversalConfig:
     """The right answer: the prompt backwards, the prompt, or every token plus one modulo M."""
     shaping: Literal["fraction", "first-error", "all-or-nothing"] = "fraction"
     """Reward: fraction of right positions, of those before the first wrong one, or 1 only if all are right."""
+    credit: Literal["answer", "token"] = "answer"
+    """Whose reward a token's advantage counts: the whole answer's, or, with shaping by fraction, its own position's."""
     prompts: int = 10
     """Prompts drawn a step."""
     answers: int = 10
@@ -46,6 +48,9 @@ class ReversalConfig:
         _check_at_least(2, "vocab_size", self.vocab_size)
         _check_one_of(("reverse", "copy", "increment"), "target", self.target)
         _check_one_of(("fraction", "first-error", "all-or-nothing"), "shaping", self.shaping)
+        _check_one_of(("answer", "token"), "credit", self.credit)
+        if self.credit == "token" and self.shaping != "fraction":
+            raise ValueError("--credit token: expected --shaping fraction; no other reward is a sum over positions.")
         if self.width % self.heads:
             raise ValueError(f"--width {self.width}: expected a multiple of --heads {self.heads}.")
 
@@ -118,6 +123,9 @@ class ReversalTask:
         prompts = prompts.repeat_interleave(config.answers, 0)
         rewards = self.reward(prompts, answers)
         advantages = group_mean_advantage(rewards, config.answers)
+        if config.credit == "token":
+            right = (answers == self.target(prompts)).float().view(config.prompts, config.answers, -1)
+            advantages = ((right - right.mean(dim=1, keepdim=True)) / config.prompt_length).flatten(0, 1)
         index = torch.arange(config.prompts).repeat_interleave(config.answers)
         batch = {"prompts": prompts, "answers": answers, "prompt_index": index}
         return Rollout(batch, advantages, log_probs, None, rewards.mean(), config.answers)

@@ -15,7 +15,7 @@ class Rollout:
 
     Args:
         batch: what the policy's `log_probs` takes, leading dimension B.
-        advantages: (B,).
+        advantages: (B,), or (B, T) where every token has its own.
         log_probs: (B,) or (B, T), those the answers were sampled with; with a graph if that was asked for.
         mask: (B, T), or None.
         reward: mean reward, 0-dim.
