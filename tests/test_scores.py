@@ -28,6 +28,12 @@ def test_sequence_delight_ignores_what_stands_under_the_mask():
     torch.testing.assert_close(sj.sequence_delight(advantages, log_probs, mask), torch.tensor([1.0, 2.0]))
 
 
+def test_sequence_delight_without_a_mask_sums_all_tokens():
+    log_probs = -torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert sj.sequence_delight(torch.tensor([2.0, -1.0]), log_probs).tolist() == [6.0, -7.0]
+    assert sj.sequence_delight(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), log_probs).tolist() == [1.0, 4.0]
+
+
 def test_sequence_delight_of_a_row_without_tokens_is_zero():
     assert sj.sequence_delight(torch.ones(1), torch.full((1, 2), math.nan), torch.zeros(1, 2)).item() == 0
 

@@ -88,7 +88,7 @@ def sequence_delight(advantages: Tensor, log_probs: Tensor, mask: Tensor | None 
     """
     if log_probs.dim() != 2:
         raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}; a sequence delight needs (B, T).")
-    advantages = per_row(advantages, log_probs)
+    advantages = per_row(advantages, log_probs).expand_as(log_probs)
     if mask is not None:
         if mask.shape != log_probs.shape:
             raise ValueError(

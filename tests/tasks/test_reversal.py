@@ -93,3 +93,17 @@ def test_error_is_the_fraction_of_wrong_tokens_and_the_same_every_time():
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         ReversalConfig(**change)
+
+
+def test_credit_by_token_is_the_position_over_its_group():
+    task = ReversalTask(ReversalConfig(prompt_length=4, prompts=3, answers=5, credit="token"))
+    rollout = task.rollout(task.policy(), torch.Generator().manual_seed(0), graph=False)
+    right = (rollout.batch["answers"] == task.target(rollout.batch["prompts"])).float()
+    whole = ReversalTask(ReversalConfig(prompt_length=4, prompts=3, answers=5))
+    expected = right - right.view(3, 5, 4).mean(1).repeat_interleave(5, 0)
+    torch.testing.assert_close(rollout.advantages, expected / 4)
+    # Summed over its tokens, an answer's advantage is that of its whole reward.
+    rewards = whole.reward(rollout.batch["prompts"], rollout.batch["answers"]).view(3, 5)
+    torch.testing.assert_close(rollout.advantages.sum(1).view(3, 5), rewards - rewards.mean(1, keepdim=True))
+    with pytest.raises(ValueError, match="credit token"):
+        ReversalConfig(credit="token", shaping="first-error")

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.gates import KondoGate
+from sparkjoy.scores import sequence_delight
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.training import loop
 from sparkjoy.training.checkpoint import load_checkpoint
 from sparkjoy.training.loop import summary, train
@@ -141,11 +145,8 @@ def test_wrong_settings_are_refused(settings, message):
         Settings(**settings)
 
 
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_records_and_weights(tmp_path):
-    command = [sys.executable, "-m", "sparkjoy", "train", "mnist", "--steps", "1500", "--evaluate-every", "10", "--out"]
-    code = "import sparkjoy.training.loop as l; l.CHECKPOINT_SECONDS = 0.0; import sparkjoy.cli as c; c.main()"
-    command[1:3] = ["-c", code]
+def check_killed_run(command, tmp_path):
+    """Kill the command at random moments, let it go on, and compare with an unbroken run."""
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=120)
     chance = random.Random(0)
     broken = tmp_path / "broken"
@@ -167,3 +168,52 @@ def test_a_killed_run_goes_on_to_the_same_records_and_weights(tmp_path):
     assert records(broken) == records(tmp_path / "whole")
     weights = [load_checkpoint(folder / "checkpoint.pt")["policy"] for folder in (tmp_path / "whole", broken)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_records_and_weights(tmp_path):
+    command = [sys.executable, "-m", "sparkjoy", "train", "mnist", "--steps", "1500", "--evaluate-every", "10", "--out"]
+    code = "import sparkjoy.training.loop as l; l.CHECKPOINT_SECONDS = 0.0; import sparkjoy.cli as c; c.main()"
+    command[1:3] = ["-c", code]
+    check_killed_run(command, tmp_path)
+
+
+def test_ppo_updates_each_batch_several_times_and_counts_them(task, tmp_path):
+    last = run(task, tmp_path, method="ppo", epochs=3)[-1]
+    assert (last["samples"], last["backward_samples"], last["forward_samples"]) == (6000, 18_000, 24_000)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "grpo"}, {"method": "pmpo"}, {"rate": 0.03}, {"rate": 0.03, "unit": "token"}]
+)
+def test_every_method_trains_on_reversal(tmp_path, settings):
+    config = ReversalConfig(prompt_length=4)
+    records = train(ReversalTask(config), Settings(steps=20, evaluate_every=10, **settings), tmp_path, asdict(config))
+    last = records[-1]
+    assert (last["task"], last["samples"]) == ("reversal", 2000)
+    if settings.get("rate") is None:
+        assert last["backward_tokens"] == 8000
+    else:
+        assert 0 < last["backward_tokens"] < 8000
+
+
+def test_free_and_exact_screening_keep_the_same_answers():
+    task = ReversalTask(ReversalConfig(prompt_length=6, vocab_size=3))
+    torch.manual_seed(0)
+    policy, generator = task.policy(), torch.Generator().manual_seed(0)
+    for rate in (0.03, 0.1, 0.5):
+        rollout = task.rollout(policy, generator, graph=False)
+        step = GatedBackward(KondoGate(rate=rate))
+        free = step(policy.log_probs, rollout.batch, rollout.advantages, log_probs=rollout.log_probs)
+        exact = step(policy.log_probs, rollout.batch, rollout.advantages)
+        assert (free.screened_rows, exact.screened_rows) == (0, 100)
+        margin = (sequence_delight(rollout.advantages, rollout.log_probs) - free.decision.price).abs()
+        differ = free.decision.keep != exact.decision.keep
+        assert (margin[differ] < 1e-4).all()
+
+
+@pytest.mark.slow
+def test_a_killed_reversal_run_ends_as_an_unbroken_one(tmp_path):
+    code = "import sparkjoy.training.loop as l; l.CHECKPOINT_SECONDS = 0.0; import sparkjoy.cli as c; c.main()"
+    flags = ["--prompt-length", "5", "--steps", "250", "--evaluate-every", "5", "--temperature", "0.1", "--price", "0"]
+    check_killed_run([sys.executable, "-c", code, "train", "reversal", *flags, "--out"], tmp_path)

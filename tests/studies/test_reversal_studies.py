@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from sparkjoy.studies import scaling, token_gate
+from sparkjoy.studies.scaling import ScalingStudy
+from sparkjoy.studies.token_gate import TokenGateStudy
+
+
+def test_scaling_tunes_runs_and_stops_where_a_method_fails(tmp_path):
+    study = ScalingStudy(
+        prompt_lengths=(2, 8), arms=("dg", "uniform 3%"), learning_rates=(1e-3, 3e-3), seeds=(0,), answers=4000
+    )
+    rows = scaling.run(study, tmp_path)
+    assert [(row["arm"], row["prompt_length"]) for row in rows][:2] == [("dg", 2), ("uniform 3%", 2)]
+    solved = rows[0]
+    assert solved["error"] <= 0.01
+    assert solved["backward_tokens"] == 2 * solved["answers"] > 0
+    failed = [row for row in rows if row["answers"] is None]
+    assert failed  # rows at random do not solve eight tokens in 40 steps
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["runs"] == rows
+    assert max(row["prompt_length"] for row in summary["longest"] if row["arm"] == "dg") >= 2
+    assert scaling.run(study, tmp_path) == rows  # nothing is run again, so seconds are the same too
+    scaling.plot(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arms": ("sgd",)}, "sgd"),
+        ({"prompt_lengths": (5, 3)}, "rising"),
+        ({"seeds": (100,)}, "share one"),
+        ({"seeds": ()}, "--seeds"),
+        ({"vocab_size": 1}, "vocab-size"),
+    ],
+)
+def test_scaling_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ScalingStudy(**arguments)
+
+
+def test_token_study_probes_every_arm():
+    records = token_gate.run(TokenGateStudy(prompt_length=3, steps=4, evaluate_every=2, seeds=(0,)))
+    assert {record["arm"] for record in records} == set(token_gate.ARMS)
+    for record in records:
+        assert -1.001 <= record["cosine_full"] <= 1.001
+        assert 0 <= record["position_kept"] <= 1
+        assert record["surprisal"] > 0
+    token_gate.plot(records)
