@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -146,28 +145,34 @@ def test_wrong_settings_are_refused(settings, message):
 
 
 def check_killed_run(command, tmp_path):
-    """Kill the command at random moments, let it go on, and compare with an unbroken run."""
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=120)
+    """Kill the command three times, at random moments after some progress; compare its end with an unbroken run's."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, str(whole)], check=True, capture_output=True, timeout=300)
+    total = len((whole / "records.jsonl").read_text().splitlines())
     chance = random.Random(0)
-    broken = tmp_path / "broken"
-    kills = 0
-    for _ in range(20):
+    for kill in range(3):
         process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(4 + 1.5 * chance.random())
-        if process.poll() is not None:
-            break
+        wanted = chance.randrange(total * kill // 4, total * (kill + 1) // 4) + 1
+        deadline = time.monotonic() + 120
+        while process.poll() is None and count_lines(broken / "records.jsonl") < wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.05 * chance.random())
+        assert process.poll() is None  # killed on its way, not after the end
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        kills += 1
-    subprocess.run([*command, str(broken)], check=True, capture_output=True, timeout=120)
-    assert kills >= 1
-
-    def records(folder: Path):
-        return without_seconds(json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines())
-
-    assert records(broken) == records(tmp_path / "whole")
-    weights = [load_checkpoint(folder / "checkpoint.pt")["policy"] for folder in (tmp_path / "whole", broken)]
+    subprocess.run([*command, str(broken)], check=True, capture_output=True, timeout=300)
+    records = [
+        without_seconds(json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines())
+        for folder in (whole, broken)
+    ]
+    assert records[0] == records[1]
+    weights = [load_checkpoint(folder / "checkpoint.pt")["policy"] for folder in (whole, broken)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def count_lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.inputs import Inputs, check_inputs, finite_where_valid, micro_batches
-from sparkjoy.engine.ledger import FlopRates, Ledger
+from sparkjoy.engine.ledger import KnownFlops, Ledger
 from sparkjoy.engine.plan import Plan, cheapest_plan
 from sparkjoy.engine.screening import LogProbFunction, screen_without_graph
 from sparkjoy.gates import Decision, Gate, KondoGate
@@ -57,13 +57,13 @@ class BackwardReport:
     screened_tokens: int
     forward_tokens: int
     backward_tokens: int
-    forward_flops: float | None
-    backward_flops: float | None
+    forward_flops: int | None
+    backward_flops: int | None
     seconds: dict[str, float]
     plan: Plan
 
     @property
-    def flops(self) -> float | None:
+    def flops(self) -> int | None:
         """FLOPs of all passes; None when not counted."""
         if self.forward_flops is None or self.backward_flops is None:
             return None
@@ -132,7 +132,7 @@ class GatedBackward:
         self.normalizer = normalizer
         self.micro_batch_size = micro_batch_size
         self.backward = backward
-        self._flop_rates: FlopRates | None = {} if count_flops else None
+        self._known_flops: KnownFlops | None = {} if count_flops else None
         self._kept_fraction: float | None = None
 
     def __call__(
@@ -165,7 +165,7 @@ class GatedBackward:
             ValueError: NaN, infinite or misshapen input, before any `.grad` is touched; a log-prob that turns NaN or
                 infinite while differentiating, with the number of its micro-batch.
         """
-        ledger = Ledger(self._flop_rates)
+        ledger = Ledger(self._known_flops)
         inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
         plan, decision, dense_log_probs = self._decide(log_prob_fn, inputs, ledger)
         kept_rows = decision.keep.nonzero().squeeze(1)
@@ -200,8 +200,8 @@ class GatedBackward:
             screened_tokens=ledger.screened_tokens,
             forward_tokens=ledger.forward_tokens,
             backward_tokens=ledger.backward_tokens,
-            forward_flops=ledger.forward_flops if self._flop_rates is not None else None,
-            backward_flops=ledger.backward_flops if self._flop_rates is not None else None,
+            forward_flops=ledger.forward_flops if self._known_flops is not None else None,
+            backward_flops=ledger.backward_flops if self._known_flops is not None else None,
             seconds=ledger.seconds,
             plan=plan,
         )
@@ -209,13 +209,14 @@ class GatedBackward:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide and plan as an unbroken one would."""
         gate = self.gate.state_dict() if isinstance(self.gate, KondoGate) else {}
-        return {"gate": gate, "kept_fraction": self._kept_fraction}
+        return {"gate": gate, "kept_fraction": self._kept_fraction, "known_flops": self._known_flops}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         if isinstance(self.gate, KondoGate):
             self.gate.load_state_dict(state["gate"])
         self._kept_fraction = state["kept_fraction"]
+        self._known_flops = state["known_flops"]
 
     @property
     def _keeps_everything(self) -> bool:

@@ -1,7 +1,7 @@
 """Counts what one call really did: rows and tokens forward and backward, FLOPs, seconds.
 
 Forward rows are counted as they enter a log-prob function, backward rows by a hook on what it returned, when a gradient
-arrives there. FLOPs are measured on the first pass over rows of a new shape and multiplied by the rows after that.
+arrives there. FLOPs are measured on the first pass over rows of a new shape, and taken from there after that.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.utils.flop_counter import flop_registry
 
 from sparkjoy.engine.inputs import Inputs, check_log_probs
 
-FlopRates = dict[tuple[Any, ...], float]
-"""FLOPs per row, by direction and shape of a row; kept from call to call."""
+KnownFlops = dict[tuple[Any, ...], int]
+"""FLOPs of a pass, by direction, number of rows and shape of a row; kept from call to call."""
 
 
 class FlopCount(TorchDispatchMode):
@@ -47,15 +47,15 @@ class Ledger:
     """The counts of one call.
 
     Args:
-        flop_rates: FLOPs per row measured so far, added to when a row of a new shape comes by; None: count none.
+        known_flops: FLOPs measured so far, added to when a new shape comes by; None: count none.
     """
 
-    def __init__(self, flop_rates: FlopRates | None) -> None:
+    def __init__(self, known_flops: KnownFlops | None) -> None:
         self.screened_rows = self.forward_rows = self.backward_rows = 0
         self.screened_tokens = self.forward_tokens = self.backward_tokens = 0
-        self.forward_flops = self.backward_flops = 0.0
+        self.forward_flops = self.backward_flops = 0
         self.seconds = {"screen": 0.0, "gather": 0.0, "forward": 0.0, "backward": 0.0}
-        self._flop_rates = flop_rates
+        self._known_flops = known_flops
         self._lap_began = time.perf_counter()
 
     def lap(self, phase: str) -> None:
@@ -92,28 +92,21 @@ class Ledger:
 
     def backward(self, backward: Callable[[Tensor], Any], loss: Tensor, part: Inputs) -> None:
         """Run `backward(loss)`, whose graph ends at the log-probs of `part`."""
-        before = self.backward_rows
-        key = ("backward", *part.row_shapes)
-        if self._flop_rates is None:
-            backward(loss)
-            return
-        if key in self._flop_rates:
-            backward(loss)
-        else:
-            with FlopCount() as count:
-                backward(loss)
-            self._flop_rates[key] = count.flops / max(1, self.backward_rows - before)
-        self.backward_flops += self._flop_rates[key] * (self.backward_rows - before)
+        self.backward_flops += self._counted("backward", part, lambda: backward(loss))[1]
 
     def _forward(self, direction: str, source: Callable[[Any], Tensor], part: Inputs) -> Tensor:
-        key = (direction, *part.row_shapes)
-        if self._flop_rates is None:
-            return check_log_probs(source(part.batch), part)
-        if key in self._flop_rates:
-            log_probs = source(part.batch)
-        else:
-            with FlopCount() as count:
-                log_probs = source(part.batch)
-            self._flop_rates[key] = count.flops / part.total
-        self.forward_flops += self._flop_rates[key] * part.total
+        log_probs, flops = self._counted(direction, part, lambda: source(part.batch))
+        self.forward_flops += flops
         return check_log_probs(log_probs, part)
+
+    def _counted(self, direction: str, part: Inputs, work: Callable[[], Any]) -> tuple[Any, int]:
+        """What `work` returns, and its FLOPs: measured where no pass over as many rows of this shape was yet."""
+        if self._known_flops is None:
+            return work(), 0
+        key = (direction, part.total, *part.row_shapes)
+        if key in self._known_flops:
+            return work(), self._known_flops[key]
+        with FlopCount() as count:
+            result = work()
+        self._known_flops[key] = count.flops
+        return result, count.flops

@@ -51,7 +51,7 @@ class Training:
         self.tally = Tally()
         self.steps_done = 0
         self.records: list[Record] = []
-        self._rollout_flops: float | None = None
+        self._rollout_flops: int | None = None
 
     def step(self) -> None:
         """One rollout; per update one backward step on what is kept, and one optimizer step unless nothing is."""
@@ -127,7 +127,7 @@ class Training:
         if self._rollout_flops is None:
             with FlopCount() as count:
                 rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
-            self._rollout_flops = float(count.flops)
+            self._rollout_flops = count.flops
         else:
             rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
         rows = len(rollout.advantages)

@@ -20,8 +20,8 @@ class Tally:
     backward_samples: int = 0
     forward_tokens: int = 0
     backward_tokens: int = 0
-    forward_flops: float = 0.0
-    backward_flops: float = 0.0
+    forward_flops: int = 0
+    backward_flops: int = 0
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("sample", "screen", "backward", "optimizer", "total"), 0.0)
     )
@@ -30,7 +30,7 @@ class Tally:
     reward_sum: float = 0.0
     steps_since: int = 0
 
-    def sampled(self, rows: int, tokens: int, flops: float, reward: Tensor) -> None:
+    def sampled(self, rows: int, tokens: int, flops: int, reward: Tensor) -> None:
         """Count a rollout of `rows`; its forward pass counts too."""
         self.samples += rows
         self.forward_samples += rows
@@ -47,8 +47,8 @@ class Tally:
             self.forward_tokens += report.forward_tokens
         self.backward_samples += report.backward_rows
         self.backward_tokens += report.backward_tokens
-        self.forward_flops += report.forward_flops or 0.0
-        self.backward_flops += report.backward_flops or 0.0
+        self.forward_flops += report.forward_flops or 0
+        self.backward_flops += report.backward_flops or 0
         self.seconds["screen"] += report.seconds["screen"]
         self.seconds["backward"] += sum(report.seconds[phase] for phase in ("gather", "forward", "backward"))
         if report.decision.price is not None:
