@@ -68,11 +68,11 @@ class LiveRuns:
             if not done and now - self._drawn_at < REFRESH_SECONDS:
                 return
             self._drawn_at = now
-            self._progress.update(self._current, completed=step, state="" if record is None else _state(record))
+            self._progress.update(self._current, completed=step, state=_state(record, settings.updates))
             if done:
                 self._progress.advance(self._all)
                 if not self._progress.console.is_terminal and record is not None:
-                    self._progress.console.print(f"{name}: {_state(record)}", highlight=False)
+                    self._progress.console.print(f"{name}: {_state(record, settings.updates)}", highlight=False)
             self._progress.refresh()
 
         return on_step
@@ -164,8 +164,10 @@ def _mean_sd(values: list[float]) -> str:
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 
-def _state(record: Record) -> str:
-    kept = record["kept"] / record["samples"]
+def _state(record: Record | None, updates: int) -> str:
+    if record is None:
+        return ""
+    kept = record["kept"] / (record["samples"] * updates)
     price = "" if record["price"] is None else f"  price {record['price']:.3g}"
     return f"error {100 * record['error']:.2f}%  kept {100 * kept:.3g}%{price}"
 
