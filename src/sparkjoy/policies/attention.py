@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,7 +63,9 @@ def attend(queries: Tensor, seen: Tensor, mask: Tensor, heads: int) -> Tensor:
     return attended.transpose(1, 2).reshape(n, length, width)
 
 
-def causal_mask(slots: Tensor, queries: int, like: Tensor) -> Tensor:
-    """(queries, S): 0 where the last `queries` of the slots may look, minus infinity where they may not."""
-    mask = like.new_zeros(queries, len(slots))
-    return mask.masked_fill_(slots > slots[len(slots) - queries :, None], -torch.inf)
+@lru_cache(maxsize=16)
+def causal_mask(queries: int, slots: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(queries, slots): 0 where the last `queries` of the slots may look, minus infinity where not. Do not write to it."""
+    with torch.inference_mode(False):  # kept for later calls, which may build a graph
+        mask = torch.full((queries, slots), -torch.inf, dtype=dtype, device=device)
+        return mask.triu_(slots - queries + 1)

@@ -102,7 +102,7 @@ def _prefill(policy: Transformer, prompts: Tensor, lengths: Tensor | None, cache
     slots = torch.arange(prompt_length, device=prompts.device)
     hidden = policy.embed(prompts, slots)
     # Padding comes after the tokens that count, so none of these looks at it.
-    mask = causal_mask(slots, prompt_length, hidden)
+    mask = causal_mask(prompt_length, prompt_length, hidden.dtype, hidden.device)
     for block, layer_cache in zip(policy.layers, cache, strict=True):
         queries, seen = block.project(hidden)
         shared = seen.permute(1, 2, 0).unsqueeze(3)  # (H, 2 D, P, 1)
