@@ -32,7 +32,7 @@ def fused_log_probs(policy: Transformer, reading: Reading, answers: Tensor) -> T
         weights += [block.attention_norm.weight, block.qkv.weight, block.out.weight]
         weights += [block.feed_forward_norm.weight, block.up.weight, block.down.weight]
     weights += [policy.norm.weight, policy.head.weight]
-    return cast(Tensor, _LogProbs.apply(reading, answers, policy.norm.eps, *weights))
+    return cast(Tensor, _LogProbs.apply(reading, answers, policy.norm.eps, *weights))  # type: ignore[no-untyped-call]
 
 
 class _LogProbs(torch.autograd.Function):
@@ -55,7 +55,7 @@ class _LogProbs(torch.autograd.Function):
         return states[-1].gather(1, chosen).view(answers.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[3:]
         weights, saved = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkjoy.policies.attention import causal_mask
+from sparkjoy.policies.attention import causal_mask, softmax
 
 Saved = tuple[Tensor, ...]
 
@@ -223,7 +223,8 @@ class SharedAttention:
         length = self.prompt_length
         of_queries, of_seen = torch.empty_like(queries), torch.empty_like(seen)
         of_answers = to_heads(gradient[self.asked :], self.answers, 1, self.heads).reshape(queries.shape)
-        look_backward(of_answers, queries, *flat_parts(seen), chances, of_queries, *flat_parts(of_seen))
+        (keys, values), (of_keys, of_values) = flat_parts(seen), flat_parts(of_seen)
+        look_backward(of_answers, queries, keys, values, chances, of_queries, of_keys, of_values)
         of_qkv = gradient.new_empty(len(gradient), 3 * gradient.shape[1])
         of_own = to_heads(of_qkv[self.asked :], self.answers, 3, self.heads)
         of_own[0] = of_queries.view_as(of_own[0])
@@ -255,7 +256,7 @@ def flat_parts(parts: Tensor) -> tuple[Tensor, ...]:
 def look(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """What queries (b, Q, d) see of keys and values (b, K, d), and with which weights (b, Q, K)."""
     scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=queries.shape[2] ** -0.5)
-    chances = torch.softmax(scores, 2)
+    chances = softmax(scores)
     return torch.bmm(chances, values), chances
 
 

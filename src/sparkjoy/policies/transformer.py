@@ -86,7 +86,9 @@ class Transformer(nn.Module):
         self._check_length(prompts.shape[1] + read.shape[1])
         if lengths is None and fits_fused(self.tokens.weight):
             return fused_log_probs(self, self._reading(prompts, read, rows.get("prompt_index")), answers)
-        hidden = self._read(prompts, read) if lengths is None else self._read_ragged(prompts, read, lengths.unsqueeze(1))
+        hidden = (
+            self._read(prompts, read) if lengths is None else self._read_ragged(prompts, read, lengths.unsqueeze(1))
+        )
         logits = self.head(self.norm(hidden))
         surprisals: Tensor = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
         return -surprisals.view_as(answers)
@@ -171,7 +173,9 @@ class Transformer(nn.Module):
         # An answer's positions follow its prompt's last token, wherever its slots are.
         positions = torch.where(slots < prompt_length, slots, slots - prompt_length + lengths)
         hidden = self.embed(sequence.masked_fill(padding, 0), positions)
-        mask = causal_mask(len(slots), len(slots), hidden.dtype, hidden.device).masked_fill(padding[:, None, None], -torch.inf)
+        mask = causal_mask(len(slots), len(slots), hidden.dtype, hidden.device).masked_fill(
+            padding[:, None, None], -torch.inf
+        )
         for block in self.layers:
             hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
         first = hidden.gather(1, (lengths - 1).unsqueeze(2).expand(-1, 1, hidden.shape[2]))
