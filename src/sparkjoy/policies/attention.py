@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+NARROW = 16
+"""Rows narrower than a vector register: torch's CPU softmax over them is 3 times slower than over columns."""
 
 
 class Block(nn.Module):
@@ -57,11 +62,20 @@ def attend(queries: Tensor, seen: Tensor, mask: Tensor, heads: int) -> Tensor:
     else:
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         scores = torch.baddbmm(mask, queries.flatten(0, 1), keys.transpose(1, 2), alpha=size**-0.5)
-        attended = torch.bmm(scores.softmax(dim=2), values).unflatten(0, (n, heads))
+        attended = torch.bmm(softmax(scores), values).unflatten(0, (n, heads))
     return attended.transpose(1, 2).reshape(n, length, width)
 
 
-def causal_mask(slots: Tensor, queries: int, like: Tensor) -> Tensor:
-    """(queries, S): 0 where the last `queries` of the slots may look, minus infinity where they may not."""
-    mask = like.new_zeros(queries, len(slots))
-    return mask.masked_fill_(slots > slots[len(slots) - queries :, None], -torch.inf)
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension of (b, Q, K), not always contiguous."""
+    if scores.shape[2] < NARROW:
+        return scores.transpose(1, 2).contiguous().softmax(dim=1).transpose(1, 2)
+    return scores.softmax(dim=2)
+
+
+@lru_cache(maxsize=16)
+def causal_mask(queries: int, slots: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(queries, slots): 0 where the last `queries` of the slots may look, else minus infinity. Not to be written to."""
+    with torch.inference_mode(False):  # kept for later calls, which may build a graph
+        mask = torch.full((queries, slots), -torch.inf, dtype=dtype, device=device)
+        return mask.triu_(slots - queries + 1)

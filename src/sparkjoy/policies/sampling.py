@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkjoy.policies.attention import Block, attend, causal_mask
+from sparkjoy.policies.attention import Block
+from sparkjoy.policies.rows import PlainReading
 
 if TYPE_CHECKING:
     from sparkjoy.policies.transformer import Transformer
@@ -98,19 +99,20 @@ def _layer(block: Block, cache: Tensor) -> _Layer:
 
 def _prefill(policy: Transformer, prompts: Tensor, lengths: Tensor | None, cache: Tensor) -> Tensor:
     """Fill `cache` (layers, H, 3 D, P * A) with the prompts' keys and values; the last prompt tokens' states (P, D)."""
-    count, prompt_length = prompts.shape
-    slots = torch.arange(prompt_length, device=prompts.device)
-    hidden = policy.embed(prompts, slots)
+    count, length = prompts.shape
+    reading = PlainReading(prompts, length - 1 if lengths is None else 0, policy.layers[0].heads, cache.dtype)
+    hidden = policy.embed(reading.tokens, reading.positions)
+    attentions = reading.attentions(len(policy.layers))
     # Padding comes after the tokens that count, so none of these looks at it.
-    mask = causal_mask(slots, prompt_length, hidden)
-    for block, layer_cache in zip(policy.layers, cache, strict=True):
-        queries, seen = block.project(hidden)
-        shared = seen.permute(1, 2, 0).unsqueeze(3)  # (H, 2 D, P, 1)
-        layer_cache[:, hidden.shape[2] :].unflatten(2, (count, -1)).copy_(shared)
-        hidden = block.finish(hidden, attend(queries, seen, mask, block.heads))
+    for block, attention, layer_cache in zip(policy.layers, attentions, cache, strict=True):
+        qkv = block.qkv(block.attention_norm(hidden))
+        width = hidden.shape[1]
+        shared = qkv.view(count, length, -1)[:, :, width:].permute(1, 2, 0).unsqueeze(3)  # (H, 2 D, P, 1)
+        layer_cache[:, width:].unflatten(2, (count, -1)).copy_(shared)
+        hidden = block.finish(attention.finished(hidden), attention.forward(qkv)[0])
     if lengths is None:
-        return hidden[:, -1]
-    return hidden[torch.arange(count, device=prompts.device), lengths - 1]
+        return hidden
+    return hidden.view(count, length, -1)[torch.arange(count, device=prompts.device), lengths - 1]
 
 
 def _decode(hidden: Tensor, layer: _Layer, filled: int, bias: Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparkjoy.policies.attention import Block, attend, causal_mask
+from sparkjoy.policies.fused import fits_fused, fused_log_probs
+from sparkjoy.policies.rows import PlainReading, Reading, SharedReading
 from sparkjoy.policies.sampling import sample_answers
 
 
@@ -80,14 +82,13 @@ class Transformer(nn.Module):
             ValueError: the sequences are longer than there are positions.
         """
         prompts, answers, lengths = rows["prompts"], rows["answers"], rows.get("prompt_lengths")
-        read, index = answers[:, :-1], rows.get("prompt_index")
+        read = answers[:, :-1]
         self._check_length(prompts.shape[1] + read.shape[1])
-        if lengths is not None:
-            hidden = self._read_ragged(prompts, read, lengths.unsqueeze(1))
-        elif index is None or len(index) < 2:
-            hidden = self._read(prompts, read)
-        else:
-            hidden = self._read_shared(prompts, read, index)
+        if lengths is None and fits_fused(self.tokens.weight):
+            return fused_log_probs(self, self._reading(prompts, read, rows.get("prompt_index")), answers)
+        hidden = (
+            self._read(prompts, read) if lengths is None else self._read_ragged(prompts, read, lengths.unsqueeze(1))
+        )
         logits = self.head(self.norm(hidden))
         surprisals: Tensor = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
         return -surprisals.view_as(answers)
@@ -139,12 +140,22 @@ class Transformer(nn.Module):
         """The blocks, first to last."""
         return cast(list[Block], list(self.blocks))
 
+    def _reading(self, prompts: Tensor, answers: Tensor, index: Tensor | None) -> Reading:
+        """Each distinct prompt once, where that pays; `answers` is without its last token."""
+        heads, dtype, total = self.layers[0].heads, self.tokens.weight.dtype, len(answers)
+        if index is not None and total > 2 and answers.shape[1]:
+            groups, group = index.unique(return_inverse=True)
+            if 3 * len(groups) <= total:  # else too little is shared to pay for the gathering
+                row = torch.empty_like(groups).scatter_(0, group, torch.arange(total, device=index.device))
+                return SharedReading(prompts.index_select(0, row), answers, group, heads, dtype)
+        return PlainReading(torch.cat([prompts, answers], dim=1), prompts.shape[1] - 1, heads, dtype)
+
     def _read(self, prompts: Tensor, answers: Tensor) -> Tensor:
         """Hidden states (n, T, D) that predict the answer's tokens; `answers` is without its last token."""
         sequence = torch.cat([prompts, answers], dim=1)
-        slots = torch.arange(sequence.shape[1], device=sequence.device)
-        hidden = self.embed(sequence, slots)
-        mask = causal_mask(slots, len(slots), hidden)
+        length = sequence.shape[1]
+        hidden = self.embed(sequence, torch.arange(length, device=sequence.device))
+        mask = causal_mask(length, length, hidden.dtype, hidden.device)
         *blocks, last = self.layers
         for block in blocks:
             hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
@@ -152,41 +163,6 @@ class Transformer(nn.Module):
         first = prompts.shape[1] - 1
         queries, seen = last.project(hidden)
         return last.finish(hidden[:, first:], attend(queries[:, first:], seen, mask[first:], last.heads))
-
-    def _read_shared(self, prompts: Tensor, answers: Tensor, index: Tensor) -> Tensor:
-        """As `_read`, each distinct prompt once."""
-        groups, group = index.unique(return_inverse=True)
-        count, (total, length), prompt_length = len(groups), answers.shape, prompts.shape[1]
-        if 3 * count > total or length == 0:  # too little is shared to pay for the gathering
-            return self._read(prompts, answers)
-        first_row = torch.empty_like(groups).scatter_(0, group, torch.arange(total, device=index.device))
-        slots = torch.arange(prompt_length + length, device=index.device)
-        # All prompt tokens and then all answer tokens, one row each: (tokens, D).
-        tokens = torch.cat([prompts.index_select(0, first_row).flatten(), answers.flatten()])
-        positions = torch.cat([slots[:prompt_length].repeat(count), slots[prompt_length:].repeat(total)])
-        hidden = self.embed(tokens, positions)
-        # Copying by a product with zeros and ones is as quick as gathering, and its backward pass much quicker.
-        copies = F.one_hot(group, count).to(hidden.dtype)
-
-        def parts(flat: Tensor) -> tuple[Tensor, Tensor]:
-            asked, answered = flat.split([count * prompt_length, total * length])
-            return asked.unflatten(0, (count, prompt_length)), answered.unflatten(0, (total, length))
-
-        def for_answers(asked: Tensor) -> Tensor:
-            copied: Tensor = copies @ asked.flatten(1)
-            return copied.view(total, *asked.shape[1:])
-
-        prompt_mask = causal_mask(slots[:prompt_length], prompt_length, hidden)
-        answer_mask = causal_mask(slots, length, hidden)
-        for block in self.layers:
-            queries, seen = block.project(hidden)
-            asking, answering = parts(queries)
-            asked, answered = parts(seen)
-            in_prompt = attend(asking, asked, prompt_mask, block.heads)
-            in_answer = attend(answering, torch.cat([for_answers(asked), answered], dim=1), answer_mask, block.heads)
-            hidden = block.finish(hidden, torch.cat([in_prompt.flatten(0, 1), in_answer.flatten(0, 1)]))
-        asked, answered = parts(hidden)
-        return torch.cat([for_answers(asked[:, -1:]), answered], dim=1)
 
     def _read_ragged(self, prompts: Tensor, answers: Tensor, lengths: Tensor) -> Tensor:
         """As `_read`, for prompts of which `lengths` (n, 1) tokens count."""
@@ -197,7 +173,9 @@ class Transformer(nn.Module):
         # An answer's positions follow its prompt's last token, wherever its slots are.
         positions = torch.where(slots < prompt_length, slots, slots - prompt_length + lengths)
         hidden = self.embed(sequence.masked_fill(padding, 0), positions)
-        mask = causal_mask(slots, len(slots), hidden).masked_fill(padding[:, None, None], -torch.inf)
+        mask = causal_mask(len(slots), len(slots), hidden.dtype, hidden.device).masked_fill(
+            padding[:, None, None], -torch.inf
+        )
         for block in self.layers:
             hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
         first = hidden.gather(1, (lengths - 1).unsqueeze(2).expand(-1, 1, hidden.shape[2]))
