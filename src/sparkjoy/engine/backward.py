@@ -166,7 +166,9 @@ class GatedBackward:
                 infinite while differentiating, with the number of its micro-batch.
         """
         ledger = Ledger(self._known_flops)
-        inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
+        score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
+        score_tells = score_tells and isinstance(self.gate, KondoGate) and behavior_log_probs is None
+        inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells)
         plan, decision, dense_log_probs = self._decide(log_prob_fn, inputs, ledger)
         kept_rows = decision.keep.nonzero().squeeze(1)
         kept = kept_rows.shape[0]
@@ -261,7 +263,11 @@ class GatedBackward:
         if self.score is not delight:  # delight is 0 already where the advantage is
             score = score.where(inputs.teaches(), 0)
         cost = None if inputs.row_tokens is None else inputs.row_tokens.to(score.device)
-        decision = gate(score, cost)
+        try:
+            decision = gate(score, cost)
+        except ValueError:
+            inputs.check_finite()  # says which input it was, where it was one
+            raise
         if decision.keep.shape != score.shape or decision.keep.dtype != torch.bool:
             raise ValueError(
                 f"the gate's keep is {decision.keep.dtype} {tuple(decision.keep.shape)}; expected bool (B,)."

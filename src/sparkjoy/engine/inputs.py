@@ -64,6 +64,14 @@ class Inputs:
             return int(self.row_tokens.sum())
         return self.total * (log_probs.shape[1] if log_probs.dim() == 2 else 1)
 
+    def check_finite(self) -> None:
+        """Raise a ValueError that names a valid value that is NaN or infinite, if there is one."""
+        check_finite("advantages", self.advantages)
+        if self.log_probs is not None:
+            check_finite("log_probs", self.log_probs)
+        if self.behavior_log_probs is not None:
+            check_finite("behavior_log_probs", self.behavior_log_probs)
+
     def teaches(self) -> Tensor:
         """(B,) bool: rows with a non-zero advantage at a valid token. The others have no gradient."""
         nonzero = self.advantages != 0
@@ -77,9 +85,17 @@ def micro_batches(total: int, size: int | None) -> list[slice]:
 
 
 def check_inputs(
-    batch: Any, advantages: Tensor, log_probs: Tensor | None, behavior_log_probs: Tensor | None, mask: Tensor | None
+    batch: Any,
+    advantages: Tensor,
+    log_probs: Tensor | None,
+    behavior_log_probs: Tensor | None,
+    mask: Tensor | None,
+    score_tells: bool = False,
 ) -> Inputs:
     """Check everything a call was given.
+
+    Args:
+        score_tells: a NaN or infinite value would show in the score, whose check need not be made twice.
 
     Raises:
         ValueError: what was given, what is expected and what to do.
@@ -105,16 +121,19 @@ def check_inputs(
                 )
             mask = mask.bool()
         row_tokens = mask.sum(dim=1).cpu()
-    checked = [
-        None if tensor is None else finite_where_valid(name, without_graph(tensor), mask)
-        for name, tensor in (
-            ("advantages", advantages),
-            ("log_probs", log_probs),
-            ("behavior_log_probs", behavior_log_probs),
-        )
-    ]
-    assert checked[0] is not None  # for the type checker
-    return Inputs(batch, checked[0], checked[1], checked[2], mask, row_tokens, shapes)
+    behavior = behavior_log_probs
+    inputs = Inputs(
+        batch,
+        _cleaned(advantages, mask),
+        None if log_probs is None else _cleaned(log_probs, mask),
+        None if behavior is None else _cleaned(behavior, mask),
+        mask,
+        row_tokens,
+        shapes,
+    )
+    if not score_tells:
+        inputs.check_finite()
+    return inputs
 
 
 def check_log_probs(log_probs: Any, inputs: Inputs) -> Tensor:
@@ -165,14 +184,25 @@ def _token_shape(
 
 def finite_where_valid(name: str, tensor: Tensor, mask: Tensor | None) -> Tensor:
     """`tensor` with zeros where the mask is 0; a ValueError where a valid value is NaN or infinite."""
-    if mask is not None:
-        tensor = tensor.where(mask if tensor.dim() == 2 else mask.any(dim=1), 0)
-    # The sum is finite unless a value is not (or it overflows): one cheap pass, and the exact one only in doubt.
-    if not math.isfinite(tensor.sum().item()) and not bool(tensor.isfinite().all()):
-        bad = ~tensor.isfinite()
-        first = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(
-            f"{name} has {int(bad.sum())} of {tensor.numel()} values NaN or infinite, the first at {first}; expected "
-            "finite numbers where the mask is 1. Mask such tokens, or drop such rows."
-        )
+    tensor = _cleaned(tensor, mask)
+    check_finite(name, tensor)
     return tensor
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError where a value is NaN or infinite."""
+    # The sum is finite unless a value is not (or it overflows): one cheap pass, and the exact one only in doubt.
+    if math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all()):
+        return
+    bad = ~tensor.isfinite()
+    first = tuple(bad.nonzero()[0].tolist())
+    raise ValueError(
+        f"{name} has {int(bad.sum())} of {tensor.numel()} values NaN or infinite, the first at {first}; expected "
+        "finite numbers where the mask is 1. Mask such tokens, or drop such rows."
+    )
+
+
+def _cleaned(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """`tensor` without its graph, and zeros where the mask is 0."""
+    tensor = without_graph(tensor)
+    return tensor if mask is None else tensor.where(mask if tensor.dim() == 2 else mask.any(dim=1), 0)
