@@ -66,7 +66,7 @@ def denominator(normalizer, keep, mask, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("normalizer", ["batch", "samples", "kept", 7.5])
+@pytest.mark.parametrize("normalizer", ["batch", "samples", "kept", 7.5, 0.25])
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 3, 100])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gate", GATES)
@@ -388,3 +388,13 @@ def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sj.gated_backward(policy.log_probs, batch, advantages, **options)
     assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_a_batch_of_masked_tokens_only_has_no_gradient():
+    policy, batch, advantages, _ = make_case("tokens")
+    mask = torch.zeros(ROWS, TOKENS)
+    report = sj.gated_backward(policy.log_probs, batch, advantages, sj.KondoGate(rate=0.5), mask=mask)
+    assert (report.kept, report.backward_rows) == (0, 0)
+    report = sj.gated_backward(policy.log_probs, batch, advantages, None, mask=mask)
+    assert (report.kept, report.backward_tokens, report.loss.item()) == (ROWS, 0, 0)
+    assert policy.layer.weight.grad.abs().sum() == 0

@@ -184,7 +184,7 @@ class GatedBackward:
             ledger.lap("gather")
             current = ledger.forward(log_prob_fn, part) if dense_log_probs is None else dense_log_probs
             terms = self._terms(current, part, None if weight is None else weight[rows])
-            loss = terms.sum() / max(1, self._normalizer(inputs, kept_rows, current))
+            loss = terms.sum() / self._normalizer(inputs, kept_rows, current)
             _check_loss(loss, current, f"micro-batch {number} of {len(parts)}")
             ledger.lap("forward")
             ledger.backward(self.backward, loss, part)
@@ -301,13 +301,14 @@ class GatedBackward:
         return terms * (weight if terms.dim() == 1 else weight.unsqueeze(1))
 
     def _normalizer(self, inputs: Inputs, kept_rows: Tensor, log_probs: Tensor) -> float:
+        """What the sum of the terms is divided by; a count of 0, with nothing but masked tokens, divides by 1."""
         if self.normalizer == "batch":
-            return inputs.tokens(log_probs)
+            return max(1, inputs.tokens(log_probs))
         if self.normalizer == "samples":
             return inputs.total
         if self.normalizer == "kept":
             if inputs.row_tokens is not None:
-                return int(inputs.row_tokens[kept_rows.cpu()].sum())
+                return max(1, int(inputs.row_tokens[kept_rows.cpu()].sum()))
             return kept_rows.shape[0] * (log_probs.shape[1] if log_probs.dim() == 2 else 1)
         return self.normalizer
 
