@@ -46,3 +46,9 @@ def test_clipped_refuses_what_it_cannot_use():
         sj.clipped(1.5)
     with pytest.raises(ValueError, match="behavior_log_probs"):
         sj.clipped()(torch.zeros(1), torch.ones(1), None, None)
+
+
+def test_clipped_stays_finite_far_from_the_behavior():
+    log_probs = torch.tensor([-0.1, -0.1], requires_grad=True)
+    sj.clipped()(log_probs, torch.tensor([1.0, -1.0]), torch.tensor([-200.0, -1.0]), None).sum().backward()
+    assert log_probs.grad.isfinite().all()

@@ -94,12 +94,14 @@ def good_and_bad_advantage(advantages: Tensor, alpha: float = 0.5) -> Tensor:
         alpha: weight of the good ones, in [0, 1].
 
     Raises:
-        ValueError: `advantages` not (B,), or `alpha` outside [0, 1].
+        ValueError: `advantages` not (B,) or not finite, or `alpha` outside [0, 1].
     """
     if advantages.dim() != 1:
         raise ValueError(f"advantages has shape {tuple(advantages.shape)}; expected (B,).")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a number in [0, 1].")
+    if not bool(advantages.isfinite().all()):
+        raise ValueError("advantages has a value that is NaN or infinite; expected finite numbers.")
     good, bad = (advantages > 0).to(advantages), (advantages < 0).to(advantages)
     of_good, of_bad = good / good.sum().clamp(min=1), bad / bad.sum().clamp(min=1)
     return len(advantages) * (alpha * of_good - (1 - alpha) * of_bad)

@@ -15,8 +15,8 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy study tokens     gating single tokens against gating whole answers
   sparkjoy study bandit     the papers' bandit theory, checked number by number
 
-Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures; a run that is stopped
-goes on from its last checkpoint when started again with the same --out."""
+Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures. train, pareto, study
+scores and study scaling go on from the last checkpoint when started again with the same --out."""
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         print(f"sparkjoy: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("sparkjoy: interrupted; the same command with the same --out goes on from here", file=sys.stderr)
+        print("sparkjoy: interrupted; finished work is in --out", file=sys.stderr)
         raise SystemExit(130) from None
 
 

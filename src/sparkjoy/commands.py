@@ -202,7 +202,7 @@ def _parse(command: Callable[..., Any], flags: list[str], program: str) -> Calla
 def _train(task: Task, task_config: Any, settings: Settings, target: float, out: Path) -> None:
     if settings.target_error is None:
         settings = replace(settings, target_error=target)
-    target = settings.target_error or target
+    target = settings.target_error if settings.target_error is not None else target
     with LiveRuns(runs=1) as live:
         records = train(task, settings, out, asdict(task_config), live.start(settings.label, settings))
     print_runs([{"arm": settings.label, **summary(records, target)}], target)
@@ -212,7 +212,7 @@ def _train(task: Task, task_config: Any, settings: Settings, target: float, out:
 def _pareto(task: Task, task_config: Any, study: pareto.ParetoConfig, target: float, out: Path) -> None:
     if study.target_error is None:
         study = replace(study, target_error=target)
-    target = study.target_error or target
+    target = study.target_error if study.target_error is not None else target
     with LiveRuns(runs=len(study.arms()) * len(study.seeds)) as live:
         records = pareto.run(study, task, out, asdict(task_config), live.start)
     pareto.write_figure(records, out)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sparkjoy.prices import BatchQuantile, FixedPrice, Price, checked_rate
-from sparkjoy.scores import without_graph
+from sparkjoy.scores import at_least_float32, without_graph
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,15 @@ class Decision:
     price: Tensor | None
     probability: Tensor
     weight: Tensor
+
+
+@runtime_checkable
+class StatefulGate(Protocol):
+    """A gate that a resumed run has to put back as it was."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Gate(Protocol):
@@ -105,11 +114,11 @@ class KondoGate:
         Raises:
             ValueError: an empty, non-finite or misshapen score.
         """
-        if score.dim() != 1 or score.shape[0] == 0:
-            raise ValueError(f"score has shape {tuple(score.shape)}; expected (N,) with at least one sample.")
-        score = without_graph(score)
-        if torch.finfo(score.dtype).bits < 32:
-            score = score.float()
+        if score.dim() != 1 or score.shape[0] == 0 or not score.is_floating_point():
+            raise ValueError(
+                f"score has shape {tuple(score.shape)}, {score.dtype}; expected floating-point (N,) of at least one."
+            )
+        score = at_least_float32(without_graph(score))
         if not math.isfinite(score.sum().item()) and not bool(score.isfinite().all()):
             bad = int((~score.isfinite()).sum())
             raise ValueError(f"score has {bad} of {len(score)} values NaN or infinite; expected finite numbers.")

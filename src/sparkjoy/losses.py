@@ -71,7 +71,8 @@ def clipped(epsilon: float = 0.2) -> Loss:
         if behavior_log_probs is None:
             raise ValueError("clipped needs behavior_log_probs, those the actions were sampled with.")
         advantages = per_row(advantages, log_probs)
-        ratio = (log_probs - behavior_log_probs).exp()
+        # e^20 is far beyond any clip; beyond e^88 the ratio would be infinite and its gradient NaN.
+        ratio = (log_probs - behavior_log_probs).clamp(max=20).exp()
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
 
     return loss

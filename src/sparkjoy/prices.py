@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class FixedPrice:
     """
 
     def __init__(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
             raise ValueError(
                 f"price is {value!r}; expected a finite number or a Price. To keep everything, use rate=1."
             )
@@ -97,6 +98,6 @@ class BatchQuantile:
 
 def checked_rate(rate: float) -> float:
     """`rate` as a float, or a ValueError that says what a rate is."""
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not 0 < rate <= 1:
         raise ValueError(f"rate is {rate!r}; expected the fraction to keep, a number in (0, 1], such as 0.03 for 3%.")
     return float(rate)

@@ -21,6 +21,11 @@ def without_graph(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32 where it has lower precision: sums over tokens in bfloat16 would tie what differs."""
+    return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
+
+
 def surprisal(log_probs: Tensor) -> Tensor:
     """Surprisal of the actions taken, ℓ = −log π(a|s), in nats (arXiv 2603.20526).
 
@@ -88,7 +93,8 @@ def sequence_delight(advantages: Tensor, log_probs: Tensor, mask: Tensor | None 
     """
     if log_probs.dim() != 2:
         raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}; a sequence delight needs (B, T).")
-    advantages = per_row(advantages, log_probs).expand_as(log_probs)
+    log_probs = at_least_float32(log_probs)
+    advantages = at_least_float32(per_row(advantages, log_probs)).expand_as(log_probs)
     if mask is not None:
         if mask.shape != log_probs.shape:
             raise ValueError(

@@ -398,3 +398,57 @@ def test_a_batch_of_masked_tokens_only_has_no_gradient():
     report = sj.gated_backward(policy.log_probs, batch, advantages, None, mask=mask)
     assert (report.kept, report.backward_tokens, report.loss.item()) == (ROWS, 0, 0)
     assert policy.layer.weight.grad.abs().sum() == 0
+
+
+def test_a_gate_of_ones_own_is_checked():
+    policy, batch, advantages, _ = make_case("rows")
+    ones = torch.ones(ROWS, dtype=torch.float64)
+    wrong_gates = {
+        "returned a Tensor": lambda score, cost=None: score > 0,
+        "the gate's weight": lambda score, cost=None: sj.Decision(score > 0, None, ones, ones.unsqueeze(1)),
+    }
+    for message, gate in wrong_gates.items():
+        with pytest.raises(ValueError, match=message):
+            sj.gated_backward(policy.log_probs, batch, advantages, gate)
+    assert policy.layer.weight.grad is None
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.9])
+def test_a_subclass_of_the_gate_keeps_its_weights_in_every_plan(rate):
+    class Heavier(sj.KondoGate):
+        def __call__(self, score, cost=None):
+            decision = super().__call__(score, cost)
+            return sj.Decision(decision.keep, decision.price, decision.probability, 10 * decision.weight)
+
+    policy, batch, advantages, _ = make_case("rows")
+    gradients = []
+    for gate in (sj.KondoGate(rate=rate), Heavier(rate=rate)):
+        policy.zero_grad()
+        sj.gated_backward(policy.log_probs, batch, advantages, gate)
+        gradients.append(policy.layer.weight.grad.clone())
+    torch.testing.assert_close(gradients[1], 10 * gradients[0])
+
+
+def test_rows_of_another_length_than_the_screened_ones_are_refused():
+    policy, batch, advantages, _ = make_case("tokens")
+
+    def trimming(rows):
+        return policy.log_probs(rows)[:, : 2 + len(rows["state"]) // ROWS]
+
+    with pytest.raises(ValueError, match="pad all rows"):
+        sj.gated_backward(trimming, batch, advantages, sj.KondoGate(rate=0.3))
+
+
+def test_low_precision_answers_are_ranked_in_float32():
+    log_probs = torch.full((2, 512), -1.0)
+    log_probs[1, :2] = -1.5  # 513 nats against 512, which bfloat16 cannot tell apart
+    parameter = torch.zeros(2, 512, requires_grad=True)
+    report = sj.gated_backward(
+        lambda rows: parameter[rows] + log_probs[rows],
+        torch.arange(2),
+        torch.ones(2, dtype=torch.bfloat16),
+        sj.KondoGate(rate=0.5),
+        log_probs=log_probs.bfloat16(),
+    )
+    assert report.decision.keep.tolist() == [False, True]
+    assert report.decision.price.item() == 513

@@ -19,9 +19,9 @@ from sparkjoy.engine.inputs import Inputs, check_inputs, finite_where_valid, mic
 from sparkjoy.engine.ledger import KnownFlops, Ledger
 from sparkjoy.engine.plan import Plan, cheapest_plan
 from sparkjoy.engine.screening import LogProbFunction, screen_without_graph
-from sparkjoy.gates import Decision, Gate, KondoGate
+from sparkjoy.gates import Decision, Gate, KondoGate, StatefulGate
 from sparkjoy.losses import Loss, reinforce
-from sparkjoy.scores import ScoreFunction, delight
+from sparkjoy.scores import ScoreFunction, at_least_float32, delight, without_graph
 
 Normalizer = Literal["batch", "samples", "kept"] | float
 
@@ -121,7 +121,7 @@ class GatedBackward:
         if isinstance(normalizer, str):
             if normalizer not in ("batch", "samples", "kept"):
                 raise ValueError(f"normalizer is {normalizer!r}; expected 'batch', 'samples', 'kept' or a number.")
-        elif not normalizer > 0:
+        elif not isinstance(normalizer, int | float) or not 0 < normalizer < math.inf:
             raise ValueError(f"normalizer is {normalizer!r}; expected a number above 0.")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size is {micro_batch_size}; expected at least 1, or None for all at once.")
@@ -165,9 +165,13 @@ class GatedBackward:
             ValueError: NaN, infinite or misshapen input, before any `.grad` is touched; a log-prob that turns NaN or
                 infinite while differentiating, with the number of its micro-batch.
         """
+        if log_probs is not None and self.screen is not None:
+            raise ValueError(
+                "log_probs and a screen are both given to decide on; give one. For a ratio: behavior_log_probs."
+            )
         ledger = Ledger(self._known_flops)
         score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
-        score_tells = score_tells and isinstance(self.gate, KondoGate) and behavior_log_probs is None
+        score_tells = score_tells and type(self.gate) is KondoGate and behavior_log_probs is None
         inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells)
         plan, decision, dense_log_probs = self._decide(log_prob_fn, inputs, ledger)
         kept_rows = decision.keep.nonzero().squeeze(1)
@@ -210,19 +214,21 @@ class GatedBackward:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide and plan as an unbroken one would."""
-        gate = self.gate.state_dict() if isinstance(self.gate, KondoGate) else {}
-        return {"gate": gate, "kept_fraction": self._kept_fraction, "known_flops": self._known_flops}
+        gate: dict[str, Any] = self.gate.state_dict() if isinstance(self.gate, StatefulGate) else {}
+        return {"gate": gate, "kept_fraction": self._kept_fraction, "known_flops": dict(self._known_flops or {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        if isinstance(self.gate, KondoGate):
-            self.gate.load_state_dict(state["gate"])
+        gate: Any = self.gate
+        if isinstance(gate, StatefulGate):
+            gate.load_state_dict(state["gate"])
         self._kept_fraction = state["kept_fraction"]
-        self._known_flops = state["known_flops"]
+        if self._known_flops is not None:
+            self._known_flops = dict(state["known_flops"])
 
     @property
     def _keeps_everything(self) -> bool:
-        return self.gate is None or (isinstance(self.gate, KondoGate) and self.gate.keeps_everything)
+        return self.gate is None or (type(self.gate) is KondoGate and self.gate.keeps_everything)
 
     def _decide(
         self, log_prob_fn: LogProbFunction, inputs: Inputs, ledger: Ledger
@@ -231,7 +237,7 @@ class GatedBackward:
         if self.gate is None or self._keeps_everything:
             ones = torch.ones(inputs.total, dtype=inputs.advantages.dtype, device=inputs.advantages.device)
             return "dense", Decision(ones.bool(), None, ones, ones), None
-        hard_rate = self.gate.rate if isinstance(self.gate, KondoGate) and self.gate.temperature == 0 else None
+        hard_rate = self.gate.rate if type(self.gate) is KondoGate and self.gate.temperature == 0 else None
         plan = cheapest_plan(
             known=inputs.log_probs is not None,
             drafted=self.screen is not None,
@@ -255,7 +261,7 @@ class GatedBackward:
         return plan, decision, graph
 
     def _gate_rows(self, gate: Gate, inputs: Inputs, log_probs: Tensor) -> Decision:
-        score = self.score(inputs.advantages, log_probs)
+        score = self.score(at_least_float32(inputs.advantages), at_least_float32(log_probs))
         if score.dim() == 2:
             score = (score if inputs.mask is None else score.where(inputs.mask, 0)).sum(dim=1)
         if score.shape != (inputs.total,):
@@ -264,23 +270,36 @@ class GatedBackward:
             score = score.where(inputs.teaches(), 0)
         cost = None if inputs.row_tokens is None else inputs.row_tokens.to(score.device)
         try:
-            decision = gate(score, cost)
+            decision: Any = gate(score, cost)  # whatever a gate of the user's own returns
         except ValueError:
             inputs.check_finite()  # says which input it was, where it was one
             raise
+        if not isinstance(decision, Decision):
+            raise ValueError(f"the gate returned a {type(decision).__name__}; expected a sparkjoy Decision.")
         if decision.keep.shape != score.shape or decision.keep.dtype != torch.bool:
             raise ValueError(
                 f"the gate's keep is {decision.keep.dtype} {tuple(decision.keep.shape)}; expected bool (B,)."
             )
-        if isinstance(gate, KondoGate) and gate.temperature == 0:
+        if type(gate) is KondoGate and gate.temperature == 0:
             return decision  # keeps no score of 0, so no row that teaches nothing
-        keep = decision.keep & inputs.teaches()
-        return replace(decision, keep=keep, price=decision.price if bool(keep.any()) else None)
+        if decision.weight.shape != score.shape or not bool(decision.weight.isfinite().all()):
+            raise ValueError(
+                f"the gate's weight is {tuple(decision.weight.shape)} or not finite; expected finite (B,)."
+            )
+        teaches = inputs.teaches()
+        keep = decision.keep & teaches
+        return replace(
+            decision,
+            keep=keep,
+            price=decision.price if bool(keep.any()) else None,
+            probability=decision.probability.where(teaches, 0),
+            weight=without_graph(decision.weight),
+        )
 
     def _weight(self, decision: Decision, kept_rows: Tensor | None) -> Tensor | None:
         """What terms are multiplied by, None for 1: those of `kept_rows`, or of all rows with 0 for the skipped."""
         if kept_rows is not None:
-            return None if isinstance(self.gate, KondoGate) else decision.weight[kept_rows]
+            return None if type(self.gate) is KondoGate else decision.weight[kept_rows]
         return None if self._keeps_everything else decision.weight * decision.keep
 
     def _terms(self, log_probs: Tensor, rows: Inputs, weight: Tensor | None) -> Tensor:
@@ -298,7 +317,8 @@ class GatedBackward:
         if weight is None:
             return terms
         weight = weight.to(terms.dtype)
-        return terms * (weight if terms.dim() == 1 else weight.unsqueeze(1))
+        weight = weight if terms.dim() == 1 else weight.unsqueeze(1)
+        return terms.where(weight != 0, 0) * weight
 
     def _normalizer(self, inputs: Inputs, kept_rows: Tensor, log_probs: Tensor) -> float:
         """What the sum of the terms is divided by; a count of 0, with nothing but masked tokens, divides by 1."""
@@ -367,6 +387,8 @@ def _check_loss(loss: Tensor, log_probs: Tensor, where: str) -> None:
             "the log-prob function returned log-probs without a graph, so there is nothing to differentiate; compute "
             "them with gradients enabled, from parameters that require them."
         )
+    if not loss.requires_grad:
+        raise ValueError("the loss has no graph; expected terms computed from the log-probs it was given.")
     if not math.isfinite(loss.item()):
         raise ValueError(
             f"{where}: the loss is {loss.item()}, from log-probs between {log_probs.min().item():g} and "

@@ -109,6 +109,10 @@ def check_inputs(
     if total == 0:
         raise ValueError("the batch is empty: advantages has 0 rows; expected at least one. Skip the step instead.")
     shapes = row_shapes(batch, total)
+    for name, tensor in (("log_probs", log_probs), ("behavior_log_probs", behavior_log_probs), ("mask", mask)):
+        if tensor is not None and not (isinstance(tensor, Tensor) and (name == "mask" or tensor.is_floating_point())):
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} is a {kind}; expected a tensor{'' if name == 'mask' else ' of floating point'}.")
     shape = _token_shape(advantages, log_probs, behavior_log_probs, mask)
     row_tokens = None
     if mask is not None:

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from torch.utils.hooks import RemovableHandle
 
 from sparkjoy.engine.inputs import Inputs, check_log_probs
 
@@ -57,6 +59,8 @@ class Ledger:
         self.seconds = {"screen": 0.0, "gather": 0.0, "forward": 0.0, "backward": 0.0}
         self._known_flops = known_flops
         self._lap_began = time.perf_counter()
+        self._token_shape: torch.Size | None = None
+        self._hook: RemovableHandle | None = None
 
     def lap(self, phase: str) -> None:
         """Add the host seconds since the last lap, or since the call began, to `seconds[phase]`."""
@@ -87,17 +91,27 @@ class Ledger:
             self.backward_tokens += tokens
 
         if log_probs.requires_grad:
-            log_probs.register_hook(gradient_arrived)
+            self._hook = log_probs.register_hook(gradient_arrived)
         return log_probs
 
     def backward(self, backward: Callable[[Tensor], Any], loss: Tensor, part: Inputs) -> None:
         """Run `backward(loss)`, whose graph ends at the log-probs of `part`."""
         self.backward_flops += self._counted("backward", part, lambda: backward(loss))[1]
+        if self._hook is not None:
+            self._hook.remove()  # a log-prob function may return the same tensor again
 
     def _forward(self, direction: str, source: Callable[[Any], Tensor], part: Inputs) -> Tensor:
         log_probs, flops = self._counted(direction, part, lambda: source(part.batch))
         self.forward_flops += flops
-        return check_log_probs(log_probs, part)
+        checked = check_log_probs(log_probs, part)
+        if self._token_shape is None:
+            self._token_shape = checked.shape[1:]
+        if checked.shape[1:] != self._token_shape:
+            raise ValueError(
+                f"the log-prob function returned rows of {tuple(checked.shape[1:])} after rows of "
+                f"{tuple(self._token_shape)} in the same call; pad all rows to the same length, and give a mask."
+            )
+        return checked
 
     def _counted(self, direction: str, part: Inputs, work: Callable[[], Any]) -> tuple[Any, int]:
         """What `work` returns, and its FLOPs: measured where no pass over as many rows of this shape was yet."""

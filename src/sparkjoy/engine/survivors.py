@@ -7,6 +7,7 @@ rows as its leading dimension.
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -48,6 +49,8 @@ def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     if isinstance(batch, Tensor):
         yield name, tuple(batch.shape)
     elif _is_tensor_collection(batch):
+        if not batch.batch_size:
+            raise ValueError(f"{name} is a {type(batch).__name__} of no batch_size; expected batch_size=[B].")
         for key, value in batch.items(include_nested=True, leaves_only=True):
             yield f"{name}[{key!r}]", tuple(value.shape)
     else:
@@ -71,7 +74,8 @@ def _parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _rebuild(batch: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(batch, Mapping):
-        return type(batch)({key: change(value) for key, value in batch.items()})  # type: ignore[call-arg]
+        parts = {key: change(value) for key, value in batch.items()}
+        return parts if isinstance(batch, defaultdict) else type(batch)(parts)  # type: ignore[call-arg]
     if isinstance(batch, tuple):
         return type(batch)(*(change(value) for value in batch))
     return replace(batch, **{field.name: change(getattr(batch, field.name)) for field in fields(batch)})

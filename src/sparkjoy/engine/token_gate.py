@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparkjoy.engine.backward import BackwardReport, GatedBackward
 from sparkjoy.engine.screening import LogProbFunction
-from sparkjoy.gates import Decision, Gate
+from sparkjoy.gates import Decision, Gate, StatefulGate
 from sparkjoy.losses import Loss, reinforce
 from sparkjoy.scores import delight
 
@@ -53,7 +53,7 @@ class TokenGatedBackward:
     ) -> None:
         self.gate = gate
         self.trim = trim
-        self._rows = GatedBackward(_every_row_that_teaches, loss=loss, count_flops=count_flops)
+        self._rows = GatedBackward(_every_row_that_teaches, loss=loss, count_flops=count_flops, normalizer=1.0)
 
     def __call__(
         self,
@@ -78,7 +78,7 @@ class TokenGatedBackward:
             tokens the positions that were differentiated, kept or not.
         """
         valid = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask.bool()
-        decision = self.gate(delight(advantages, log_probs).where(valid, 0).flatten())
+        decision = self.gate(delight(advantages, log_probs.where(valid, 0)).where(valid, 0).flatten())
         keep = decision.keep.view_as(valid) & valid
         positions = keep.any(dim=0).nonzero()
         length = int(positions[-1]) + 1 if len(positions) and self.trim is not None else log_probs.shape[1]
@@ -97,11 +97,14 @@ class TokenGatedBackward:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return self._rows.state_dict()
+        gate = self.gate.state_dict() if isinstance(self.gate, StatefulGate) else {}
+        return {"gate": gate, "rows": self._rows.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        self._rows.load_state_dict(state)
+        if isinstance(self.gate, StatefulGate):
+            self.gate.load_state_dict(state["gate"])
+        self._rows.load_state_dict(state["rows"])
 
 
 def _every_row_that_teaches(score: Tensor, cost: Tensor | None = None) -> Decision:

@@ -30,12 +30,6 @@ class Rollout:
     group_size: int | None = None
 
 
-class Policy(Protocol):
-    """A module that gives log-probs of the actions in given rows, (n,) or (n, T)."""
-
-    def log_probs(self, rows: dict[str, Tensor]) -> Tensor: ...
-
-
 class Task(Protocol):
     """What the training loop needs of a task."""
 

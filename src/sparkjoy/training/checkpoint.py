@@ -27,5 +27,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({error}); remove it to start the run anew.") from None
+        raise ValueError(
+            f"{path} is not a whole checkpoint ({type(error).__name__}); remove it to start the run anew."
+        ) from None
     return state
