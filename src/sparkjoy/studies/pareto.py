@@ -89,7 +89,7 @@ def run(
     Raises:
         ValueError: the folder cannot be written, or holds results with other settings.
     """
-    open_run(out, {"task": task.name, **task_config, **_plain(asdict(config))})
+    open_run(out, {"task": task.name, **task_config, **asdict(config)})
     arms = [(arm, seed) for arm in config.arms() for seed in config.seeds]
     return train_all([Settings(**{**asdict(arm), "seed": seed}) for arm, seed in arms], task, out, task_config, on_run)
 
@@ -213,8 +213,3 @@ def _style(arm: str, rates: dict[str, float | None]) -> dict[str, Any]:
     rate = rates[arm]
     color = "tab:red" if rate is None else colormaps["viridis"](0.9 * known.index(rate) / max(1, len(known) - 1))
     return {"color": color, "linestyle": ":" if arm.startswith("uniform") else "-"}
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: lists for tuples."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}

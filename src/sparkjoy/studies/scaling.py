@@ -96,7 +96,7 @@ def run(study: ScalingStudy, out: Path, on_run: OnRun | None = None) -> list[Rec
     Returns:
         One record per method, length and seed that counts: what the target took, or null where it was not reached.
     """
-    open_run(out, {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(study).items()})
+    open_run(out, asdict(study))
     rows: list[Record] = []
     solving = dict.fromkeys(study.arms, True)
     for length in study.prompt_lengths:

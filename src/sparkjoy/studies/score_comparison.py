@@ -74,7 +74,7 @@ def run(study: ScoresStudy, task: MnistTask, out: Path, on_run: OnRun | None = N
     Returns:
         The records of all runs, each with its "baseline".
     """
-    open_run(out, {**asdict(study), "scores": list(study.scores), "seeds": list(study.seeds)})
+    open_run(out, asdict(study))
     records: list[Record] = []
     for baseline in BASELINES:
         task.config = replace(task.config, baseline=baseline)

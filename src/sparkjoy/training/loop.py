@@ -20,7 +20,7 @@ from sparkjoy.tasks.rollouts import Rollout, Task
 from sparkjoy.training.checkpoint import load_checkpoint, save_checkpoint
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tally import Tally
-from sparkjoy.training.tracking import prepare_out, read_json, write_json, write_json_lines
+from sparkjoy.training.tracking import as_json, prepare_out, read_json, write_json, write_json_lines
 
 Record = dict[str, Any]
 OnStep = Callable[[int, Record | None], None]
@@ -184,6 +184,7 @@ def open_run(out: Path, config: dict[str, Any]) -> None:
         ValueError: it cannot be written, or holds results of another config.
     """
     prepare_out(out)
+    config = as_json(config)
     path = out / "config.json"
     if path.exists():
         earlier = read_json(path)

@@ -25,7 +25,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write one JSON document; NaN and infinities become null."""
-    text = json.dumps(_plain(value), indent=1) + "\n"
+    text = json.dumps(as_json(value), indent=1) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
@@ -43,7 +43,7 @@ def read_json(path: Path) -> Any:
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line; NaN and infinities become null."""
-    text = "".join(json.dumps(_plain(record)) + "\n" for record in records)
+    text = "".join(json.dumps(as_json(record)) + "\n" for record in records)
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
@@ -68,11 +68,12 @@ def prepare_out(out: Path) -> None:
         ) from None
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """The value as JSON gives it back: lists for tuples, None for NaN and infinities."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,0 +1,119 @@
+"""Wrong input is refused with a sentence, before any gradient is touched."""
+
+import math
+
+import pytest
+import torch
+from engine_cases import ROWS, make_case
+
+import sparkjoy as sj
+
+
+def wrong(name, value):
+    return lambda case: {**case, name: value(case[name]) if callable(value) else value}
+
+
+WRONG_INPUTS = {
+    "NaN advantage": (
+        wrong("advantages", lambda a: a.index_fill(0, torch.tensor([3]), math.nan)),
+        "advantages has 1 of 13",
+    ),
+    "infinite advantage": (
+        wrong("advantages", lambda a: a.index_fill(0, torch.tensor([3]), math.inf)),
+        "advantages has 1",
+    ),
+    "integer advantages": (wrong("advantages", lambda a: a.long()), "floating-point"),
+    "no advantages": (wrong("advantages", [1.0] * ROWS), "no tensor"),
+    "short advantages": (wrong("advantages", lambda a: a[:-1]), r"batch\['state'\] has shape"),
+    "empty batch": (wrong("advantages", lambda a: a[:0]), "the batch is empty"),
+    "a batch of lists": (wrong("batch", {"state": [1, 2]}), "is a list"),
+    "NaN known log-probs": (
+        wrong("log_probs", lambda p: p.index_fill(0, torch.tensor([0]), math.nan)),
+        "log_probs has 1",
+    ),
+    "positive known log-probs": (wrong("log_probs", lambda p: -p), "at most 0"),
+    "short known log-probs": (wrong("log_probs", lambda p: p[:-1]), "same B"),
+    "a mask without tokens": (wrong("mask", torch.ones(ROWS)), "mask"),
+    "a mask of halves": (wrong("mask", torch.full((ROWS, 2), 0.5)), "mask|log_probs"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+def test_wrong_input_is_refused_before_any_gradient(name):
+    change, message = WRONG_INPUTS[name]
+    policy, batch, advantages, _ = make_case("rows")
+    case = change(
+        {"batch": batch, "advantages": advantages, "log_probs": policy.log_probs(batch).detach(), "mask": None}
+    )
+    with pytest.raises(ValueError, match=message):
+        sj.gated_backward(policy.log_probs, gate=sj.KondoGate(rate=0.3), **case)
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize(
+    ("log_prob_fn", "message"),
+    [
+        (lambda policy: lambda rows: policy(rows["state"]), "returned shape"),
+        (lambda policy: lambda rows: policy.log_probs(rows).detach(), "without a graph"),
+        (lambda policy: lambda rows: policy.log_probs(rows) * math.nan, "NaN or infinite"),
+        (lambda policy: lambda rows: policy.log_probs(rows).tolist(), "returned a list"),
+        (lambda policy: lambda rows: policy.log_probs(rows)[:-1], "returned shape"),
+    ],
+)
+def test_a_wrong_log_prob_function_is_refused_before_any_gradient(log_prob_fn, message):
+    policy, batch, advantages, mask = make_case("rows")
+    if "shape" in message:
+        mask = torch.ones(ROWS, 2)
+    with pytest.raises(ValueError, match=message):
+        sj.gated_backward(log_prob_fn(policy), batch, advantages, sj.KondoGate(rate=0.3), mask=mask)
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_a_later_nan_names_its_micro_batch():
+    policy, batch, advantages, _ = make_case("rows")
+    batch["state"][7] = math.nan
+    with pytest.raises(ValueError, match="micro-batch 2 of 3"):
+        sj.gated_backward(policy.log_probs, batch, advantages, None, micro_batch_size=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalizer": "tokens"}, "normalizer is 'tokens'"),
+        ({"normalizer": 0}, "normalizer is 0"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0"),
+        ({"gate": 0.03}, "gate is 0.03"),
+        ({"loss": lambda p, a, b, m: (a * p).sum()}, "the loss has shape"),
+        ({"score": lambda a, p: a.sum()}, "the score has shape"),
+        ({"gate": lambda s, cost=None: sj.Decision(s, None, s, s)}, "the gate's keep"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    policy, batch, advantages, _ = make_case("rows")
+    options = {"gate": sj.KondoGate(rate=0.3), **options}
+    with pytest.raises(ValueError, match=message):
+        sj.gated_backward(policy.log_probs, batch, advantages, **options)
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_a_gate_of_ones_own_is_checked():
+    policy, batch, advantages, _ = make_case("rows")
+    ones = torch.ones(ROWS, dtype=torch.float64)
+    wrong_gates = {
+        "returned a Tensor": lambda score, cost=None: score > 0,
+        "the gate's weight": lambda score, cost=None: sj.Decision(score > 0, None, ones, ones.unsqueeze(1)),
+    }
+    for message, gate in wrong_gates.items():
+        with pytest.raises(ValueError, match=message):
+            sj.gated_backward(policy.log_probs, batch, advantages, gate)
+    assert policy.layer.weight.grad is None
+
+
+def test_rows_of_another_length_than_the_screened_ones_are_refused():
+    policy, batch, advantages, _ = make_case("tokens")
+
+    def trimming(rows):
+        return policy.log_probs(rows)[:, : 2 + len(rows["state"]) // ROWS]
+
+    with pytest.raises(ValueError, match="pad all rows"):
+        sj.gated_backward(trimming, batch, advantages, sj.KondoGate(rate=0.3))
