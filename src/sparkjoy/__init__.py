@@ -8,6 +8,7 @@ from sparkjoy.baselines import leave_one_out_advantage as leave_one_out_advantag
 from sparkjoy.engine.backward import BackwardReport as BackwardReport
 from sparkjoy.engine.backward import GatedBackward as GatedBackward
 from sparkjoy.engine.backward import gated_backward as gated_backward
+from sparkjoy.engine.speculative import SpeculativeBackward as SpeculativeBackward
 from sparkjoy.gates import Decision as Decision
 from sparkjoy.gates import Gate as Gate
 from sparkjoy.gates import KondoGate as KondoGate
@@ -20,6 +21,8 @@ from sparkjoy.prices import Price as Price
 from sparkjoy.scores import delight as delight
 from sparkjoy.scores import sequence_delight as sequence_delight
 from sparkjoy.scores import surprisal as surprisal
+from sparkjoy.unbiased import UnbiasedGate as UnbiasedGate
+from sparkjoy.unbiased import update_size as update_size
 
 __all__ = [
     "BackwardReport",
@@ -30,6 +33,8 @@ __all__ = [
     "GatedBackward",
     "KondoGate",
     "Price",
+    "SpeculativeBackward",
+    "UnbiasedGate",
     "clipped",
     "delight",
     "delightful",
@@ -42,5 +47,6 @@ __all__ = [
     "reinforce",
     "sequence_delight",
     "surprisal",
+    "update_size",
 ]
 __version__ = "0.1.0"
