@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparkjoy.policies.transformer import Transformer
 
@@ -20,14 +20,14 @@ class EarlyExit:
     torch.Size([5, 4])
 
     Args:
-        policy: whose `log_probs` takes `layers`.
+        policy: a `Transformer`.
         layers: how many to read, fewer than it has.
 
     Raises:
-        ValueError: another number of layers.
+        ValueError: another policy, or another number of layers.
     """
 
-    def __init__(self, policy: Transformer, layers: int) -> None:
+    def __init__(self, policy: nn.Module, layers: int) -> None:
         if not isinstance(policy, Transformer):
             raise ValueError(f"policy is a {type(policy).__name__}, which has no layers to exit early from.")
         if not 1 <= layers < len(policy.layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,11 +58,27 @@ class MnistTask:
         """An MLP 784-100-100-10."""
         return MLP(784, 100, 100, 10)
 
+    def draft_policy(self) -> nn.Module:
+        """One linear layer, a tenth of the policy's FLOPs."""
+        return MLP(784, 10)
+
+    def actions(self, rows: dict[str, Tensor]) -> Tensor:
+        """The actions (n,) of rows."""
+        return rows["actions"]
+
+    def recurring(self) -> tuple[Callable[[dict[str, Tensor]], Tensor], int]:
+        """Keys of image and action, and how many there are."""
+        return lambda rows: 10 * rows["examples"] + rows["actions"], 10 * len(self._digits.train_labels)
+
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images (count, 784) in [0, 1] and labels (count,), drawn with replacement."""
+        images, labels, _ = self._draw(count, generator)
+        return images, labels
+
+    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         drawn = torch.randint(len(self._digits.train_labels), (count,), generator=generator)
         images = self._digits.train_images.index_select(0, drawn).float().div_(255)
-        return images, self._digits.train_labels.index_select(0, drawn)
+        return images, self._digits.train_labels.index_select(0, drawn), drawn
 
     def reward(self, labels: Tensor, actions: Tensor) -> Tensor:
         """1 where the action is the label, else 0: (B,)."""
@@ -69,7 +86,7 @@ class MnistTask:
 
     def rollout(self, policy: nn.Module, generator: torch.Generator, graph: bool) -> Rollout:
         """Draw images, and for each an action from the policy."""
-        images, labels = self.sample(self.config.batch_size, generator)
+        images, labels, drawn = self._draw(self.config.batch_size, generator)
         with torch.set_grad_enabled(graph):
             every = policy(images).log_softmax(dim=1)
             probabilities = every.detach().exp()
@@ -81,7 +98,8 @@ class MnistTask:
             advantages = group_mean_advantage(rewards)
         else:
             advantages = expected_confidence_advantage(rewards, probabilities)
-        return Rollout({"inputs": images, "actions": actions}, advantages, log_probs, None, rewards.mean())
+        batch = {"inputs": images, "actions": actions, "examples": drawn}
+        return Rollout(batch, advantages, log_probs, None, rewards.mean())
 
     def trim(self, rows: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         """The rows as they are: an action is a single token."""

@@ -86,6 +86,20 @@ class ReversalTask:
             feed_forward=config.feed_forward,
         )
 
+    def draft_policy(self) -> Transformer:
+        """A transformer of one layer, half as wide and with one head."""
+        config = self.config
+        width = max(1, config.width // 2)
+        positions = 2 * config.prompt_length - 1
+        return Transformer(config.vocab_size, positions, layers=1, width=width, heads=1, feed_forward=width)
+
+    def actions(self, rows: dict[str, Tensor]) -> Tensor:
+        """The answers (n, H) of rows."""
+        return rows["answers"]
+
+    def recurring(self) -> None:
+        """No prompt is meant to come again."""
+
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Prompts (count, H), every token drawn uniformly."""
         return torch.randint(self.config.vocab_size, (count, self.config.prompt_length), generator=generator)

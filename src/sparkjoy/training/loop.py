@@ -18,6 +18,7 @@ from torch import Tensor
 from sparkjoy.engine.ledger import FlopCount
 from sparkjoy.tasks.rollouts import Rollout, Task
 from sparkjoy.training.checkpoint import load_checkpoint, save_checkpoint
+from sparkjoy.training.screening import screener
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tally import Tally
 from sparkjoy.training.tracking import as_json, prepare_out, read_json, write_json, write_json_lines
@@ -44,7 +45,7 @@ class Training:
         torch.manual_seed(settings.seed)
         self.policy = task.policy()
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.learning_rate, fused=True)
-        self.backward = settings.step(self.generator, task.trim)
+        self.backward = settings.step(self.generator, task.trim, screener(settings, task, self.policy))
         # The strongest dense loop differentiates the forward pass that sampled, instead of running a second one.
         undivided = settings.micro_batch_size is None and settings.updates == 1
         self.differentiates_rollout = task.samples_with_graph and not settings.gated and undivided
@@ -61,10 +62,9 @@ class Training:
         advantages = self.settings.advantages(rollout.advantages, rollout.group_size)
         own_forward: Callable[[Any], Tensor] = self.policy.log_probs
         log_prob_fn = (lambda _: rollout.log_probs) if self.differentiates_rollout else own_forward
+        known = {"log_probs" if self.settings.screen == "sampler" else "behavior_log_probs": rollout.log_probs}
         for _ in range(self.settings.updates):
-            report = self.backward(
-                log_prob_fn, rollout.batch, advantages, log_probs=rollout.log_probs, mask=rollout.mask
-            )
+            report = self.backward(log_prob_fn, rollout.batch, advantages, mask=rollout.mask, **known)
             if report.kept:
                 before = time.perf_counter()
                 self.optimizer.step()
