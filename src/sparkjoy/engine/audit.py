@@ -52,6 +52,7 @@ class AuditResult:
     Args:
         recall: of the rows of highest exact score, as many as the rate keeps, the fraction that the draft would let
             through: kept, or proposed where proposals are verified.
+        draft_recall: the same at the rate itself, as if nothing were verified.
         spearman: rank correlation of drafted and exact scores; NaN where all of one are equal.
         draft_seconds: the draft's seconds over the audited rows; None at every other audit, which counts FLOPs.
         exact_seconds: an exact forward pass's over the same rows.
@@ -60,6 +61,7 @@ class AuditResult:
     """
 
     recall: float
+    draft_recall: float
     spearman: float
     draft_seconds: float | None
     exact_seconds: float | None

@@ -306,7 +306,10 @@ class SpeculativeBackward:
                 f"the {100 * audit.floor:g}% asked for: screening is exact from here on.",
                 stacklevel=3,
             )
-        return AuditResult(found, spearman(true, guessed), draft_seconds, exact_seconds, draft_flops, exact_flops)
+        alone = recall(true, guessed, rate)
+        return AuditResult(
+            found, alone, spearman(true, guessed), draft_seconds, exact_seconds, draft_flops, exact_flops
+        )
 
 
 class _Among:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,9 +26,17 @@ class MnistConfig:
     baseline: Literal["expected-confidence", "batch-mean"] = "expected-confidence"
     """What a reward is compared with: the sum of squared action probabilities, or the batch's mean reward."""
 
+    hidden: int = 100
+    """Units in each of the two hidden layers; fewer make it harder."""
+    label_noise: float = 0.0
+    """Fraction of the training images whose label is replaced by a random one, the same ones every time."""
+
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size {self.batch_size}: expected at least 1.")
+        for name in ("batch_size", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1.")
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"--label-noise {self.label_noise}: expected a fraction, such as 0.2 for 20%.")
 
 
 class MnistTask:
@@ -52,11 +60,17 @@ class MnistTask:
     def __init__(self, config: MnistConfig) -> None:
         self.config = config
         self._digits = load_digits(config.data)
+        if config.label_noise:
+            generator = torch.Generator().manual_seed(0)
+            labels = self._digits.train_labels
+            wrong = torch.rand(len(labels), generator=generator) < config.label_noise
+            drawn = torch.randint(10, (len(labels),), generator=generator)
+            self._digits = replace(self._digits, train_labels=labels.where(~wrong, drawn))
         self._test_inputs = self._digits.test_images.float().div_(255)
 
     def policy(self) -> nn.Module:
-        """An MLP 784-100-100-10."""
-        return MLP(784, 100, 100, 10)
+        """An MLP 784-100-100-10, or of other hidden layers."""
+        return MLP(784, self.config.hidden, self.config.hidden, 10)
 
     def draft_policy(self) -> nn.Module:
         """One linear layer, a tenth of the policy's FLOPs."""

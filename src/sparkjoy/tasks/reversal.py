@@ -12,8 +12,6 @@ from sparkjoy.baselines import group_mean_advantage
 from sparkjoy.policies.transformer import Transformer
 from sparkjoy.tasks.rollouts import Rollout
 
-HELD_OUT_PROMPTS = 1000
-
 
 @dataclass(frozen=True)
 class ReversalConfig:
@@ -33,6 +31,8 @@ class ReversalConfig:
     """Prompts drawn a step."""
     answers: int = 10
     """Answers drawn to each prompt; their mean reward is its baseline."""
+    held_out: int = 1000
+    """Fixed prompts to measure the error on."""
     layers: int = 3
     """Blocks of the transformer."""
     width: int = 64
@@ -43,7 +43,7 @@ class ReversalConfig:
     """Width of the feed-forward parts."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_length", "prompts", "answers", "layers", "width", "heads", "feed_forward"):
+        for name in ("prompt_length", "prompts", "answers", "held_out", "layers", "width", "heads", "feed_forward"):
             _check_at_least(1, name, getattr(self, name))
         _check_at_least(2, "vocab_size", self.vocab_size)
         _check_one_of(("reverse", "copy", "increment"), "target", self.target)
@@ -72,7 +72,7 @@ class ReversalTask:
 
     def __init__(self, config: ReversalConfig) -> None:
         self.config = config
-        self._held_out = self.sample(HELD_OUT_PROMPTS, torch.Generator().manual_seed(0))
+        self._held_out = self.sample(config.held_out, torch.Generator().manual_seed(0))
 
     def policy(self) -> Transformer:
         """A transformer of the config's sizes."""
@@ -149,7 +149,7 @@ class ReversalTask:
         return {**rows, "answers": rows["answers"][:, :length]}
 
     def error(self, policy: Transformer) -> float:
-        """Fraction of wrong tokens in one sampled answer to each of 1,000 fixed prompts, the same draws every time."""
+        """Fraction of wrong tokens in one sampled answer to each of the fixed prompts, the same draws every time."""
         generator = torch.Generator().manual_seed(1)
         answers, _ = policy.sample(self._held_out, 1, self.config.prompt_length, generator)
         return float((answers != self.target(self._held_out)).float().mean())

@@ -18,6 +18,7 @@ class AuditTally:
     learn_seconds: float = 0.0
     audits: int = 0
     recall: float = 0.0
+    draft_recall: float = 0.0
     audits_since: int = 0
     recall_since: float = 0.0
     ranked: int = 0
@@ -41,6 +42,7 @@ class AuditTally:
         self.audits += 1
         self.audits_since += 1
         self.recall += found.recall
+        self.draft_recall += found.draft_recall
         self.recall_since += found.recall
         if not math.isnan(found.spearman):
             self.ranked += 1
@@ -60,6 +62,7 @@ class AuditTally:
         forward = _ratio(self.exact_seconds, self.timed)
         record = {
             "recall": _ratio(self.recall, self.audits),
+            "draft_recall": _ratio(self.draft_recall, self.audits),
             "recall_since": _ratio(self.recall_since, self.audits_since),
             "spearman": _ratio(self.spearman, self.ranked),
             "proposed": _ratio(self.proposed, self.steps),

@@ -15,13 +15,14 @@ from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.speculative import SpeculativeBackward
 from sparkjoy.engine.token_gate import TokenGatedBackward
 from sparkjoy.gates import KondoGate
-from sparkjoy.losses import Loss, clipped, delightful, reinforce
+from sparkjoy.losses import Loss, clipped, delightful, reinforce, weighted_by
 from sparkjoy.scores import (
     ScoreFunction,
     absolute_advantage_score,
     additive_score,
     advantage_score,
     delight,
+    noisy_score,
     surprisal_score,
     uniform_score,
 )
@@ -89,6 +90,10 @@ class Settings:
     """Layers read by --screen early-exit."""
     max_age: int = 200
     """Steps that a log-prob of --screen cached is believed for."""
+    noise: float = 0.0
+    """Gaussian noise on the delight that kondo ranks by, or that weights dg, relative to it: 0.5 for 50%."""
+    noise_kind: Literal["multiplicative", "additive"] = "multiplicative"
+    """Noise in proportion to each sample's delight, or to the batch's standard deviation of it."""
     draft_learning_rate: float = 3e-3
     """Adam's learning rate for --screen draft."""
 
@@ -108,6 +113,8 @@ class Settings:
             )
         if self.method == "unbiased" and (self.price is not None or self.temperature or self.score != "delight"):
             raise ValueError("--method unbiased goes by a score of its own, at a --rate; expected no other.")
+        if self.noise and not (self.method == "dg" or (self.method == "kondo" and self.unit == "sample")):
+            raise ValueError(f"--noise {self.noise}: goes with --method dg, or with kondo of whole samples.")
         if self.speculates and (not self.gated or self.unit == "token"):
             raise ValueError(
                 "--screen and --verify go with a gate of whole samples: --method kondo, uniform, unbiased."
@@ -148,6 +155,8 @@ class Settings:
             parts.append("of tokens")
         if self.method == "kondo" and self.score != "delight":
             parts.append(f"by {self.score}" + (f" {self.alpha:g}" if self.score == "additive" else ""))
+        if self.noise:
+            parts.append(f"{self.noise_kind} noise {100 * self.noise:g}%")
         if self.screen != "sampler":
             parts.append(f"screened by {self.screen}")
         if self.verify is not None:
@@ -170,6 +179,8 @@ class Settings:
         loss: Loss = reinforce
         if self.method in ("dg", "unbiased"):
             loss = delightful(unit=self.dg_unit)
+            if self.noise:
+                loss = weighted_by(self._noisy(delight, generator))
         elif self.method in ("ppo", "grpo"):
             loss = clipped(self.clip)
         gate: KondoGate | UnbiasedGate | None = None
@@ -182,9 +193,10 @@ class Settings:
         score, size = self._score(generator), self.micro_batch_size
         if gate is not None and self.speculates:
             audit = Audit(self.audit_every, floor=self.recall_floor)
-            return SpeculativeBackward(
-                gate, screen, verify=self.verify, audit=audit, loss=loss, score=score, micro_batch_size=size
-            )
+            options: dict[str, Any] = {"loss": loss, "score": score, "micro_batch_size": size}
+            noisy = self._noisy(score, generator)
+            return SpeculativeBackward(gate, screen, verify=self.verify, audit=audit, draft_score=noisy, **options)
+        score = self._noisy(score, generator) if gate is not None else score
         return GatedBackward(gate, loss=loss, score=score, micro_batch_size=size, normalizer="batch")
 
     def advantages(self, advantages: Tensor, group_size: int | None) -> Tensor:
@@ -194,6 +206,9 @@ class Settings:
         if self.method == "pmpo":
             return good_and_bad_advantage(advantages)
         return advantages
+
+    def _noisy(self, score: ScoreFunction, generator: torch.Generator) -> ScoreFunction:
+        return noisy_score(score, self.noise, self.noise_kind, generator) if self.noise else score
 
     def _score(self, generator: torch.Generator) -> ScoreFunction:
         scores: dict[str, ScoreFunction] = {
