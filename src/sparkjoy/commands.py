@@ -13,11 +13,19 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from sparkjoy.studies import bandit_theory, pareto, scaling, score_comparison, token_gate
+from sparkjoy.studies import bandit_theory, pareto, scaling, score_comparison, screening, screening_figures, token_gate
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.tasks.rollouts import Task
-from sparkjoy.training.console import LiveRuns, print_runs, print_scaling, print_scores, print_slopes, study_progress
+from sparkjoy.training.console import (
+    LiveRuns,
+    print_runs,
+    print_scaling,
+    print_scores,
+    print_screening,
+    print_slopes,
+    study_progress,
+)
 from sparkjoy.training.loop import summary, train
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import prepare_out, save_figure, write_json, write_json_lines
@@ -159,12 +167,30 @@ class StudyTokens:
         print(f"results in {self.out}, the figure in {self.out / 'tokens.png'}")
 
 
+@dataclass(frozen=True)
+class StudyScreening:
+    """Cheaper screeners than a forward pass, noise on delight, and the gate that stays unbiased; in minutes."""
+
+    out: Path = Path("out/study-screening")
+    """Folder for the results; finished runs in it are not run again."""
+    study: Annotated[screening.ScreeningStudy, FLAT] = field(default_factory=screening.ScreeningStudy)
+
+    def __call__(self) -> None:
+        with LiveRuns(runs=len(screening.arms(self.study))) as live:
+            tables = screening.run(self.study, self.out, live.start)
+        for name, figure in screening_figures.plot(tables).items():
+            save_figure(figure, self.out, name)
+        print_screening(tables)
+        print(f"results and figures in {self.out}")
+
+
 COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("train", "mnist"): TrainMnist,
     ("train", "reversal"): TrainReversal,
     ("pareto", "mnist"): ParetoMnist,
     ("pareto", "reversal"): ParetoReversal,
     ("study", "scores"): StudyScores,
+    ("study", "screening"): StudyScreening,
     ("study", "bandit"): StudyBandit,
     ("study", "scaling"): StudyScaling,
     ("study", "tokens"): StudyTokens,
