@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparkjoy.engine.backward import BackwardReport
+from sparkjoy.engine.report import BackwardReport
 
 
 @dataclass
