@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparkjoy.engine.distributed import ranks_of
 from sparkjoy.engine.inputs import Inputs, check_inputs, finite_where_valid, micro_batches
 from sparkjoy.engine.ledger import KnownFlops, Ledger
 from sparkjoy.engine.plan import Plan, cheapest_plan
+from sparkjoy.engine.ranks import Scored
 from sparkjoy.engine.screening import LogProbFunction, screen_without_graph
 from sparkjoy.gates import Decision, Gate, KondoGate, StatefulGate
 from sparkjoy.losses import Loss, reinforce
@@ -29,6 +32,9 @@ Normalizer = Literal["batch", "samples", "kept"] | float
 @dataclass(frozen=True)
 class BackwardReport:
     """What one call did, counted from what ran.
+
+    Under several processes decision, kept, total and loss are about the rows of all of them, in the order of the ranks,
+    and the same everywhere; the counts of what ran, FLOPs and seconds are this process's.
 
     Args:
         decision: the gate's, about all rows; rows of zero advantage are never kept below rate 1.
@@ -96,6 +102,10 @@ class GatedBackward:
         normalizer: what the sum of the kept terms is divided by. "batch": all valid tokens of the call, kept or not
             (all samples for (B,)); "samples": B; "kept": valid tokens (samples) of the kept rows; or a number.
         micro_batch_size: rows per forward and backward pass; None: all at once.
+        module: under several processes, the `DistributedDataParallel` or `fully_shard` module that `log_prob_fn` calls:
+            then one decision is made about the rows of all processes. "local": this process decides for itself.
+        deal_survivors: let kept rows move to another process, so that each differentiates as many; for batches that
+            mean the same in every process. Off, they stay, and processes with fewer run rows of weight 0.
         backward: called on each micro-batch's loss, for instance `accelerator.backward`.
         count_flops: measure FLOPs on the first pass over rows of a new shape. Off, the report has None; turn it off for
             a compiled `log_prob_fn`, which a counting pass would run uncompiled.
@@ -113,6 +123,8 @@ class GatedBackward:
         screen: LogProbFunction | None = None,
         normalizer: Normalizer = "batch",
         micro_batch_size: int | None = None,
+        module: nn.Module | Literal["local"] | None = None,
+        deal_survivors: bool = False,
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
         count_flops: bool = True,
     ) -> None:
@@ -132,6 +144,7 @@ class GatedBackward:
         self.normalizer = normalizer
         self.micro_batch_size = micro_batch_size
         self.backward = backward
+        self._ranks = ranks_of(module, deal_survivors)
         self._known_flops: KnownFlops | None = {} if count_flops else None
         self._kept_fraction: float | None = None
 
@@ -169,37 +182,56 @@ class GatedBackward:
             raise ValueError(
                 "log_probs and a screen are both given to decide on; give one. For a ratio: behavior_log_probs."
             )
-        ledger = Ledger(self._known_flops)
+        ranks, ledger = self._ranks, Ledger(self._known_flops)
         score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
         score_tells = score_tells and type(self.gate) is KondoGate and behavior_log_probs is None
-        inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells)
+        inputs = ranks.open(lambda: check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells))
         plan, decision, dense_log_probs = self._decide(log_prob_fn, inputs, ledger)
-        kept_rows = decision.keep.nonzero().squeeze(1)
-        kept = kept_rows.shape[0]
-        dense = plan == "dense" or kept == inputs.total
-        weight = self._weight(decision, None if dense else kept_rows)
+        own, local = ranks.share(inputs, decision, plan == "dense")
+        kept_rows = local.keep.nonzero().squeeze(1)
+        kept_here = kept_rows.shape[0]
+        kept = kept_here if ranks.size == 1 else int(decision.keep.count_nonzero())
+        dense = plan == "dense" or kept_here == own.total
+        weight = self._weight(local, None if dense else kept_rows)
         losses = []
-        parts = micro_batches(inputs.total if dense else kept, self.micro_batch_size) if kept else []
-        for number, rows in enumerate(parts, start=1):
-            if len(parts) > 1:
-                part = inputs.take(rows if dense else kept_rows[rows])
-            else:
-                part = inputs if dense else inputs.take(kept_rows)
-            ledger.lap("gather")
-            current = ledger.forward(log_prob_fn, part) if dense_log_probs is None else dense_log_probs
-            terms = self._terms(current, part, None if weight is None else weight[rows])
-            loss = terms.sum() / self._normalizer(inputs, kept_rows, current)
-            _check_loss(loss, current, f"micro-batch {number} of {len(parts)}")
-            ledger.lap("forward")
-            ledger.backward(self.backward, loss, part)
-            ledger.lap("backward")
+        parts = micro_batches(own.total if dense else kept_here, self.micro_batch_size) if kept_here else []
+        rounds = ranks.rounds(len(parts), kept)
+        divisor: float | None = None
+        for number in range(1, rounds + 1):
+            with ranks.micro_batch(last=number == rounds):
+                if number > len(parts):  # other ranks have more, and wait for this one
+                    part = inputs.take(slice(0, 1))
+                    part_weight: Tensor | None = inputs.advantages.new_zeros(1)
+                else:
+                    rows = parts[number - 1]
+                    if len(parts) > 1:
+                        part = own.take(rows if dense else kept_rows[rows])
+                    else:
+                        part = own if dense else own.take(kept_rows)
+                    part_weight = None if weight is None else weight[rows]
+                ledger.lap("gather")
+                if dense_log_probs is None:
+                    current = ranks.forward(partial(ledger.forward, log_prob_fn, part))
+                else:
+                    current = dense_log_probs
+                if divisor is None:
+                    divisor = self._normalizer(inputs, own, kept_rows, current) / ranks.size  # gradients are averaged
+                terms = self._terms(current, part, part_weight)
+                loss = terms.sum() / divisor
+                _check_graph(loss, current)
+                ranks.hold(partial(_check_finite_loss, loss, current, f"micro-batch {number} of {rounds}"))
+                ledger.lap("forward")
+                ledger.backward(self.backward, loss, part)
+                ledger.lap("backward")
             losses.append(loss.detach())
-        self._kept_fraction = kept / inputs.total
+        loss = losses[0] if len(losses) == 1 else sum(losses, start=inputs.advantages.new_zeros(()))
+        total = ranks.total(inputs.total)
+        self._kept_fraction = kept / total
         return BackwardReport(
             decision=decision,
             kept=kept,
-            total=inputs.total,
-            loss=losses[0] if len(losses) == 1 else sum(losses, start=inputs.advantages.new_zeros(())),
+            total=total,
+            loss=ranks.close(loss, rounds),
             screened_rows=ledger.screened_rows,
             forward_rows=ledger.forward_rows,
             backward_rows=ledger.backward_rows,
@@ -235,32 +267,40 @@ class GatedBackward:
     ) -> tuple[Plan, Decision, Tensor | None]:
         """The plan, the gate's decision, and the log-probs with a graph where a dense pass came first."""
         if self.gate is None or self._keeps_everything:
-            ones = torch.ones(inputs.total, dtype=inputs.advantages.dtype, device=inputs.advantages.device)
+            ones = torch.ones(
+                self._ranks.total(inputs.total), dtype=inputs.advantages.dtype, device=inputs.advantages.device
+            )
             return "dense", Decision(ones.bool(), None, ones, ones), None
         hard_rate = self.gate.rate if type(self.gate) is KondoGate and self.gate.temperature == 0 else None
         plan = cheapest_plan(
             known=inputs.log_probs is not None,
             drafted=self.screen is not None,
-            undivided=self.micro_batch_size is None or self.micro_batch_size >= inputs.total,
+            # Several processes decide first: all of them skip the pass, or none.
+            undivided=self._ranks.size == 1
+            and (self.micro_batch_size is None or self.micro_batch_size >= inputs.total),
             kept_fraction=self._kept_fraction if hard_rate is None else hard_rate,
         )
         graph = None
         if plan == "dense":
             graph = ledger.forward(log_prob_fn, inputs)
             ledger.lap("forward")
-        if inputs.log_probs is not None:
-            log_probs = inputs.log_probs
-        elif graph is not None:
-            log_probs = finite_where_valid("the dense forward pass: log_probs", graph.detach(), inputs.mask)
-        else:
-            own = self.screen is None
-            source = log_prob_fn if self.screen is None else self.screen
-            log_probs = screen_without_graph(source, inputs, self.micro_batch_size, ledger, own)
-        decision = self._gate_rows(self.gate, inputs, log_probs)
+
+        def score() -> Scored:
+            if inputs.log_probs is not None:
+                log_probs = inputs.log_probs
+            elif graph is not None:
+                log_probs = finite_where_valid("the dense forward pass: log_probs", graph.detach(), inputs.mask)
+            else:
+                own = self.screen is None
+                source = log_prob_fn if self.screen is None else self.screen
+                log_probs = screen_without_graph(source, inputs, self.micro_batch_size, ledger, own, self._ranks)
+            return self._score_rows(inputs, log_probs)
+
+        decision = self._ranks.same(self._gate_rows(self.gate, inputs, self._ranks.gather(score)))
         ledger.lap("screen")
         return plan, decision, graph
 
-    def _gate_rows(self, gate: Gate, inputs: Inputs, log_probs: Tensor) -> Decision:
+    def _score_rows(self, inputs: Inputs, log_probs: Tensor) -> Scored:
         score = self.score(at_least_float32(inputs.advantages), at_least_float32(log_probs))
         if score.dim() == 2:
             score = (score if inputs.mask is None else score.where(inputs.mask, 0)).sum(dim=1)
@@ -269,6 +309,11 @@ class GatedBackward:
         if self.score is not delight:  # delight is 0 already where the advantage is
             score = score.where(inputs.teaches(), 0)
         cost = None if inputs.row_tokens is None else inputs.row_tokens.to(score.device)
+        hard = type(self.gate) is KondoGate and self.gate.temperature == 0  # keeps no score of 0
+        return Scored(score, cost, None if hard else inputs.teaches())
+
+    def _gate_rows(self, gate: Gate, inputs: Inputs, scored: Scored) -> Decision:
+        score, cost, teaches = scored
         try:
             decision: Any = gate(score, cost)  # whatever a gate of the user's own returns
         except ValueError:
@@ -280,13 +325,12 @@ class GatedBackward:
             raise ValueError(
                 f"the gate's keep is {decision.keep.dtype} {tuple(decision.keep.shape)}; expected bool (B,)."
             )
-        if type(gate) is KondoGate and gate.temperature == 0:
-            return decision  # keeps no score of 0, so no row that teaches nothing
+        if teaches is None:
+            return decision
         if decision.weight.shape != score.shape or not bool(decision.weight.isfinite().all()):
             raise ValueError(
                 f"the gate's weight is {tuple(decision.weight.shape)} or not finite; expected finite (B,)."
             )
-        teaches = inputs.teaches()
         keep = decision.keep & teaches
         return replace(
             decision,
@@ -320,16 +364,16 @@ class GatedBackward:
         weight = weight if terms.dim() == 1 else weight.unsqueeze(1)
         return terms.where(weight != 0, 0) * weight
 
-    def _normalizer(self, inputs: Inputs, kept_rows: Tensor, log_probs: Tensor) -> float:
+    def _normalizer(self, inputs: Inputs, own: Inputs, kept_rows: Tensor, log_probs: Tensor) -> float:
         """What the sum of the terms is divided by; a count of 0, with nothing but masked tokens, divides by 1."""
         if self.normalizer == "batch":
-            return max(1, inputs.tokens(log_probs))
+            return max(1, self._ranks.sum(inputs.tokens(log_probs)))
         if self.normalizer == "samples":
-            return inputs.total
+            return self._ranks.total(inputs.total)
         if self.normalizer == "kept":
-            if inputs.row_tokens is not None:
-                return max(1, int(inputs.row_tokens[kept_rows.cpu()].sum()))
-            return kept_rows.shape[0] * (log_probs.shape[1] if log_probs.dim() == 2 else 1)
+            if own.row_tokens is not None:
+                return max(1, self._ranks.sum(int(own.row_tokens[kept_rows.cpu()].sum())))
+            return max(1, self._ranks.sum(kept_rows.shape[0] * (log_probs.shape[1] if log_probs.dim() == 2 else 1)))
         return self.normalizer
 
 
@@ -381,7 +425,7 @@ def gated_backward(
     )
 
 
-def _check_loss(loss: Tensor, log_probs: Tensor, where: str) -> None:
+def _check_graph(loss: Tensor, log_probs: Tensor) -> None:
     if not log_probs.requires_grad:
         raise ValueError(
             "the log-prob function returned log-probs without a graph, so there is nothing to differentiate; compute "
@@ -389,6 +433,9 @@ def _check_loss(loss: Tensor, log_probs: Tensor, where: str) -> None:
         )
     if not loss.requires_grad:
         raise ValueError("the loss has no graph; expected terms computed from the log-probs it was given.")
+
+
+def _check_finite_loss(loss: Tensor, log_probs: Tensor, where: str) -> None:
     if not math.isfinite(loss.item()):
         raise ValueError(
             f"{where}: the loss is {loss.item()}, from log-probs between {log_probs.min().item():g} and "
