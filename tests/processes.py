@@ -13,8 +13,9 @@ def run_processes(script: Path, count: int, arguments=(), *, store: Path, timeou
 
     They find each other through the file `store`, so no port is taken.
     """
+    paths = [store.with_name(f"{store.name}-{rank}.out") for rank in range(count)]
     processes = []
-    for rank in range(count):
+    for rank, path in enumerate(paths):
         environment = {
             **os.environ,
             "RANK": str(rank),
@@ -23,15 +24,11 @@ def run_processes(script: Path, count: int, arguments=(), *, store: Path, timeou
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script), *map(str, arguments)],
-                env=environment,
-                stdout=(store.parent / f"{store.name}-{rank}.out").open("w"),
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+        command = [sys.executable, str(script), *map(str, arguments)]
+        with path.open("w") as out:
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
             )
-        )
     deadline = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in processes):
@@ -40,9 +37,9 @@ def run_processes(script: Path, count: int, arguments=(), *, store: Path, timeou
             time.sleep(0.02)
     finally:
         killed = [kill(process) for process in processes]
-    said = [(store.parent / f"{store.name}-{rank}.out").read_text() for rank in range(count)]
+    said = [path.read_text() for path in paths]
     for rank, process in enumerate(processes):
-        if process.returncode > 0:
+        if process.returncode and not killed[rank]:
             raise AssertionError(f"process {rank} failed with status {process.returncode}:\n{said[rank]}")
     if any(killed):
         raise AssertionError(f"processes did not end within {timeout:g} s:\n" + "\n".join(said))

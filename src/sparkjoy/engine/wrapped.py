@@ -86,7 +86,8 @@ class Replicated:
         return log_probs
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        return nullcontext() if last else self._module.no_sync()
+        # A static graph is recorded in the first backward pass, which has to average; then averaging early is harmless.
+        return nullcontext() if last or self._module.static_graph else self._module.no_sync()
 
     def rest(self) -> None:
         pass
