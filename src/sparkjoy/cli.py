@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 HELP = """usage: sparkjoy COMMAND [flags]
@@ -41,7 +42,8 @@ def main() -> None:
     try:
         commands.run(arguments)
     except ValueError as error:
-        print(f"sparkjoy: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
+            print(f"sparkjoy: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("sparkjoy: interrupted; finished work is in --out", file=sys.stderr)

@@ -28,6 +28,7 @@ from sparkjoy.training.console import (
     study_progress,
 )
 from sparkjoy.training.loop import summary, train
+from sparkjoy.training.processes import WHOLE, Share, joined, refuse_several_processes, share_of_this_process
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import prepare_out, save_figure, write_json, write_json_lines
 
@@ -70,7 +71,10 @@ class TrainReversal:
     task: Annotated[ReversalConfig, FLAT] = field(default_factory=ReversalConfig)
 
     def __call__(self) -> None:
-        _train(ReversalTask(self.task), self.task, self.settings, 0.01, self.out)
+        share = share_of_this_process()
+        task = ReversalTask(self.task, share)
+        with joined(share):
+            _train(task, self.task, self.settings, 0.01, self.out, share)
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,11 @@ def run(arguments: list[str]) -> None:
     if command is None:
         known = ", ".join(" ".join(names).strip() for names in COMMANDS)
         raise ValueError(f"no command {' '.join(arguments[:2])!r}; there are: {known}. See sparkjoy --help.")
-    _parse(command, arguments[len(words) :], f"sparkjoy {' '.join(words)}")()
+    program = f"sparkjoy {' '.join(words)}"
+    parsed = _parse(command, arguments[len(words) :], program)
+    if command is not TrainReversal:
+        refuse_several_processes(program)
+    parsed()
 
 
 def _parse(command: Callable[..., Any], flags: list[str], program: str) -> Callable[[], None]:
@@ -228,12 +236,15 @@ def _parse(command: Callable[..., Any], flags: list[str], program: str) -> Calla
         raise ValueError(f"{sentence.rstrip('.')}. See {program} --help.") from None
 
 
-def _train(task: Task, task_config: Any, settings: Settings, target: float, out: Path) -> None:
+def _train(task: Task, task_config: Any, settings: Settings, target: float, out: Path, share: Share = WHOLE) -> None:
     if settings.target_error is None:
         settings = replace(settings, target_error=target)
     target = settings.target_error if settings.target_error is not None else target
+    if not share.first:
+        train(task, settings, out, asdict(task_config), share=share)
+        return
     with LiveRuns(runs=1) as live:
-        records = train(task, settings, out, asdict(task_config), live.start(settings.label, settings))
+        records = train(task, settings, out, asdict(task_config), live.start(settings.label, settings), share)
     print_runs([{"arm": settings.label, **summary(records, target)}], target)
     print(f"results in {out}")
 

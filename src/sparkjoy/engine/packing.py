@@ -81,6 +81,8 @@ class Packing:
     def divide(self, inputs: Inputs, rows: Tensor | None) -> list[Rows]:
         """The micro-batches of `rows`, (n,) indices (None: all), which together hold each row once."""
         total = inputs.total if rows is None else rows.shape[0]
+        if total == 0:
+            return []
         if self.trim is None or inputs.mask is None:
             size = self._limit(inputs) or total
             parts = [slice(start, min(start + size, total)) for start in range(0, total, size)]

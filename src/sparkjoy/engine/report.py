@@ -14,6 +14,9 @@ from sparkjoy.gates import Decision
 class BackwardReport:
     """What one call did, counted from what ran.
 
+    Under several processes decision, kept, total and loss are about the rows of all of them, in the order of the ranks,
+    and the same everywhere; the counts of what ran, FLOPs and seconds are this process's.
+
     Args:
         decision: the gate's, about all rows; rows of zero advantage are never kept below rate 1.
         kept: rows kept.
