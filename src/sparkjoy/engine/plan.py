@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.inputs import Inputs
-from sparkjoy.engine.ranks import OneProcess, Ranks
+from sparkjoy.engine.ranks import ALONE, Ranks
 from sparkjoy.gates import Gate, KondoGate, rate_count
 from sparkjoy.prices import FixedPrice
 
@@ -21,9 +21,6 @@ Plan = Literal["known", "signs", "screen", "dense"]
 
 BACKWARD_OVER_FORWARD = 2.0
 """r of full training, until it is measured: two matrix products backward for each one forward."""
-
-
-ALONE = OneProcess()
 
 
 @dataclass(frozen=True)
