@@ -1,4 +1,4 @@
-"""Is a forward pass in fewer bits quicker on this CPU? Matrix products of one transformer block, float32 beside the rest.
+"""Is a forward pass in fewer bits quicker on this CPU? The matrix products of one transformer block, beside float32.
 
     python benchmarks/low_precision.py
 
@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -31,7 +32,14 @@ def quantised(module: nn.Module) -> nn.Module:
     """int8 weights, activations quantised as they come."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated in favour of a package that is not installed with torch
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(module), {nn.Linear}, dtype=torch.qint8)
+        short: nn.Module = torch.ao.quantization.quantize_dynamic(copy.deepcopy(module), {nn.Linear}, dtype=torch.qint8)
+    return short
+
+
+def autocast(module: nn.Module, states: torch.Tensor) -> object:
+    """The module with its products in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(states)
 
 
 def seconds(arms: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -51,24 +59,19 @@ def main() -> None:
         exact, states = block(width, feed_forward), torch.randn(tokens, width)
         short = quantised(exact)
         brief = copy.deepcopy(exact).bfloat16()
-        brief_states = states.bfloat16()
-
-        def autocast(exact: nn.Module = exact, states: torch.Tensor = states) -> object:
-            with torch.autocast("cpu", torch.bfloat16):
-                return exact(states)
 
         with torch.no_grad():
-            taken = seconds(
-                {
-                    "float32": lambda exact=exact, states=states: exact(states),
-                    "bfloat16 autocast": autocast,
-                    "bfloat16 weights": lambda brief=brief, states=brief_states: brief(states),
-                    "int8": lambda short=short, states=states: short(states),
-                    "int8, quantising": lambda exact=exact: quantised(exact),
-                }
-            )
+            arms = {
+                "float32": partial(exact, states),
+                "bfloat16 autocast": partial(autocast, exact, states),
+                "bfloat16 weights": partial(brief, states.bfloat16()),
+                "int8": partial(short, states),
+                "int8, quantising": partial(quantised, exact),
+            }
+            taken = seconds(arms)
         for name, value in taken.items():
-            print(f"width {width}, {tokens} tokens: {name}: {1e3 * value:.2f} ms, {value / taken['float32']:.2f} x float32")
+            ratio = value / taken["float32"]
+            print(f"width {width}, {tokens} tokens: {name}: {1e3 * value:.2f} ms, {ratio:.2f} x float32")
 
 
 if __name__ == "__main__":

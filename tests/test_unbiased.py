@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from engine_cases import SHAPES, make_case
 
 from sparkjoy import GatedBackward, UnbiasedGate, delightful, update_size
 from sparkjoy.unbiased import inclusion_probabilities
-from tests.engine_cases import SHAPES, make_case
 
 SAMPLINGS = ("systematic", "independent")
 

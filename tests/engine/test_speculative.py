@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from engine_cases import ACTIONS, ROWS, SHAPES, WIDTH, make_case
 
 from sparkjoy import GatedBackward, KondoGate, SpeculativeBackward, UnbiasedGate, clipped
 from sparkjoy.engine.audit import Audit, recall, spearman
-from sparkjoy.engine.screening import row_scores
+from sparkjoy.engine.deciding import row_scores
 from sparkjoy.scores import delight, surprisal_score
 from sparkjoy.testing import TinyPolicy
-from tests.engine_cases import ACTIONS, ROWS, SHAPES, WIDTH, make_case
 
 
 def gradients(policy):

@@ -19,10 +19,14 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.audit import Audit, AuditResult, measured, recall, spearman
-from sparkjoy.engine.backward import BackwardReport, GatedBackward, Normalizer
+from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.engine.deciding import row_scores
 from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import KnownFlops, Ledger
-from sparkjoy.engine.screening import LogProbFunction, row_scores, screen_without_graph
+from sparkjoy.engine.packing import Packing
+from sparkjoy.engine.passes import Normalizer, Passes
+from sparkjoy.engine.report import BackwardReport
+from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Decision, Gate, KondoGate, StatefulGate, rate_count
 from sparkjoy.scores import ScoreFunction, delight
 from sparkjoy.unbiased import UnbiasedGate
@@ -267,7 +271,14 @@ class SpeculativeBackward:
         if self.screen is None:
             assert inputs.log_probs is not None  # the call saw to it
             return inputs.log_probs
-        return screen_without_graph(self.screen, inputs, self._micro_batch_size, ledger, own=False)
+        return self._seen(inputs, ledger, self.screen)
+
+    def _seen(self, inputs: Inputs, ledger: Ledger, source: LogProbFunction) -> Tensor:
+        """Log-probs of all rows from `source`, without a graph."""
+        passes = Passes(source, inputs, ledger, packing=Packing(rows=self._micro_batch_size))
+        passes.screen(None, source)
+        assert passes.seen is not None  # all rows were
+        return passes.seen
 
     def _proposed(self, score: Tensor) -> Tensor:
         """(n,) the rows to verify, in the batch's order: at least one, so that there is something to decide on."""
@@ -289,10 +300,7 @@ class SpeculativeBackward:
             inputs = inputs.take(drawn.to(inputs.advantages.device))
         counts = self._counts_flops and self._steps // audit.every % 2 == 0
         drafted, draft_seconds, draft_flops = measured(lambda: self._drafted(inputs, Ledger(None)), counts)
-        size = self._micro_batch_size
-        exact, exact_seconds, exact_flops = measured(
-            lambda: screen_without_graph(log_prob_fn, inputs, size, Ledger(None), own=True), counts
-        )
+        exact, exact_seconds, exact_flops = measured(lambda: self._seen(inputs, Ledger(None), log_prob_fn), counts)
         true, guessed = row_scores(self.score, inputs, exact), row_scores(self.draft_score, inputs, drafted)
         rate = self.gate.rate if isinstance(self.gate, KondoGate | UnbiasedGate) else None
         rate = max(1 / inputs.total, self._kept_fraction) if rate is None else rate

@@ -26,6 +26,7 @@ from sparkjoy.scores import (
     surprisal_score,
     uniform_score,
 )
+from sparkjoy.training.processes import WHOLE, Share
 from sparkjoy.training.screening import Screen
 from sparkjoy.unbiased import UnbiasedGate, update_size
 
@@ -170,6 +171,8 @@ class Settings:
         generator: torch.Generator,
         trim: Callable[[Any, int], Any] | None,
         screen: Callable[[Any], Tensor] | None = None,
+        share: Share = WHOLE,
+        module: Any = None,
     ) -> GatedBackward | SpeculativeBackward | TokenGatedBackward:
         """The engine's step of this method.
 
@@ -177,7 +180,11 @@ class Settings:
             generator: source of the gate's draws.
             trim: shortens answers.
             screen: the draft, where this run has one.
+            share: this process's part of a batch.
+            module: what averages the gradients of several processes.
         """
+        if share.count > 1 and (self.unit == "token" or self.speculates):
+            raise ValueError("--unit token, --screen and --verify run in one process; start it without torchrun.")
         loss: Loss = reinforce
         if self.method in ("dg", "unbiased"):
             loss = delightful(unit=self.dg_unit)
@@ -192,14 +199,15 @@ class Settings:
             gate = KondoGate(self.gate_rate, self.price, self.temperature, generator)
         if gate is not None and self.unit == "token":
             return TokenGatedBackward(gate, loss=loss, trim=trim)
-        score, size = self._score(generator), self.micro_batch_size
+        score, size = self._score(generator, share), self.micro_batch_size
         if gate is not None and self.speculates:
             audit = Audit(self.audit_every, floor=self.recall_floor)
             options: dict[str, Any] = {"loss": loss, "score": score, "micro_batch_size": size}
             noisy = self._noisy(score, generator)
             return SpeculativeBackward(gate, screen, verify=self.verify, audit=audit, draft_score=noisy, **options)
         score = self._noisy(score, generator) if gate is not None else score
-        return GatedBackward(gate, loss=loss, score=score, micro_batch_size=size, normalizer="batch")
+        module = module if share.count > 1 else None
+        return GatedBackward(gate, loss=loss, score=score, micro_batch_size=size, normalizer="batch", module=module)
 
     def advantages(self, advantages: Tensor, group_size: int | None) -> Tensor:
         """What this method makes of advantages (B,) over their group's baseline."""
@@ -212,14 +220,21 @@ class Settings:
     def _noisy(self, score: ScoreFunction, generator: torch.Generator) -> ScoreFunction:
         return noisy_score(score, self.noise, self.noise_kind, generator) if self.noise else score
 
-    def _score(self, generator: torch.Generator) -> ScoreFunction:
+    def _score(self, generator: torch.Generator, share: Share) -> ScoreFunction:
+        draw = uniform_score(generator)
+
+        def uniform(advantages: Tensor, log_probs: Tensor) -> Tensor:
+            """The draws for all processes' rows, of which this one's count."""
+            total = share.count * len(advantages)
+            return draw(advantages.new_empty(total), log_probs)[share.of(total)]
+
         scores: dict[str, ScoreFunction] = {
             "delight": delight,
             "advantage": advantage_score,
             "absolute-advantage": absolute_advantage_score,
             "surprisal": surprisal_score,
             "additive": additive_score(self.alpha),
-            "uniform": uniform_score(generator),
+            "uniform": uniform,
         }
         if self.method == "unbiased":
             return update_size
