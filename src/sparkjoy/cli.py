@@ -15,6 +15,7 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy study scaling    the longest prompt each method learns to reverse within a budget
   sparkjoy study tokens     gating single tokens against gating whole answers
   sparkjoy study bandit     the papers' bandit theory, checked number by number
+  sparkjoy bench            seconds and peak memory of one step: dense, gated, and what else one could do
 
 Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures. train, pareto, study
 scores and study scaling go on from the last checkpoint when started again with the same --out."""

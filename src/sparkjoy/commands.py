@@ -13,11 +13,20 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from sparkjoy.bench import run as bench
 from sparkjoy.studies import bandit_theory, pareto, scaling, score_comparison, token_gate
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.tasks.rollouts import Task
-from sparkjoy.training.console import LiveRuns, print_runs, print_scaling, print_scores, print_slopes, study_progress
+from sparkjoy.training.console import (
+    LiveRuns,
+    print_bench,
+    print_runs,
+    print_scaling,
+    print_scores,
+    print_slopes,
+    study_progress,
+)
 from sparkjoy.training.loop import summary, train
 from sparkjoy.training.processes import WHOLE, Share, joined, refuse_several_processes, share_of_this_process
 from sparkjoy.training.settings import Settings
@@ -163,6 +172,24 @@ class StudyTokens:
         print(f"results in {self.out}, the figure in {self.out / 'tokens.png'}")
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Seconds and peak memory of one step: dense, gated, and what else one could do, in one run."""
+
+    out: Path = Path("out/bench")
+    """Folder for config.json, summary.json and the figure; summary.json is written after every round."""
+    bench: Annotated[bench.BenchConfig, FLAT] = field(default_factory=bench.BenchConfig)
+
+    def __call__(self) -> None:
+        prepare_out(self.out)
+        write_json(self.out / "config.json", asdict(self.bench))
+        with study_progress() as progress:
+            result = bench.run(self.bench, self.out, progress)
+        save_figure(bench.plot(result), self.out, "speedup")
+        print_bench(result)
+        print(f"results in {self.out}, the figure in {self.out / 'speedup.png'}")
+
+
 COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("train", "mnist"): TrainMnist,
     ("train", "reversal"): TrainReversal,
@@ -172,6 +199,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("study", "bandit"): StudyBandit,
     ("study", "scaling"): StudyScaling,
     ("study", "tokens"): StudyTokens,
+    ("bench", ""): Bench,
 }
 
 
@@ -181,12 +209,13 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: an unknown command, or a flag's value that its config refuses.
     """
-    command = COMMANDS.get((arguments[0], arguments[1] if len(arguments) > 1 else ""))
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    command = COMMANDS.get((words[0] if words else "", words[1] if len(words) > 1 else ""))
     if command is None:
-        known = ", ".join(" ".join(words) for words in COMMANDS)
+        known = ", ".join(" ".join(names).strip() for names in COMMANDS)
         raise ValueError(f"no command {' '.join(arguments[:2])!r}; there are: {known}. See sparkjoy --help.")
-    program = f"sparkjoy {' '.join(arguments[:2])}"
-    parsed = _parse(command, arguments[2:], program)
+    program = f"sparkjoy {' '.join(words)}"
+    parsed = _parse(command, arguments[len(words) :], program)
     if command is not TrainReversal:
         refuse_several_processes(program)
     parsed()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.backward import BackwardReport
+from sparkjoy.engine.report import BackwardReport
 from sparkjoy.training.processes import Share
 
 COUNTED_BY_EACH = (
