@@ -9,6 +9,7 @@ from sparkjoy.engine.backward import GatedBackward as GatedBackward
 from sparkjoy.engine.backward import gated_backward as gated_backward
 from sparkjoy.engine.packing import TrimRight as TrimRight
 from sparkjoy.engine.report import BackwardReport as BackwardReport
+from sparkjoy.engine.speculative import SpeculativeBackward as SpeculativeBackward
 from sparkjoy.gates import Decision as Decision
 from sparkjoy.gates import Gate as Gate
 from sparkjoy.gates import KondoGate as KondoGate
@@ -21,6 +22,8 @@ from sparkjoy.prices import Price as Price
 from sparkjoy.scores import delight as delight
 from sparkjoy.scores import sequence_delight as sequence_delight
 from sparkjoy.scores import surprisal as surprisal
+from sparkjoy.unbiased import UnbiasedGate as UnbiasedGate
+from sparkjoy.unbiased import update_size as update_size
 
 __all__ = [
     "BackwardReport",
@@ -31,7 +34,9 @@ __all__ = [
     "GatedBackward",
     "KondoGate",
     "Price",
+    "SpeculativeBackward",
     "TrimRight",
+    "UnbiasedGate",
     "clipped",
     "delight",
     "delightful",
@@ -44,5 +49,6 @@ __all__ = [
     "reinforce",
     "sequence_delight",
     "surprisal",
+    "update_size",
 ]
 __version__ = "0.1.0"

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparkjoy.engine.deciding import decide, row_scores
-from sparkjoy.engine.distributed import SeveralProcesses, ranks_of
+from sparkjoy.engine.deciding import decide, row_scores, scored_rows
+from sparkjoy.engine.distributed import ranks_of
 from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import KnownFlops, Ledger
 from sparkjoy.engine.packing import Packing, Trim
 from sparkjoy.engine.passes import Normalizer, Passes
 from sparkjoy.engine.plan import BACKWARD_OVER_FORWARD, EVERYTHING, KNOWN, Choice, candidates, choose
+from sparkjoy.engine.ranks import OneProcess, Scored
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
+from sparkjoy.engine.survivors import Rows
 from sparkjoy.gates import Decision, Gate, KondoGate, StatefulGate
 from sparkjoy.losses import Loss, reinforce
-from sparkjoy.scores import ScoreFunction, delight, reads_log_probs
+from sparkjoy.scores import ScoreFunction, at_least_float32, delight, reads_log_probs
 
 
 class GatedBackward:
@@ -110,11 +112,11 @@ class GatedBackward:
         self.screen = screen
         self.normalizer = normalizer
         self.backward = backward
+        self._ranks = ranks_of(module, deal_survivors)
         self._known_flops: KnownFlops | None = {} if count_flops else None
         self._packing = Packing(micro_batch_size, micro_batch_tokens, trim)
         self._kept_fraction: float | None = None
         self._backward_over_forward = backward_over_forward
-        self._ranks = ranks_of(module, deal_survivors)
 
     def __call__(
         self,
@@ -152,18 +154,14 @@ class GatedBackward:
             )
         if self._packing.tokens is not None and mask is None:
             raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
-        ledger = Ledger(self._known_flops)
+        ranks, ledger = self._ranks, Ledger(self._known_flops)
         score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
         score_tells = score_tells and type(self.gate) is KondoGate and behavior_log_probs is None
-        ranks = self._ranks
-        inputs = ranks.open(partial(check_inputs, batch, advantages, log_probs, behavior_log_probs, mask, score_tells))
+        inputs = ranks.open(lambda: check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells))
         passes = Passes(log_prob_fn, inputs, ledger, self.loss, self.normalizer, self._packing, self.backward, ranks)
-        if isinstance(ranks, SeveralProcesses):
-            gate = None if self._keeps_everything else self.gate
-            choice, decision = ranks.run(gate, self.score, self.screen, passes)
-        else:
-            choice, decision = self._run(passes, inputs)
-        kept, total = int(decision.keep.count_nonzero()), len(decision.keep)
+        choice, decision = self._run(passes, inputs)
+        kept, total = int(decision.keep.count_nonzero()), ranks.total(inputs.total)
+        loss = passes.close()
         recent = kept / total
         self._kept_fraction = recent if self._kept_fraction is None else 0.8 * self._kept_fraction + 0.2 * recent
         if self._backward_over_forward is None:
@@ -173,7 +171,7 @@ class GatedBackward:
             decision=decision,
             kept=kept,
             total=total,
-            loss=inputs.advantages.new_zeros(()) if passes.total_loss is None else ranks.close(passes.total_loss),
+            loss=loss,
             screened_rows=ledger.screened_rows,
             forward_rows=ledger.forward_rows,
             backward_rows=ledger.backward_rows,
@@ -213,62 +211,77 @@ class GatedBackward:
     def _run(self, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision]:
         """Decide, differentiate what is kept, and say how."""
         if self.gate is None or self._keeps_everything:
-            ones = torch.ones(inputs.total, dtype=inputs.advantages.dtype, device=inputs.advantages.device)
+            total = self._ranks.total(inputs.total)
+            ones = torch.ones(total, dtype=inputs.advantages.dtype, device=inputs.advantages.device)
             decision = Decision(ones.bool(), None, ones, ones)
-            passes.differentiate(None, None, decision.keep)
+            passes.differentiate(inputs, None, None, decision.keep[: inputs.total], total)
             return EVERYTHING, decision
-        log_probs = inputs.log_probs
+        gate, log_probs = self.gate, inputs.log_probs
         if log_probs is None and not reads_log_probs(self.score):
             log_probs = torch.zeros_like(inputs.advantages)
-        if log_probs is not None:
-            decision = decide(self.gate, row_scores(self.score, inputs, log_probs), inputs)
-            passes.ledger.lap("screen")
-            self._differentiate_kept(passes, decision, decision.keep)
-            return KNOWN, decision
-        return self._run_unknown(self.gate, passes, inputs)
+        if log_probs is None:
+            return self._run_unknown(gate, passes, inputs)
+        scored = self._ranks.gather(lambda: scored_rows(gate, row_scores(self.score, inputs, log_probs), inputs))
+        decision = self._ranks.same(decide(gate, scored, inputs))
+        passes.ledger.lap("screen")
+        self._differentiate_kept(passes, inputs, decision, decision.keep)
+        return KNOWN, decision
 
     def _run_unknown(self, gate: Gate, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision]:
         """As `_run`, where log-probs have to be computed to decide."""
-        rows = candidates(gate, self.score is delight, self.screen is None and self.normalizer != "kept", inputs)
+        ranks = self._ranks
+        # Several processes decide before any of them differentiates: all skip the passes, or none.
+        alone = type(ranks) is OneProcess
+        certain_first = alone and self.screen is None and self.normalizer != "kept"
+        rows = candidates(gate, self.score is delight, certain_first, inputs, ranks)
         possible = rows.certain | rows.contested
-        undivided = self.screen is None and self._packing.holds(inputs, int(possible.count_nonzero()))
+        undivided = alone and self.screen is None and self._packing.holds(inputs, int(possible.count_nonzero()))
         measured = self._backward_over_forward
         ratio = BACKWARD_OVER_FORWARD if measured is None else measured
         choice = choose(rows, inputs.total, undivided, self._kept_fraction, ratio)
+        contested, reserve = ranks.most(int(rows.contested.any())), ranks.most(int(rows.reserve.any()))
         passes.ledger.lap("screen")
-
-        def scores() -> Tensor:
-            if passes.seen is None:
-                return torch.zeros_like(inputs.advantages if inputs.advantages.dim() == 1 else inputs.advantages[:, 0])
-            return row_scores(self.score, inputs, passes.seen)
-
-        graph = None
-        done = torch.zeros_like(possible)
+        graph, done = None, torch.zeros_like(possible)
         if choice.plan == "dense":
-            graph = passes.forward(_indices(possible))
-            done = possible
-        else:
-            if bool(rows.contested.any()):
-                passes.screen(_indices(rows.contested), self.screen)
-            if bool(rows.certain.any()):
-                certain = rows.certain.nonzero().squeeze(1)
-                passes.differentiate(certain, None, rows.certain, lambda part: scores()[part] != 0)
-                done = rows.certain & (scores() != 0)
-        if bool(rows.reserve.any()) and rows.quota is not None and int((scores() > 0).count_nonzero()) < rows.quota:
-            passes.screen(_indices(rows.reserve), self.screen)
-        decision = decide(gate, scores(), inputs)
+            graph, done = passes.forward(_indices(possible)), possible
+
+        def scored(undecided: Tensor | None = None) -> Scored:
+            if undecided is not None:
+                passes.screen(_indices(undecided), self.screen)
+            return scored_rows(gate, self._seen_scores(passes, inputs), inputs)
+
+        def weigh_seen(part: Rows) -> Tensor:
+            return self._seen_scores(passes, inputs)[part] != 0
+
+        known = ranks.gather(lambda: scored(rows.contested if contested and graph is None else None))
+        if graph is None and bool(rows.certain.any()):
+            certain = rows.certain.nonzero().squeeze(1)
+            passes.differentiate(inputs, certain, None, rows.certain, len(certain), weigh_seen)
+            known = scored()
+            done = rows.certain & (known.score != 0)
+        if reserve and rows.quota is not None and int((known.score > 0).count_nonzero()) < rows.quota:
+            known = ranks.gather(lambda: scored(rows.reserve))
+        decision = ranks.same(decide(gate, known, inputs))
         passes.ledger.lap("screen")
         if graph is not None and bool((decision.keep & done).any()):
             passes.differentiate_graph(graph, decision.weight * decision.keep, decision.keep)
-        self._differentiate_kept(passes, decision, decision.keep & ~done)
+        self._differentiate_kept(passes, inputs, decision, decision.keep & ~done if alone else decision.keep)
         return choice, decision
 
-    def _differentiate_kept(self, passes: Passes, decision: Decision, keep: Tensor) -> None:
-        kept_rows = keep.nonzero().squeeze(1)
-        if len(kept_rows):
-            everything = len(kept_rows) == len(keep)
-            weight = None if type(self.gate) is KondoGate else decision.weight
-            passes.differentiate(None if everything else kept_rows, weight, decision.keep)
+    def _seen_scores(self, passes: Passes, inputs: Inputs) -> Tensor:
+        """(B,) scores from the log-probs seen so far, 0 where none was."""
+        if passes.seen is None:
+            return at_least_float32(inputs.advantages.new_zeros(inputs.total))
+        return row_scores(self.score, inputs, passes.seen)
+
+    def _differentiate_kept(self, passes: Passes, inputs: Inputs, decision: Decision, left: Tensor) -> None:
+        """Differentiate the rows `left` (of all processes) to do, this process its share."""
+        own, local = self._ranks.share(inputs, replace(decision, keep=left), dense=False)
+        kept_rows = local.keep.nonzero().squeeze(1)
+        weight = None if type(self.gate) is KondoGate else local.weight
+        everything = None if len(kept_rows) == own.total > 0 else kept_rows
+        kept_everywhere = len(kept_rows) if self._ranks.size == 1 else int(left.count_nonzero())
+        passes.differentiate(own, everything, weight, local.keep, kept_everywhere)
 
 
 def gated_backward(

@@ -30,8 +30,8 @@ def deal(
     rank: int,
     layout: Layout,
     all_gather: Callable[[Tensor], Tensor],
-) -> tuple[Inputs, Tensor]:
-    """The survivors this rank is to differentiate, and their weights.
+) -> tuple[Inputs, Decision]:
+    """The survivors this rank is to differentiate, all of them kept, each with its weight.
 
     Args:
         inputs: this rank's rows.
@@ -62,7 +62,8 @@ def deal(
         parts = iter([_from_bytes(part, shape, dtype) for part, (shape, dtype) in zip(rows, layout, strict=True)])
         own = _map_inputs(own, lambda tensor: torch.cat([tensor[:leaving], next(parts).to(tensor.device)]))
         weight = torch.cat([weight[:leaving], _from_bytes(weights, (), weight.dtype).to(weight.device)])
-    return own, weight
+    ones = torch.ones_like(weight)
+    return own, Decision(ones.bool(), decision.price, ones, weight)
 
 
 def fair_shares(counts: list[int]) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.inputs import Inputs
+from sparkjoy.engine.ranks import Scored
 from sparkjoy.gates import Decision, Gate, KondoGate
 from sparkjoy.scores import ScoreFunction, at_least_float32, delight, without_graph
 
@@ -23,9 +24,16 @@ def row_scores(score_function: ScoreFunction, inputs: Inputs, log_probs: Tensor)
     return score if score_function is delight else score.where(inputs.teaches(), 0)  # delight is 0 there already
 
 
-def decide(gate: Gate, score: Tensor, inputs: Inputs) -> Decision:
-    """The gate's decision on (B,) scores, about rows that teach something."""
+def scored_rows(gate: Gate, score: Tensor, inputs: Inputs) -> Scored:
+    """What the gate decides on."""
     cost = None if inputs.row_tokens is None else inputs.row_tokens.to(score.device)
+    hard = type(gate) is KondoGate and gate.temperature == 0  # keeps no score of 0, so no row that teaches nothing
+    return Scored(score, cost, None if hard else inputs.teaches())
+
+
+def decide(gate: Gate, scored: Scored, inputs: Inputs) -> Decision:
+    """The gate's decision, about rows that teach something."""
+    score, cost, teaches = scored
     try:
         decision: Any = gate(score, cost)  # whatever a gate of the user's own returns
     except ValueError:
@@ -35,11 +43,10 @@ def decide(gate: Gate, score: Tensor, inputs: Inputs) -> Decision:
         raise ValueError(f"the gate returned a {type(decision).__name__}; expected a sparkjoy Decision.")
     if decision.keep.shape != score.shape or decision.keep.dtype != torch.bool:
         raise ValueError(f"the gate's keep is {decision.keep.dtype} {tuple(decision.keep.shape)}; expected bool (B,).")
-    if type(gate) is KondoGate and gate.temperature == 0:
-        return decision  # keeps no score of 0, so no row that teaches nothing
+    if teaches is None:
+        return decision
     if decision.weight.shape != score.shape or not bool(decision.weight.isfinite().all()):
         raise ValueError(f"the gate's weight is {tuple(decision.weight.shape)} or not finite; expected finite (B,).")
-    teaches = inputs.teaches()
     keep = decision.keep & teaches
     return replace(
         decision,

@@ -81,7 +81,7 @@ class Packing:
     def divide(self, inputs: Inputs, rows: Tensor | None) -> list[Rows]:
         """The micro-batches of `rows`, (n,) indices (None: all), which together hold each row once."""
         total = inputs.total if rows is None else rows.shape[0]
-        if not total:
+        if total == 0:
             return []
         if self.trim is None or inputs.mask is None:
             size = self._limit(inputs) or total
@@ -117,6 +117,9 @@ class Packing:
             by_tokens = max(1, self.tokens // max(1, inputs.mask.shape[1]))
         limits = [limit for limit in (self.rows, by_tokens) if limit is not None]
         return min(limits, default=None)
+
+
+AT_ONCE = Packing()
 
 
 def _spans(mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.inputs import Inputs
+from sparkjoy.engine.ranks import ALONE, Ranks
 from sparkjoy.gates import Gate, KondoGate, rate_count
 from sparkjoy.prices import FixedPrice
 
@@ -60,7 +61,7 @@ EVERYTHING = Choice("dense", "Every row is kept.")
 KNOWN = Choice("known", "The log-probs to decide on were given.")
 
 
-def candidates(gate: Gate, signs_decide: bool, certain_first: bool, inputs: Inputs) -> Candidates:
+def candidates(gate: Gate, signs_decide: bool, certain_first: bool, inputs: Inputs, ranks: Ranks = ALONE) -> Candidates:
     """Sort rows by what the signs of their advantages already decide.
 
     >>> import torch, sparkjoy as sj
@@ -75,23 +76,27 @@ def candidates(gate: Gate, signs_decide: bool, certain_first: bool, inputs: Inpu
         gate: what will decide.
         signs_decide: the score is delight.
         certain_first: rows may be differentiated before the decision about the others is made.
-        inputs: the checked batch.
+        inputs: the checked batch of this process.
+        ranks: whose rows the decision is about.
     """
     positive, negative = (inputs.advantages > 0), (inputs.advantages < 0)
     if positive.dim() == 2:
         positive, negative = positive.any(dim=1), negative.any(dim=1)
     none = torch.zeros_like(positive)
-    of_zero = not (type(gate) is KondoGate and gate.temperature == 0)
-    quota = rate_count(gate.rate, inputs.total) if type(gate) is KondoGate and gate.rate is not None else None
+    hard = type(gate) is KondoGate and gate.temperature == 0
+    quota = (
+        rate_count(gate.rate, ranks.total(inputs.total)) if type(gate) is KondoGate and gate.rate is not None else None
+    )
     fixed = type(gate) is KondoGate and (gate.price is None or type(gate.price) is FixedPrice)
-    if of_zero or not signs_decide or not fixed or bool((positive & negative).any()):
+    if not hard or not signs_decide or not fixed or ranks.sum(int((positive & negative).any())):
         return Candidates(none, positive | negative, none, quota)
     price = gate.price.value if type(gate) is KondoGate and type(gate.price) is FixedPrice else None
-    fits = quota is None or int(positive.count_nonzero()) <= quota
-    fills = quota is not None and int(positive.count_nonzero()) >= quota
+    successes = ranks.sum(int(positive.count_nonzero()))
+    fits = quota is None or successes <= quota
+    fills = quota is not None and successes >= quota
     if price is None and quota is not None and certain_first:
         teaching = positive | negative
-        if int(teaching.count_nonzero()) <= quota:
+        if ranks.sum(int(teaching.count_nonzero())) <= quota:
             return Candidates(teaching, none, none, quota)
     losers = none if price is not None and price >= 0 else negative
     reserve, contested = (losers, none) if fills else (none, losers)

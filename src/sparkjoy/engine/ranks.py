@@ -2,33 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
 from sparkjoy.engine.inputs import Inputs
-from sparkjoy.engine.survivors import Rows
+from sparkjoy.gates import Decision
+
+
+class Scored(NamedTuple):
+    """What a gate decides on.
+
+    Args:
+        score: (N,).
+        cost: (N,) tokens, or None.
+        teaches: (N,) bool, rows that have a gradient; None where the score says so.
+    """
+
+    score: Tensor
+    cost: Tensor | None
+    teaches: Tensor | None
 
 
 class Ranks(Protocol):
-    """The processes (ranks) of a step: what they have to do together."""
+    """The processes of a step. What is not said to be local is the same on all of them."""
 
     size: int
     """How many there are."""
 
     def open(self, check: Callable[[], Inputs]) -> Inputs:
-        """This rank's inputs, if `check` finds them sound on every rank."""
+        """The local inputs, if `check` finds them sound on every rank."""
         ...
 
-    def evened(self, parts: Sequence[Rows]) -> Sequence[Rows | None]:
-        """This rank's micro-batches, with fillers (None) up to the number of the rank with most."""
+    def total(self, rows: int) -> int:
+        """Rows of all ranks, `rows` of them local."""
         ...
 
     def screening(self) -> AbstractContextManager[None]:
         """Around forward passes without a graph."""
+        ...
+
+    def most(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        ...
+
+    def sum(self, count: int) -> int:
+        """The sum of the ranks' counts."""
+        ...
+
+    def gather(self, score: Callable[[], Scored]) -> Scored:
+        """The scores of all rows, rank by rank, from the local ones."""
+        ...
+
+    def same(self, decision: Decision) -> Decision:
+        """The decision that holds."""
+        ...
+
+    def share(self, inputs: Inputs, decision: Decision, dense: bool) -> tuple[Inputs, Decision]:
+        """The rows this rank is to work on, and the decision about them."""
+        ...
+
+    def rounds(self, parts: int, kept: int) -> int:
+        """How many micro-batches every rank runs, of which `parts` are this one's own."""
         ...
 
     def forward(self, work: Callable[[], Tensor]) -> Tensor:
@@ -39,15 +77,11 @@ class Ranks(Protocol):
         """Around a forward and a backward pass."""
         ...
 
-    def sum(self, count: int) -> int:
-        """The sum of the ranks' counts."""
-        ...
-
     def hold(self, check: Callable[[], None]) -> None:
         """Run a check whose failure may be this rank's alone."""
         ...
 
-    def close(self, loss: Tensor) -> Tensor:
+    def close(self, loss: Tensor, rounds: int) -> Tensor:
         """The loss of all ranks, when all micro-batches are done."""
         ...
 
@@ -73,11 +107,29 @@ class OneProcess:
             )
         return check()
 
-    def evened(self, parts: Sequence[Rows]) -> Sequence[Rows]:
-        return parts
+    def total(self, rows: int) -> int:
+        return rows
 
     def screening(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def most(self, count: int) -> int:
+        return count
+
+    def sum(self, count: int) -> int:
+        return count
+
+    def gather(self, score: Callable[[], Scored]) -> Scored:
+        return score()
+
+    def same(self, decision: Decision) -> Decision:
+        return decision
+
+    def share(self, inputs: Inputs, decision: Decision, dense: bool) -> tuple[Inputs, Decision]:
+        return inputs, decision
+
+    def rounds(self, parts: int, kept: int) -> int:
+        return parts
 
     def forward(self, work: Callable[[], Tensor]) -> Tensor:
         return work()
@@ -85,11 +137,11 @@ class OneProcess:
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def sum(self, count: int) -> int:
-        return count
-
     def hold(self, check: Callable[[], None]) -> None:
         check()
 
-    def close(self, loss: Tensor) -> Tensor:
+    def close(self, loss: Tensor, rounds: int) -> Tensor:
         return loss
+
+
+ALONE = OneProcess()
