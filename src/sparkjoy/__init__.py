@@ -11,6 +11,7 @@ from sparkjoy.engine.backward import gated_backward as gated_backward
 from sparkjoy.gates import Decision as Decision
 from sparkjoy.gates import Gate as Gate
 from sparkjoy.gates import KondoGate as KondoGate
+from sparkjoy.logprobs import token_log_probs as token_log_probs
 from sparkjoy.losses import clipped as clipped
 from sparkjoy.losses import delightful as delightful
 from sparkjoy.losses import reinforce as reinforce
@@ -42,5 +43,6 @@ __all__ = [
     "reinforce",
     "sequence_delight",
     "surprisal",
+    "token_log_probs",
 ]
 __version__ = "0.1.0"
