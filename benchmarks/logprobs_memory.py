@@ -3,8 +3,8 @@
     python benchmarks/logprobs_memory.py --out out/logprobs_memory.json
 
 A GPT-2-shaped decoder with tied embeddings and random weights; forward and backward pass of a policy-gradient loss.
-Each arm's memory is measured in a process of its own, above weights, gradients and optimizer state; its seconds in turns
-with the other arms within one process.
+Each arm's memory is measured in a process of its own, above weights, gradients and optimizer state; its seconds in
+turns with the other arms within one process.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def main() -> None:
                 )
     if given.out is not None:
         setup: dict[str, Any] = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
-        write_json(given.out, {"setup": {**setup, **vars(given), "out": None}, "lines": lines})
+        setup |= {name: value for name, value in vars(given).items() if name != "out"}
+        write_json(given.out, {"setup": setup, "lines": lines})
 
 
 if __name__ == "__main__":

@@ -15,14 +15,17 @@ from sparkjoy.logprobs import token_log_probs as token_log_probs
 from sparkjoy.losses import clipped as clipped
 from sparkjoy.losses import delightful as delightful
 from sparkjoy.losses import reinforce as reinforce
+from sparkjoy.prices import BackwardBudget as BackwardBudget
 from sparkjoy.prices import BatchQuantile as BatchQuantile
 from sparkjoy.prices import FixedPrice as FixedPrice
 from sparkjoy.prices import Price as Price
+from sparkjoy.prices import RollingQuantile as RollingQuantile
 from sparkjoy.scores import delight as delight
 from sparkjoy.scores import sequence_delight as sequence_delight
 from sparkjoy.scores import surprisal as surprisal
 
 __all__ = [
+    "BackwardBudget",
     "BackwardReport",
     "BatchQuantile",
     "Decision",
@@ -31,6 +34,7 @@ __all__ = [
     "GatedBackward",
     "KondoGate",
     "Price",
+    "RollingQuantile",
     "clipped",
     "delight",
     "delightful",
