@@ -2,8 +2,8 @@
 
     python benchmarks/prices.py --out out/prices.json
 
-Every stream of scores goes through a `KondoGate` in batches: 3,200 of one row, 200 of 8 and 200 of 64. The error is that
-of the kept tokens' share of all tokens, relative to the rate; the largest of the seeds.
+Every stream of scores goes through a `KondoGate` in batches: 3,200 of one row, 200 of 8 and 200 of 64. The error is
+that of the kept tokens' share of all tokens, relative to the rate; the largest of the seeds.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ONE_ROW = 0.9
+ONE_ROW = 0.8
 """Of a mean row: what a budget may owe when its tolerance is less than a row, and a little below one."""
 
 GAIN = 2.0
@@ -144,7 +144,7 @@ class BackwardBudget:
 
     It keeps an account: its debt is the cost kept so far minus ρ times the cost seen so far. The price is the quantile
     of the last `window` scores, weighted by cost, at the level σ(logit ρ − 2 debt / limit), so a good batch may spend
-    more and later ones pay. The limit is `tolerance` times what was allowed so far, or nine tenths of a mean row while
+    more and later ones pay. The limit is `tolerance` times what was allowed so far, or four fifths of a mean row while
     that is more; where the debt would leave it, the price moves to a quantile of the batch itself. Only ranks decide,
     so neither heavy tails nor a change of scale matter (integral control of a quantile's level: arXiv 2106.00193).
 
@@ -168,7 +168,7 @@ class BackwardBudget:
         ValueError: an argument outside its range; costs that are negative, not finite or not one per score.
     """
 
-    def __init__(self, rate: float, tolerance: float = 0.02, window: int = 1024) -> None:
+    def __init__(self, rate: float, tolerance: float = 0.015, window: int = 1024) -> None:
         self.rate = checked_rate(rate)
         if isinstance(tolerance, bool) or not 0 < tolerance < math.inf:
             raise ValueError(f"tolerance is {tolerance!r}; expected a number above 0, such as 0.02 for 2%.")
@@ -260,10 +260,8 @@ def _checked_cost(cost: Tensor | None, score: Tensor) -> Tensor:
         return torch.ones_like(score, dtype=torch.float64)
     if cost.shape != score.shape or not bool((cost.isfinite() & (cost >= 0)).all()):
         raise ValueError(
-            f"cost has shape {tuple(cost.shape)} and values from {cost.min():g} to {cost.max():g}; expected one "
-            f"finite cost of at least 0 for each of {len(score)} scores, such as its tokens."
-            if cost.numel()
-            else f"cost is empty; expected one for each of {len(score)} scores."
+            f"cost has shape {tuple(cost.shape)} and values {cost.tolist()[:3]} ...; expected a finite number of at "
+            f"least 0 for each of {len(score)} scores, such as its tokens."
         )
     return cost.to(score.device, torch.float64)
 

@@ -14,6 +14,7 @@ from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.token_gate import TokenGatedBackward
 from sparkjoy.gates import KondoGate
 from sparkjoy.losses import Loss, clipped, delightful, reinforce
+from sparkjoy.prices import BackwardBudget, RollingQuantile
 from sparkjoy.scores import (
     ScoreFunction,
     absolute_advantage_score,
@@ -25,6 +26,7 @@ from sparkjoy.scores import (
 )
 
 Method = Literal["pg", "dg", "kondo", "uniform", "ppo", "grpo", "pmpo"]
+PriceKind = Literal["batch", "rolling", "budget"]
 Score = Literal["delight", "advantage", "absolute-advantage", "surprisal", "additive", "uniform"]
 
 DEFAULT_RATE = 0.03
@@ -40,6 +42,8 @@ class Settings:
     """Fraction of samples kept by kondo and uniform. Default 0.03 where no price is given."""
     price: float | None = None
     """Keep only samples whose score is above this; 0 is the papers' zero price."""
+    price_kind: PriceKind = "batch"
+    """What the rate is of: of every batch; of a rolling window of scores; or, as a budget, of all tokens so far."""
     temperature: float = 0.0
     """Softness of the gate; 0 is the hard gate."""
     score: Score = "delight"
@@ -85,6 +89,11 @@ class Settings:
             raise ValueError(
                 f"--method {self.method} keeps every sample; --rate and --price go with kondo and uniform."
             )
+        if self.price_kind != "batch" and (not self.gated or self.price is not None or self.temperature > 0):
+            raise ValueError(
+                f"--price-kind {self.price_kind} goes with the --rate of kondo or uniform, without --price or "
+                "--temperature."
+            )
         if self.unit == "token" and (self.method != "kondo" or self.score != "delight" or self.micro_batch_size):
             raise ValueError("--unit token goes with --method kondo, by delight, in one micro-batch.")
         self.step(torch.Generator(), trim=None)  # raises on a rate, price, temperature or alpha outside its range
@@ -109,7 +118,7 @@ class Settings:
         """A short name of the arm, without the seed: `kondo 3%`."""
         parts: list[str] = [self.method]
         if self.gate_rate is not None:
-            parts.append(f"{100 * self.gate_rate:g}%")
+            parts.append(f"{100 * self.gate_rate:g}%" + ("" if self.price_kind == "batch" else f" {self.price_kind}"))
         if self.price is not None:
             parts.append(f"price {self.price:g}")
         if self.unit == "token":
@@ -129,12 +138,18 @@ class Settings:
             loss = clipped(self.clip)
         gate = None
         if self.gated:
-            gate = KondoGate(self.gate_rate, self.price, self.temperature, generator)
+            gate = self._gate(generator)
         if gate is not None and self.unit == "token":
             return TokenGatedBackward(gate, loss=loss, trim=trim)
         return GatedBackward(
             gate, loss=loss, score=self._score(generator), micro_batch_size=self.micro_batch_size, normalizer="batch"
         )
+
+    def _gate(self, generator: torch.Generator) -> KondoGate:
+        if self.gate_rate is not None and self.price_kind != "batch":
+            price = RollingQuantile if self.price_kind == "rolling" else BackwardBudget
+            return KondoGate(price=price(self.gate_rate))
+        return KondoGate(self.gate_rate, self.price, self.temperature, generator)
 
     def advantages(self, advantages: Tensor, group_size: int | None) -> Tensor:
         """What this method makes of advantages (B,) over their group's baseline."""
