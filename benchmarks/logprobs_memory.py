@@ -10,6 +10,7 @@ turns with the other arms within one process.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -65,13 +66,16 @@ def prepare(arm: str, vocabulary: int, rows: int, width: int = 384, layers: int 
         log_probs = ARMS[arm](hidden, model.wte.weight, sequences[:, 1:])
         (-(advantages * log_probs).sum() / log_probs.numel()).backward()
 
-    step()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     return step
 
 
 def seconds(arms: tuple[str, ...], rounds: int, *shape: int) -> dict[str, dict[str, float]]:
     """Of every arm the median seconds of a step and the median ratio to the first arm's within a round."""
+    if rounds == 0:
+        return {arm: {"seconds": math.nan, "ratio": math.nan} for arm in arms}
     steps = {arm: prepare(arm, *shape) for arm in arms}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(rounds):
@@ -108,7 +112,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 7, 16], help="rows of 128 tokens in a micro-batch")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds timed")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds timed; 0: memory only")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     given = parser.parse_args()

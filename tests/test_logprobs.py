@@ -1,5 +1,6 @@
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,3 +298,10 @@ def test_wrong_input_is_refused(changed, message):
     }
     with pytest.raises(ValueError, match=message):
         sj.token_log_probs(given.pop("hidden"), given.pop("output_layer"), given.pop("targets"), **given)
+
+
+def test_the_documented_use_with_transformers_runs():
+    pytest.importorskip("transformers")
+    document = (Path(__file__).parent.parent / "docs" / "large_vocabularies.md").read_text()
+    snippet = document.split("```python\n")[1].split("```")[0]
+    exec(compile(snippet, "large_vocabularies.md", "exec"), {})
