@@ -5,9 +5,11 @@ from sparkjoy.baselines import good_and_bad_advantage as good_and_bad_advantage
 from sparkjoy.baselines import group_mean_advantage as group_mean_advantage
 from sparkjoy.baselines import group_standardised_advantage as group_standardised_advantage
 from sparkjoy.baselines import leave_one_out_advantage as leave_one_out_advantage
-from sparkjoy.engine.backward import BackwardReport as BackwardReport
 from sparkjoy.engine.backward import GatedBackward as GatedBackward
 from sparkjoy.engine.backward import gated_backward as gated_backward
+from sparkjoy.engine.packing import TrimRight as TrimRight
+from sparkjoy.engine.report import BackwardReport as BackwardReport
+from sparkjoy.engine.speculative import SpeculativeBackward as SpeculativeBackward
 from sparkjoy.gates import Decision as Decision
 from sparkjoy.gates import Gate as Gate
 from sparkjoy.gates import KondoGate as KondoGate
@@ -23,6 +25,8 @@ from sparkjoy.prices import RollingQuantile as RollingQuantile
 from sparkjoy.scores import delight as delight
 from sparkjoy.scores import sequence_delight as sequence_delight
 from sparkjoy.scores import surprisal as surprisal
+from sparkjoy.unbiased import UnbiasedGate as UnbiasedGate
+from sparkjoy.unbiased import update_size as update_size
 
 __all__ = [
     "BackwardBudget",
@@ -35,6 +39,9 @@ __all__ = [
     "KondoGate",
     "Price",
     "RollingQuantile",
+    "SpeculativeBackward",
+    "TrimRight",
+    "UnbiasedGate",
     "clipped",
     "delight",
     "delightful",
@@ -48,5 +55,6 @@ __all__ = [
     "sequence_delight",
     "surprisal",
     "token_log_probs",
+    "update_size",
 ]
 __version__ = "0.1.0"

@@ -119,14 +119,7 @@ class KondoGate:
         Raises:
             ValueError: an empty, non-finite or misshapen score.
         """
-        if score.dim() != 1 or score.shape[0] == 0 or not score.is_floating_point():
-            raise ValueError(
-                f"score has shape {tuple(score.shape)}, {score.dtype}; expected floating-point (N,) of at least one."
-            )
-        score = at_least_float32(without_graph(score))
-        if not math.isfinite(score.sum().item()) and not bool(score.isfinite().all()):
-            bad = int((~score.isfinite()).sum())
-            raise ValueError(f"score has {bad} of {len(score)} values NaN or infinite; expected finite numbers.")
+        score = checked_score(score)
         ones = torch.ones_like(score)
         if self.keeps_everything:
             return Decision(keep=ones.bool(), price=score.min(), probability=ones, weight=ones)
@@ -172,6 +165,19 @@ class KondoGate:
         """Take up a saved state."""
         if self.price is not None:
             self.price.load_state_dict(state["price"])
+
+
+def checked_score(score: Tensor) -> Tensor:
+    """The score (N,) without its graph and at least in float32, or a ValueError that says what is wrong with it."""
+    if score.dim() != 1 or score.shape[0] == 0 or not score.is_floating_point():
+        raise ValueError(
+            f"score has shape {tuple(score.shape)}, {score.dtype}; expected floating-point (N,) of at least one."
+        )
+    score = at_least_float32(without_graph(score))
+    if not math.isfinite(score.sum().item()) and not bool(score.isfinite().all()):
+        bad = int((~score.isfinite()).sum())
+        raise ValueError(f"score has {bad} of {len(score)} values NaN or infinite; expected finite numbers.")
+    return score
 
 
 def rate_count(rate: float, total: int) -> int:

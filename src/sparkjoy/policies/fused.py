@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from sparkjoy.policies.rows import Attention, Reading, Saved
 
 if TYPE_CHECKING:
+    from sparkjoy.policies.attention import Block
     from sparkjoy.policies.transformer import Transformer
 
 BLOCK_WEIGHTS = 6
@@ -25,10 +26,10 @@ def fits_fused(states: Tensor) -> bool:
     return states.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
-def fused_log_probs(policy: Transformer, reading: Reading, answers: Tensor) -> Tensor:
-    """Log-probs (n, T) of `answers` after what `reading` reads."""
+def fused_log_probs(policy: Transformer, layers: list[Block], reading: Reading, answers: Tensor) -> Tensor:
+    """Log-probs (n, T) of `answers` after what `reading` reads, through the given ones of the policy's layers."""
     weights = [policy.tokens.weight, policy.positions.weight]
-    for block in policy.layers:
+    for block in layers:
         weights += [block.attention_norm.weight, block.qkv.weight, block.out.weight]
         weights += [block.feed_forward_norm.weight, block.up.weight, block.down.weight]
     weights += [policy.norm.weight, policy.head.weight]
