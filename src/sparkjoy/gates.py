@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sparkjoy.prices import BatchQuantile, FixedPrice, Price, checked_rate
+from sparkjoy.prices import BackwardBudget, BatchQuantile, FixedPrice, Price, checked_rate
 from sparkjoy.scores import at_least_float32, without_graph
 
 
@@ -75,7 +75,8 @@ class KondoGate:
         generator: source of a soft gate's N uniform draws; None: torch's global one.
 
     Raises:
-        ValueError: neither rate nor price, both together with a temperature, or one of them outside its range.
+        ValueError: neither rate nor price, both together with a temperature, one of them outside its range, or a
+            `BackwardBudget` with a rate or temperature.
     """
 
     def __init__(
@@ -91,6 +92,10 @@ class KondoGate:
             raise ValueError(f"temperature is {temperature!r}; expected a number of at least 0 (0 is the hard gate).")
         if temperature > 0 and rate is not None and price is not None:
             raise ValueError("a soft gate (temperature > 0) takes rate or price, not both.")
+        if isinstance(price, BackwardBudget) and (temperature > 0 or rate is not None):
+            raise ValueError(
+                "a BackwardBudget counts every row above its price as kept; it takes no rate or temperature beside it."
+            )
         self.rate = None if rate is None else checked_rate(rate)
         self.price = price if price is None or isinstance(price, Price) else FixedPrice(price)
         self.temperature = float(temperature)

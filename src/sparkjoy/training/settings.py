@@ -16,6 +16,7 @@ from sparkjoy.engine.speculative import SpeculativeBackward
 from sparkjoy.engine.token_gate import TokenGatedBackward
 from sparkjoy.gates import KondoGate
 from sparkjoy.losses import Loss, clipped, delightful, reinforce, weighted_by
+from sparkjoy.prices import BackwardBudget, RollingQuantile
 from sparkjoy.scores import (
     ScoreFunction,
     absolute_advantage_score,
@@ -31,6 +32,7 @@ from sparkjoy.training.screening import Screen
 from sparkjoy.unbiased import UnbiasedGate, update_size
 
 Method = Literal["pg", "dg", "kondo", "uniform", "unbiased", "ppo", "grpo", "pmpo"]
+PriceKind = Literal["batch", "rolling", "budget"]
 Score = Literal["delight", "advantage", "absolute-advantage", "surprisal", "additive", "uniform"]
 
 DEFAULT_RATE = 0.03
@@ -47,6 +49,8 @@ class Settings:
     """Fraction of samples kept by kondo, uniform and unbiased. Default 0.03 where no price is given."""
     price: float | None = None
     """Keep only samples whose score is above this; 0 is the papers' zero price."""
+    price_kind: PriceKind = "batch"
+    """What the rate is of: of every batch; of a rolling window of scores; or, as a budget, of all tokens so far."""
     temperature: float = 0.0
     """Softness of the gate; 0 is the hard gate."""
     score: Score = "delight"
@@ -120,6 +124,12 @@ class Settings:
             raise ValueError(
                 "--screen and --verify go with a gate of whole samples: --method kondo, uniform, unbiased."
             )
+        ranks = self.method in ("kondo", "uniform") and self.price is None and self.temperature == 0
+        if self.price_kind != "batch" and (not ranks or self.speculates):
+            raise ValueError(
+                f"--price-kind {self.price_kind} goes with the --rate of kondo or uniform, without --price, "
+                "--temperature, --screen or --verify."
+            )
         if self.unit == "token" and (self.method != "kondo" or self.score != "delight" or self.micro_batch_size):
             raise ValueError("--unit token goes with --method kondo, by delight, in one micro-batch.")
         self.step(torch.Generator(), trim=None)  # raises on a rate, price, temperature or alpha outside its range
@@ -149,7 +159,7 @@ class Settings:
         """A short name of the arm, without the seed: `kondo 3%`."""
         parts: list[str] = [self.method]
         if self.gate_rate is not None:
-            parts.append(f"{100 * self.gate_rate:g}%")
+            parts.append(f"{100 * self.gate_rate:g}%" + ("" if self.price_kind == "batch" else f" {self.price_kind}"))
         if self.price is not None:
             parts.append(f"price {self.price:g}")
         if self.unit == "token":
@@ -194,7 +204,7 @@ class Settings:
         if self.method == "unbiased":
             gate = UnbiasedGate(self.gate_rate or DEFAULT_RATE, generator=generator)
         elif self.gated:
-            gate = KondoGate(self.gate_rate, self.price, self.temperature, generator)
+            gate = self._gate(generator)
         if gate is not None and self.unit == "token":
             return TokenGatedBackward(gate, loss=loss, trim=trim)
         score, size = self._score(generator, share), self.micro_batch_size
@@ -206,6 +216,12 @@ class Settings:
         score = self._noisy(score, generator) if gate is not None else score
         module = module if share.count > 1 else None
         return GatedBackward(gate, loss=loss, score=score, micro_batch_size=size, normalizer="batch", module=module)
+
+    def _gate(self, generator: torch.Generator) -> KondoGate:
+        if self.gate_rate is not None and self.price_kind != "batch":
+            price = RollingQuantile if self.price_kind == "rolling" else BackwardBudget
+            return KondoGate(price=price(self.gate_rate))
+        return KondoGate(self.gate_rate, self.price, self.temperature, generator)
 
     def advantages(self, advantages: Tensor, group_size: int | None) -> Tensor:
         """What this method makes of advantages (B,) over their group's baseline."""
