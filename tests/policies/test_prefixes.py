@@ -7,8 +7,8 @@ from sparkjoy.policies.transformer import Transformer
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("sure", [0.5, 0.9, 0.99])
-@pytest.mark.parametrize(("prompts", "answers"), [(1, 1), (1, 8), (4, 1), (3, 5), (6, 10)])
+@pytest.mark.parametrize("sure", [0.5, 0.8, 0.9, 0.99])
+@pytest.mark.parametrize(("prompts", "answers"), [(1, 1), (1, 8), (4, 1), (3, 2), (3, 5), (6, 10)])
 def test_columns_are_the_distinct_prefixes(prompts, answers, sure):
     generator = torch.Generator().manual_seed(0)
     shared = SharedPrefixes(prompts, answers, CPU)
@@ -26,6 +26,8 @@ def test_columns_are_the_distinct_prefixes(prompts, answers, sure):
         assert [contents[column] for column in shared.columns.tolist()] == own
         if len(contents) < prompts * answers:
             assert len(set(contents)) == len(contents)  # none is read twice
+        else:
+            assert shared.columns.tolist() == list(range(prompts * answers))
 
 
 def make(sharpness):
@@ -67,3 +69,18 @@ def test_a_shared_prefix_changes_no_answer(monkeypatch, sharpness, ragged):
 def every_answer_on_its_own(self, prompts, answers_per_prompt, device):
     self.copies = answers_per_prompt
     self.columns = self.leaders = torch.arange(prompts * answers_per_prompt)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_recorded_log_probs_are_right_however_prefixes_part(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    policy = make(draw(1, 30))
+    prompts = torch.randint(3, (draw(1, 5), draw(1, 8)), generator=generator)
+    answers_per_prompt = draw(1, 7)
+    answers, log_probs = policy.sample(prompts, answers_per_prompt, draw(1, 9), generator)
+    rows = {"prompts": prompts.repeat_interleave(answers_per_prompt, 0), "answers": answers}
+    torch.testing.assert_close(log_probs, policy.log_probs(rows).detach(), atol=1e-5, rtol=0)
