@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparkjoy.policies.attention import Block
 from sparkjoy.policies.prefixes import SharedPrefixes
@@ -136,18 +136,26 @@ class _Weights(NamedTuple):
 
     @staticmethod
     def of(block: Block) -> _Weights:
-        width = block.out.weight.shape[0]
-        qkv = block.qkv.weight.clone()
+        width = block.attention_norm.weight.shape[0]
+        qkv = _matrix(block.qkv, width).clone()
         qkv[:width] *= (width // block.heads) ** -0.5
         return _Weights(
             block.attention_norm.weight,
             qkv,
-            block.out.weight.t(),
+            _matrix(block.out, width).t(),
             block.feed_forward_norm.weight,
-            block.up.weight.t(),
-            block.down.weight.t(),
+            (up := _matrix(block.up, width)).t(),
+            _matrix(block.down, len(up)).t(),
             block.attention_norm.eps,
         )
+
+
+def _matrix(linear: nn.Module, inputs: int) -> Tensor:
+    """The weight (outputs, inputs) of a linear map without a bias, an adapter's share included."""
+    if type(linear) is nn.Linear:
+        return linear.weight
+    weight: Tensor = linear(torch.eye(inputs, out=next(linear.parameters()).new_empty(inputs, inputs))).t()
+    return weight
 
 
 class _Layer(NamedTuple):
