@@ -51,7 +51,6 @@ class Training:
         self.tally = Tally()
         self.steps_done = 0
         self.records: list[Record] = []
-        self._rollout_flops: int | None = None
 
     def step(self) -> None:
         """One rollout; per update one backward step on what is kept, and one optimizer step unless nothing is."""
@@ -124,15 +123,15 @@ class Training:
         self.records = state["records"]
 
     def _rollout(self) -> Rollout:
-        if self._rollout_flops is None:
+        if self.tally.rollout_flops is None:
             with FlopCount() as count:
                 rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
-            self._rollout_flops = count.flops
+            self.tally.rollout_flops = count.flops
         else:
             rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
         rows = len(rollout.advantages)
         tokens = rollout.log_probs.numel() if rollout.mask is None else int(rollout.mask.sum())
-        self.tally.sampled(rows, tokens, self._rollout_flops, rollout.reward)
+        self.tally.sampled(rows, tokens, rollout.reward)
         return rollout
 
 

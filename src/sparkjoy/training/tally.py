@@ -29,13 +29,15 @@ class Tally:
     priced_steps: int = 0
     reward_sum: float = 0.0
     steps_since: int = 0
+    rollout_flops: int | None = None
+    """Of the run's first rollout, and counted for each: more than run where a sampler shares equal prefixes."""
 
-    def sampled(self, rows: int, tokens: int, flops: int, reward: Tensor) -> None:
+    def sampled(self, rows: int, tokens: int, reward: Tensor) -> None:
         """Count a rollout of `rows`; its forward pass counts too."""
         self.samples += rows
         self.forward_samples += rows
         self.forward_tokens += tokens
-        self.forward_flops += flops
+        self.forward_flops += self.rollout_flops or 0
         self.reward_sum += reward.item()
         self.steps_since += 1
 
