@@ -5,9 +5,10 @@ from sparkjoy.baselines import good_and_bad_advantage as good_and_bad_advantage
 from sparkjoy.baselines import group_mean_advantage as group_mean_advantage
 from sparkjoy.baselines import group_standardised_advantage as group_standardised_advantage
 from sparkjoy.baselines import leave_one_out_advantage as leave_one_out_advantage
-from sparkjoy.engine.backward import BackwardReport as BackwardReport
 from sparkjoy.engine.backward import GatedBackward as GatedBackward
 from sparkjoy.engine.backward import gated_backward as gated_backward
+from sparkjoy.engine.packing import TrimRight as TrimRight
+from sparkjoy.engine.report import BackwardReport as BackwardReport
 from sparkjoy.gates import Decision as Decision
 from sparkjoy.gates import Gate as Gate
 from sparkjoy.gates import KondoGate as KondoGate
@@ -30,6 +31,7 @@ __all__ = [
     "GatedBackward",
     "KondoGate",
     "Price",
+    "TrimRight",
     "clipped",
     "delight",
     "delightful",

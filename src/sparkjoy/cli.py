@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 HELP = """usage: sparkjoy COMMAND [flags]
@@ -15,6 +16,7 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy study gain       what the gate saves a step as problems grow and backward passes get dearer
   sparkjoy study tokens     gating single tokens against gating whole answers
   sparkjoy study bandit     the papers' bandit theory, checked number by number
+  sparkjoy bench            seconds and peak memory of one step: dense, gated, and what else one could do
 
 Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures. train, pareto, study
 scores and study scaling go on from the last checkpoint when started again with the same --out."""
@@ -41,7 +43,8 @@ def main() -> None:
     try:
         commands.run(arguments)
     except ValueError as error:
-        print(f"sparkjoy: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
+            print(f"sparkjoy: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("sparkjoy: interrupted; finished work is in --out", file=sys.stderr)

@@ -13,12 +13,14 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from sparkjoy.bench import run as bench
 from sparkjoy.studies import bandit_theory, pareto, scaling, score_comparison, step_gain, token_gate
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.tasks.rollouts import Task
 from sparkjoy.training.console import (
     LiveRuns,
+    print_bench,
     print_gains,
     print_runs,
     print_scaling,
@@ -27,6 +29,7 @@ from sparkjoy.training.console import (
     study_progress,
 )
 from sparkjoy.training.loop import summary, train
+from sparkjoy.training.processes import WHOLE, Share, joined, refuse_several_processes, share_of_this_process
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import prepare_out, save_figure, write_json, write_json_lines
 
@@ -69,7 +72,10 @@ class TrainReversal:
     task: Annotated[ReversalConfig, FLAT] = field(default_factory=ReversalConfig)
 
     def __call__(self) -> None:
-        _train(ReversalTask(self.task), self.task, self.settings, 0.01, self.out)
+        share = share_of_this_process()
+        task = ReversalTask(self.task, share)
+        with joined(share):
+            _train(task, self.task, self.settings, 0.01, self.out, share)
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,24 @@ class StudyTokens:
         print(f"results in {self.out}, the figure in {self.out / 'tokens.png'}")
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Seconds and peak memory of one step: dense, gated, and what else one could do, in one run."""
+
+    out: Path = Path("out/bench")
+    """Folder for config.json, summary.json and the figure; summary.json is written after every round."""
+    bench: Annotated[bench.BenchConfig, FLAT] = field(default_factory=bench.BenchConfig)
+
+    def __call__(self) -> None:
+        prepare_out(self.out)
+        write_json(self.out / "config.json", asdict(self.bench))
+        with study_progress() as progress:
+            result = bench.run(self.bench, self.out, progress)
+        save_figure(bench.plot(result), self.out, "speedup")
+        print_bench(result)
+        print(f"results in {self.out}, the figure in {self.out / 'speedup.png'}")
+
+
 COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("train", "mnist"): TrainMnist,
     ("train", "reversal"): TrainReversal,
@@ -197,6 +221,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("study", "scaling"): StudyScaling,
     ("study", "gain"): StudyGain,
     ("study", "tokens"): StudyTokens,
+    ("bench", ""): Bench,
 }
 
 
@@ -206,11 +231,16 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: an unknown command, or a flag's value that its config refuses.
     """
-    command = COMMANDS.get((arguments[0], arguments[1] if len(arguments) > 1 else ""))
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    command = COMMANDS.get((words[0] if words else "", words[1] if len(words) > 1 else ""))
     if command is None:
-        known = ", ".join(" ".join(words) for words in COMMANDS)
+        known = ", ".join(" ".join(names).strip() for names in COMMANDS)
         raise ValueError(f"no command {' '.join(arguments[:2])!r}; there are: {known}. See sparkjoy --help.")
-    _parse(command, arguments[2:], f"sparkjoy {' '.join(arguments[:2])}")()
+    program = f"sparkjoy {' '.join(words)}"
+    parsed = _parse(command, arguments[len(words) :], program)
+    if command is not TrainReversal:
+        refuse_several_processes(program)
+    parsed()
 
 
 def _parse(command: Callable[..., Any], flags: list[str], program: str) -> Callable[[], None]:
@@ -228,12 +258,15 @@ def _parse(command: Callable[..., Any], flags: list[str], program: str) -> Calla
         raise ValueError(f"{sentence.rstrip('.')}. See {program} --help.") from None
 
 
-def _train(task: Task, task_config: Any, settings: Settings, target: float, out: Path) -> None:
+def _train(task: Task, task_config: Any, settings: Settings, target: float, out: Path, share: Share = WHOLE) -> None:
     if settings.target_error is None:
         settings = replace(settings, target_error=target)
     target = settings.target_error if settings.target_error is not None else target
+    if not share.first:
+        train(task, settings, out, asdict(task_config), share=share)
+        return
     with LiveRuns(runs=1) as live:
-        records = train(task, settings, out, asdict(task_config), live.start(settings.label, settings))
+        records = train(task, settings, out, asdict(task_config), live.start(settings.label, settings), share)
     print_runs([{"arm": settings.label, **summary(records, target)}], target)
     print(f"results in {out}")
 

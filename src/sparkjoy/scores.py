@@ -16,6 +16,12 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row."""
 
 
+def _blind(score: ScoreFunction) -> ScoreFunction:
+    """Mark a score that does not read log-probs, so that the engine computes none for it."""
+    score.__dict__["reads_log_probs"] = False
+    return score
+
+
 def without_graph(tensor: Tensor) -> Tensor:
     """The tensor without its graph; itself where it has none, since on a tiny model every operation counts."""
     return tensor.detach() if tensor.requires_grad else tensor
@@ -36,20 +42,22 @@ def surprisal(log_probs: Tensor) -> Tensor:
         log_probs: log-probabilities of the actions taken, any shape.
 
     Returns:
-        The same shape, detached.
+        The same shape, detached, never negative: what rounding lifts above a log-probability of 0 counts as 0.
 
     Raises:
         ValueError: a log-probability above 0 (beyond rounding), which no discrete action has. For densities give
             `GatedBackward(score=...)` a function of your own, for instance `lambda U, logp: -(U * logp).detach()`.
     """
     log_probs = without_graph(log_probs)
-    rounding = 16 * max(torch.finfo(log_probs.dtype).eps, 1e-5)
-    if log_probs.numel() and log_probs.max().item() > rounding:
+    greatest = log_probs.max().item() if log_probs.numel() else 0.0
+    if not greatest > 0:  # NaN passes, for the caller to find
+        return -log_probs
+    if greatest > 16 * max(torch.finfo(log_probs.dtype).eps, 1e-5):
         raise ValueError(
-            f"log_probs has a value of {log_probs.max().item():g}; the log-probability of a discrete action is at most "
+            f"log_probs has a value of {greatest:g}; the log-probability of a discrete action is at most "
             "0. If these are densities, pass a score of your own: score=lambda U, logp: -(U * logp).detach()."
         )
-    return -log_probs
+    return -log_probs.clamp(max=0)
 
 
 def delight(advantages: Tensor, log_probs: Tensor) -> Tensor:
@@ -105,6 +113,7 @@ def sequence_delight(advantages: Tensor, log_probs: Tensor, mask: Tensor | None 
     return delight(advantages, log_probs).sum(dim=1)
 
 
+@_blind
 def advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """The advantage alone, U: better than expected, however likely it was. Shape of `advantages`, detached.
 
@@ -114,6 +123,7 @@ def advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
     return advantages.detach()
 
 
+@_blind
 def absolute_advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """|U|: far from expected, in either direction. Shape of `advantages`, detached.
 
@@ -163,11 +173,21 @@ def uniform_score(generator: torch.Generator | None = None) -> ScoreFunction:
         generator: source of the draws; None: torch's global one.
     """
 
+    @_blind
     def score(advantages: Tensor, log_probs: Tensor) -> Tensor:
         device = advantages.device if generator is None else generator.device
         return torch.rand(len(advantages), generator=generator, device=device).to(advantages.device)
 
     return score
+
+
+def reads_log_probs(score: ScoreFunction) -> bool:
+    """Whether a score depends on the log-probs; False where its function says so: `score.reads_log_probs = False`.
+
+    >>> reads_log_probs(delight), reads_log_probs(advantage_score), reads_log_probs(uniform_score())
+    (True, False, False)
+    """
+    return bool(getattr(score, "reads_log_probs", True))
 
 
 def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:

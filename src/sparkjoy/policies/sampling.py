@@ -28,12 +28,13 @@ def sample_answers(
     answer_length: int,
     generator: torch.Generator | None,
     prompt_lengths: Tensor | None,
+    noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What `Transformer.sample` does; to be called without gradients."""
     prompt_length, total = prompts.shape[1], len(prompts) * answers_per_prompt
     embedding, head = policy.tokens.weight, policy.head.weight.t()
-    # Gumbel noise for every draw at once: the likeliest of logits + noise is a draw from their softmax.
-    noise = embedding.new_empty(answer_length, total, len(embedding)).exponential_(generator=generator).log_().neg_()
+    if noise is None:
+        noise = gumbel_noise(embedding, answer_length, total, generator)
     logits = torch.empty_like(noise)
     answers = prompts.new_empty(answer_length, total)
     slots = prompt_length + answer_length - 1
@@ -66,6 +67,11 @@ def sample_answers(
         torch.argmax(logits[step] + noise[step], dim=1, out=answers[step])
     log_probs = logits.log_softmax(dim=2).gather(2, answers.unsqueeze(2)).squeeze(2)
     return answers.t().contiguous(), log_probs.t().contiguous()
+
+
+def gumbel_noise(embedding: Tensor, answer_length: int, total: int, generator: torch.Generator | None) -> Tensor:
+    """(T, B, M), for every draw at once: the likeliest of logits + noise is a draw from their softmax."""
+    return embedding.new_empty(answer_length, total, len(embedding)).exponential_(generator=generator).log_().neg_()
 
 
 def _bias(padding: Tensor, filled: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from sparkjoy.policies.attention import Block, attend, causal_mask
 from sparkjoy.policies.fused import fits_fused, fused_log_probs
 from sparkjoy.policies.rows import PlainReading, Reading, SharedReading
-from sparkjoy.policies.sampling import sample_answers
+from sparkjoy.policies.sampling import gumbel_noise, sample_answers
 
 
 class Transformer(nn.Module):
@@ -105,6 +105,7 @@ class Transformer(nn.Module):
         answer_length: int,
         generator: torch.Generator | None = None,
         prompt_lengths: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw answers at temperature 1, the answers of a prompt beside one another.
 
@@ -114,6 +115,7 @@ class Transformer(nn.Module):
             answer_length: T.
             generator: source of all draws; None: torch's global one.
             prompt_lengths: (P,), how many tokens of each prompt count; None: all.
+            noise: (T, P * A, M), draws made before by `noise`, instead of the generator's.
 
         Returns:
             Answers and the log-probs they were drawn with, (P * A, T) each, without a graph.
@@ -124,9 +126,14 @@ class Transformer(nn.Module):
         self._check_length(prompts.shape[1] + answer_length - 1)
         with torch.inference_mode():
             answers, log_probs = sample_answers(
-                self, prompts, answers_per_prompt, answer_length, generator, prompt_lengths
+                self, prompts, answers_per_prompt, answer_length, generator, prompt_lengths, noise
             )
         return answers.clone(), log_probs.clone()  # a graph may save these, but not inference tensors
+
+    def noise(self, answer_length: int, total: int, generator: torch.Generator | None = None) -> Tensor:
+        """The draws (T, B, M) that `sample` makes, so that several processes can each use their part of them."""
+        with torch.inference_mode():
+            return gumbel_noise(self.tokens.weight, answer_length, total, generator)
 
     def _check_length(self, length: int) -> None:
         if length > self.positions.num_embeddings:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from sparkjoy.engine.backward import BackwardReport, GatedBackward
+from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.engine.report import BackwardReport
 from sparkjoy.gates import KondoGate
 from sparkjoy.losses import delightful
 from sparkjoy.policies.adapters import add_adapters

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparkjoy.baselines import group_mean_advantage
 from sparkjoy.policies.transformer import Transformer
 from sparkjoy.tasks.rollouts import Rollout
+from sparkjoy.training.processes import WHOLE, Share
 
 HELD_OUT_PROMPTS = 1000
 
@@ -65,13 +66,23 @@ class ReversalTask:
 
     Args:
         config: sizes and the protocol.
+        share: this process's part of every batch.
+
+    Raises:
+        ValueError: the processes cannot divide the prompts evenly.
     """
 
     name = "reversal"
     samples_with_graph = False
 
-    def __init__(self, config: ReversalConfig) -> None:
+    def __init__(self, config: ReversalConfig, share: Share = WHOLE) -> None:
+        if config.prompts % share.count:
+            raise ValueError(
+                f"--prompts {config.prompts}: expected a multiple of the {share.count} processes, so that each samples "
+                f"as many; for instance {share.count * -(-config.prompts // share.count)}."
+            )
         self.config = config
+        self.share = share
         self._held_out = self.sample(HELD_OUT_PROMPTS, torch.Generator().manual_seed(0))
 
     def policy(self) -> Transformer:
@@ -110,6 +121,9 @@ class ReversalTask:
     def rollout(self, policy: Transformer, generator: torch.Generator, graph: bool) -> Rollout:
         """Draw prompts, and several answers to each from the policy.
 
+        Every process draws the same numbers, and samples its share of the prompts with its share of them: what all have
+        together is what one process would have.
+
         Raises:
             ValueError: `graph` asked for; the sampler has no graph to give.
         """
@@ -117,16 +131,18 @@ class ReversalTask:
             raise ValueError(
                 "reversal's sampler keeps no graph; differentiate policy.log_probs(rollout.batch) instead."
             )
-        config = self.config
-        prompts = self.sample(config.prompts, generator)
-        answers, log_probs = policy.sample(prompts, config.answers, config.prompt_length, generator)
+        config, share = self.config, self.share
+        prompts = self.sample(config.prompts, generator)[share.of(config.prompts)]
+        noise = policy.noise(config.prompt_length, config.prompts * config.answers, generator)
+        noise = noise[:, share.of(noise.shape[1])]
+        answers, log_probs = policy.sample(prompts, config.answers, config.prompt_length, noise=noise)
         prompts = prompts.repeat_interleave(config.answers, 0)
         rewards = self.reward(prompts, answers)
         advantages = group_mean_advantage(rewards, config.answers)
         if config.credit == "token":
-            right = (answers == self.target(prompts)).float().view(config.prompts, config.answers, -1)
+            right = (answers == self.target(prompts)).float().view(-1, config.answers, config.prompt_length)
             advantages = ((right - right.mean(dim=1, keepdim=True)) / config.prompt_length).flatten(0, 1)
-        index = torch.arange(config.prompts).repeat_interleave(config.answers)
+        index = torch.arange(len(prompts) // config.answers).repeat_interleave(config.answers)
         batch = {"prompts": prompts, "answers": answers, "prompt_index": index}
         return Rollout(batch, advantages, log_probs, None, rewards.mean(), config.answers)
 

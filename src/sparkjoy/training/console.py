@@ -154,6 +154,37 @@ def print_gains(records: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_bench(result: dict[str, Any]) -> None:
+    """One row an arm and rate: milliseconds, and how much faster than the dense loop; then the peaks of memory."""
+    ratio = result["backward_over_forward"]
+    table = Table(
+        title=f"one step without the optimizer, {result['parameters'] / 1e6:.3g}M parameters; "
+        f"backward over forward {ratio['seconds']:.2f} in seconds, {ratio['flops']:.2f} in FLOPs"
+    )
+    for column in ("arm", "rate", "rows backward", "micro-batch", "p20 ms", "p50 ms", "p80 ms", "speed-up"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+    for row in result["arms"]:
+        milliseconds = [f"{1000 * value:,.1f}" for value in row["seconds"]["total"].values()]
+        rate = "" if row["rate"] is None else f"{row['rate']:g}"
+        sizes = (str(row["backward_rows"]), str(row["micro_batch_size"]))
+        table.add_row(row["arm"], rate, *sizes, *milliseconds, f"{row['speedup']:.2f}")
+    Console().print(table)
+    if not result.get("memory"):
+        return
+    table = Table(title="peak memory of the step above weights, gradients and optimizer state")
+    for column in ("arm", "rate", "micro-batch", "MB in tensors", "MB resident", "of undivided dense"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+    undivided = result["memory"][0]["peak_bytes"]
+    for row in result["memory"]:
+        rate = "" if row["rate"] is None else f"{row['rate']:g}"
+        resident = "" if row["peak_resident_bytes"] is None else f"{row['peak_resident_bytes'] / 1e6:,.1f}"
+        peak = row["peak_bytes"]
+        table.add_row(
+            row["arm"], rate, str(row["micro_batch_size"]), f"{peak / 1e6:,.1f}", resident, f"{peak / undivided:.1%}"
+        )
+    Console().print(table)
+
+
 def print_slopes(rows: list[dict[str, Any]]) -> None:
     """One row a baseline, number of arms and method: how what a cosine of 0.95 takes grows as p falls."""
     table = Table(title="needed for a mean cosine of 0.95: as what power of p")

@@ -23,6 +23,7 @@ from sparkjoy.scores import (
     surprisal_score,
     uniform_score,
 )
+from sparkjoy.training.processes import WHOLE, Share
 
 Method = Literal["pg", "dg", "kondo", "uniform", "ppo", "grpo", "pmpo"]
 Score = Literal["delight", "advantage", "absolute-advantage", "surprisal", "additive", "uniform"]
@@ -119,9 +120,22 @@ class Settings:
         return " ".join(parts)
 
     def step(
-        self, generator: torch.Generator, trim: Callable[[Any, int], Any] | None
+        self,
+        generator: torch.Generator,
+        trim: Callable[[Any, int], Any] | None,
+        share: Share = WHOLE,
+        module: Any = None,
     ) -> GatedBackward | TokenGatedBackward:
-        """The engine's step of this method; `generator` is the source of the gate's draws, `trim` shortens answers."""
+        """The engine's step of this method.
+
+        Args:
+            generator: source of the gate's draws.
+            trim: shortens answers.
+            share: this process's part of a batch.
+            module: what averages the gradients of several processes.
+        """
+        if share.count > 1 and self.unit == "token":
+            raise ValueError("--unit token runs in one process; start it without torchrun.")
         loss: Loss = reinforce
         if self.method == "dg":
             loss = delightful(unit=self.dg_unit)
@@ -133,7 +147,12 @@ class Settings:
         if gate is not None and self.unit == "token":
             return TokenGatedBackward(gate, loss=loss, trim=trim)
         return GatedBackward(
-            gate, loss=loss, score=self._score(generator), micro_batch_size=self.micro_batch_size, normalizer="batch"
+            gate,
+            loss=loss,
+            score=self._score(generator, share),
+            micro_batch_size=self.micro_batch_size,
+            normalizer="batch",
+            module=module if share.count > 1 else None,
         )
 
     def advantages(self, advantages: Tensor, group_size: int | None) -> Tensor:
@@ -144,13 +163,20 @@ class Settings:
             return good_and_bad_advantage(advantages)
         return advantages
 
-    def _score(self, generator: torch.Generator) -> ScoreFunction:
+    def _score(self, generator: torch.Generator, share: Share) -> ScoreFunction:
+        draw = uniform_score(generator)
+
+        def uniform(advantages: Tensor, log_probs: Tensor) -> Tensor:
+            """The draws for all processes' rows, of which this one's count."""
+            total = share.count * len(advantages)
+            return draw(advantages.new_empty(total), log_probs)[share.of(total)]
+
         scores: dict[str, ScoreFunction] = {
             "delight": delight,
             "advantage": advantage_score,
             "absolute-advantage": absolute_advantage_score,
             "surprisal": surprisal_score,
             "additive": additive_score(self.alpha),
-            "uniform": uniform_score(generator),
+            "uniform": uniform,
         }
         return scores["uniform" if self.method == "uniform" else self.score]

@@ -5,9 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sparkjoy.engine.backward import BackwardReport
+from sparkjoy.engine.report import BackwardReport
+from sparkjoy.training.processes import Share
+
+COUNTED_BY_EACH = (
+    "samples",
+    "forward_samples",
+    "backward_samples",
+    "forward_tokens",
+    "backward_tokens",
+    "forward_flops",
+    "backward_flops",
+)
 
 
 @dataclass
@@ -29,15 +41,13 @@ class Tally:
     priced_steps: int = 0
     reward_sum: float = 0.0
     steps_since: int = 0
-    rollout_flops: int | None = None
-    """Of the run's first rollout, and counted for each: more than run where a sampler shares equal prefixes."""
 
-    def sampled(self, rows: int, tokens: int, reward: Tensor) -> None:
+    def sampled(self, rows: int, tokens: int, flops: int, reward: Tensor) -> None:
         """Count a rollout of `rows`; its forward pass counts too."""
         self.samples += rows
         self.forward_samples += rows
         self.forward_tokens += tokens
-        self.forward_flops += self.rollout_flops or 0
+        self.forward_flops += flops
         self.reward_sum += reward.item()
         self.steps_since += 1
 
@@ -56,6 +66,21 @@ class Tally:
         if report.decision.price is not None:
             self.price_sum += report.decision.price.item()
             self.priced_steps += 1
+
+    def hand_over(self, share: Share) -> None:
+        """Give what the processes have counted to the first; the others start anew.
+
+        What was kept and its price, every process knows of all rows; seconds are the first one's.
+        """
+        if share.count == 1:
+            return
+        sums = share.handed_over([getattr(self, name) for name in COUNTED_BY_EACH])
+        for name, value in zip(COUNTED_BY_EACH, sums, strict=True):
+            setattr(self, name, int(value))
+        mean = share.mean(torch.tensor(self.reward_sum, dtype=torch.float64))
+        self.reward_sum = mean.item()
+        if not share.first:
+            self.price_sum, self.priced_steps, self.reward_sum, self.steps_since = 0.0, 0, 0.0, 0
 
     def record(self) -> dict[str, Any]:
         """The counts, the mean price and reward since the last record; starts the next one."""
