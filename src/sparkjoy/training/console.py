@@ -142,6 +142,18 @@ def print_scaling(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_gains(records: list[dict[str, Any]]) -> None:
+    """One row a size or body: milliseconds a step, and how many times DG's the gate's is."""
+    table = Table(title="milliseconds a step, medians; gain: DG's over the gate's")
+    for column in ("changed", "to", "B/F FLOPs", "sample", "dg", "kondo", "gain", "gain with sampling"):
+        table.add_column(column, justify="left" if column in ("changed", "to") else "right", no_wrap=True)
+    for record in records:
+        gains = (f"{record[name]:.1f}" for name in ("training_gain", "total_gain"))
+        times = (f"{record[name]:.2f}" for name in ("flops_ratio", "sample", "dg", "kondo"))
+        table.add_row(record["changed"], str(record["value"]), *times, *gains)
+    Console().print(table)
+
+
 def print_bench(result: dict[str, Any]) -> None:
     """One row an arm and rate: rows that passed backward, rows in a micro-batch, milliseconds, dense over its own."""
     ratio = result["backward_over_forward"]
