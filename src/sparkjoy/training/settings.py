@@ -191,8 +191,10 @@ class Settings:
             share: this process's part of a batch.
             module: what averages the gradients of several processes.
         """
-        if share.count > 1 and (self.unit == "token" or self.speculates):
-            raise ValueError("--unit token, --screen and --verify run in one process; start it without torchrun.")
+        if share.count > 1 and (self.unit == "token" or self.speculates or self.noise):
+            raise ValueError(
+                "--unit token, --screen, --verify and --noise run in one process; start it without torchrun."
+            )
         loss: Loss = reinforce
         if self.method in ("dg", "unbiased"):
             loss = delightful(unit=self.dg_unit)
