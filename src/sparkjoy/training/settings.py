@@ -103,7 +103,7 @@ class Settings:
     """Adam's learning rate for --screen draft."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "threads", "epochs"):
+        for name in ("steps", "evaluate_every", "threads", "epochs", "audit_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1.")
         for name in ("until_error", "target_error"):
@@ -116,6 +116,8 @@ class Settings:
             raise ValueError(
                 f"--method {self.method} keeps every sample; --rate and --price go with kondo, uniform and unbiased."
             )
+        if self.verify is not None and self.screen == "exact":
+            raise ValueError(f"--verify {self.verify:g} verifies a draft; --screen exact needs none.")
         if self.method == "unbiased" and (self.price is not None or self.temperature or self.score != "delight"):
             raise ValueError("--method unbiased goes by a score of its own, at a --rate; expected no other.")
         if self.noise and not (self.method == "dg" or (self.method == "kondo" and self.unit == "sample")):
