@@ -6,7 +6,6 @@ The prompt is a few digits and `>`; the reward is the fraction of the digits cop
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,7 +97,9 @@ def rollout_with_log_probs(prompts: list[Any], trainer: Any) -> dict[str, list[A
     ended = (ids[:, width:] == trainer.processing_class.eos_token_id).any(dim=1).tolist()
     kept = [length + 1 if end else ids.shape[1] - width for length, end in zip(lengths, ended, strict=True)]
     return {
-        "prompt_ids": [row[m.bool()].tolist() for row, m in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)],
+        "prompt_ids": [
+            row[m.bool()].tolist() for row, m in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ],
         "completion_ids": [row[:n].tolist() for row, n in zip(ids[:, width:], kept, strict=True)],
         "logprobs": [row[:n].tolist() for row, n in zip(log_probs, kept, strict=True)],
     }

@@ -46,7 +46,16 @@ class Gradients(TrainerCallback):
         )
 
 
-def trainer(folder, cls=KondoGRPOTrainer, config=KondoGRPOConfig, lora=False, model=None, arguments=None, **changes):
+def trainer(
+    folder,
+    cls=KondoGRPOTrainer,
+    config=KondoGRPOConfig,
+    lora=False,
+    model=None,
+    arguments=None,
+    train_rows=64,
+    **changes,
+):
     """A trainer of `cls` on the copy task, and the gradients it will have."""
     if lora:
         from peft import LoraConfig
@@ -60,7 +69,7 @@ def trainer(folder, cls=KondoGRPOTrainer, config=KondoGRPOConfig, lora=False, mo
         model=model or trl_task.model(),
         reward_funcs=trl_task.copied,
         args=config(**options),
-        train_dataset=trl_task.prompts(64, 2, 5),
+        train_dataset=trl_task.prompts(train_rows, 2, 5),
         processing_class=trl_task.tokenizer(),
         callbacks=[gradients],
         **(arguments or {}),
@@ -69,7 +78,7 @@ def trainer(folder, cls=KondoGRPOTrainer, config=KondoGRPOConfig, lora=False, mo
 
 
 def trained(folder, **options):
-    """A trainer after `train()`, and the gradients it had; made and trained at once, since TRL seeds when it is made."""
+    """A trainer after `train()`, and the gradients it had; at once, since TRL seeds when it is made."""
     made, gradients = trainer(folder, **options)
     made.train()
     return made, gradients.steps

@@ -101,7 +101,11 @@ class KondoGate:
             raise ValueError(f"temperature is {temperature!r}; expected a number of at least 0 (0 is the hard gate).")
         if temperature > 0 and rate is not None and price is not None:
             raise ValueError("a soft gate (temperature > 0) takes rate or price, not both.")
-        if isinstance(negative_share, bool) or not isinstance(negative_share, int | float) or not 0 <= negative_share < 1:
+        if (
+            isinstance(negative_share, bool)
+            or not isinstance(negative_share, int | float)
+            or not 0 <= negative_share < 1
+        ):
             raise ValueError(f"negative_share is {negative_share!r}; expected a fraction in [0, 1), such as 0.25.")
         if negative_share > 0 and temperature > 0:
             raise ValueError("negative_share goes with a hard gate; leave temperature at 0.")

@@ -11,9 +11,7 @@ FAST += [("bnpo", setting) for setting in SETTINGS if setting != "accumulation"]
 SLOW = [(loss, setting) for loss in LOSS_NORMALIZERS for setting in SETTINGS if (loss, setting) not in FAST]
 
 
-@pytest.mark.parametrize(
-    ("loss", "setting"), FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
-)
+@pytest.mark.parametrize(("loss", "setting"), FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
 def test_packed_gradients_equal_masked_ones(tmp_path, loss, setting):
     changes = {"loss_type": loss, "gate_rate": 0.3} | SETTINGS[setting]
     packed, given = trained(tmp_path, **changes)

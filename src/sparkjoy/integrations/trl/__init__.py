@@ -8,19 +8,7 @@
 extra: `pip install sparkjoy[trl]`. See docs/trl.md.
 """
 
-TESTED = "1.16"
-
-try:
-    from trl import __version__ as trl_version
-except ImportError as error:
-    raise ImportError("sparkjoy.integrations.trl needs TRL: pip install sparkjoy[trl]") from error
-
-if not trl_version.startswith(f"{TESTED}."):
-    raise ImportError(
-        f"sparkjoy.integrations.trl rests on private methods of TRL and is tested with TRL {TESTED}; found {trl_version}. "
-        "Install that one: pip install sparkjoy[trl]"
-    )
-
+from sparkjoy.integrations.trl import available as available
 from sparkjoy.integrations.trl.config import KondoGRPOConfig as KondoGRPOConfig
 from sparkjoy.integrations.trl.trainer import KondoGRPOMixin as KondoGRPOMixin
 from sparkjoy.integrations.trl.trainer import KondoGRPOTrainer as KondoGRPOTrainer

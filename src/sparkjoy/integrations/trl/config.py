@@ -71,8 +71,8 @@ class KondoGRPOConfig(GRPOConfig):
             "zero, as TRL has with all advantages zero, so that Adam's momentum still moves them."
         },
     )
-    gate_dg: Literal["off", "token", "sample"] = field(
-        default="off",
+    gate_dg: Literal["token", "sample"] | None = field(
+        default=None,
         metadata={
             "help": "Weight kept terms by sigmoid(delight / gate_dg_temperature), as the Delightful Policy Gradient "
             f"does, of the token or of the whole completion. For {', '.join(UNCLIPPED_LOSSES)} only."
@@ -87,7 +87,7 @@ class KondoGRPOConfig(GRPOConfig):
             "gate_advantages": ("centred", "trl"),
             "gate_log_probs": ("auto", "exact"),
             "gate_empty_step": ("skip", "momentum"),
-            "gate_dg": ("off", "token", "sample"),
+            "gate_dg": (None, "token", "sample"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
@@ -96,10 +96,10 @@ class KondoGRPOConfig(GRPOConfig):
             raise ValueError("gate_negative_share is set without a gate; give gate_rate or gate_price too.")
         if not self.gate_dg_temperature > 0:
             raise ValueError(f"gate_dg_temperature is {self.gate_dg_temperature!r}; expected a number above 0.")
-        if self.gate_dg != "off" and self.loss_type not in UNCLIPPED_LOSSES:
+        if self.gate_dg is not None and self.loss_type not in UNCLIPPED_LOSSES:
             raise ValueError(
-                f"gate_dg weights the terms of an unclipped loss, and loss_type={self.loss_type!r} is clipped: choose one "
-                f"of {', '.join(UNCLIPPED_LOSSES)}, or leave gate_dg off and let the gate alone choose."
+                f"gate_dg weights the terms of an unclipped loss, and loss_type={self.loss_type!r} is clipped: choose "
+                f"one of {', '.join(UNCLIPPED_LOSSES)}, or leave gate_dg out and let the gate alone choose."
             )
         if self.gated:
             self._refuse_what_needs_every_row()
@@ -129,6 +129,6 @@ class KondoGRPOConfig(GRPOConfig):
             )
         if self.top_entropy_quantile < 1:
             raise ValueError(
-                f"top_entropy_quantile={self.top_entropy_quantile}: its threshold is a quantile over the tokens of every "
-                "completion, and the gate skips most. Set top_entropy_quantile=1, or gate_rate=None."
+                f"top_entropy_quantile={self.top_entropy_quantile}: its threshold is a quantile over the tokens of "
+                "every completion, and the gate skips most. Set top_entropy_quantile=1, or gate_rate=None."
             )

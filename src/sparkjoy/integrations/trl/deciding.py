@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparkjoy.gates import FixedPrice, KondoGate
+from sparkjoy.gates import KondoGate
+from sparkjoy.prices import FixedPrice
 from sparkjoy.scores import sequence_delight
 
 LEAST_SURPRISAL = 1e-30
@@ -109,7 +110,9 @@ class Scored:
             figures |= dict(zip(("delight_p10", "delight_p50", "delight_p90"), quantiles, strict=True))
             figures["delight_std"] = delights.std(unbiased=False)
         marginal = len(kept) > 0 and bool(self.known[keep][kept.argmin()])
-        return {name: float(value) for name, value in figures.items()} | ({"price": float(kept.min())} if marginal else {})
+        return {name: float(value) for name, value in figures.items()} | (
+            {"price": float(kept.min())} if marginal else {}
+        )
 
 
 def other_score(name: str, advantages: Tensor, seed: tuple[int, int, int]) -> Tensor:

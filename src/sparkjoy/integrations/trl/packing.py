@@ -1,8 +1,8 @@
 """Kept completions of several micro-batches packed into few, with the same gradient.
 
 TRL divides a micro-batch's loss by something of that micro-batch. A kept row remembers what its own was divided by, and
-is scaled by what the packed one divides by over that, through its advantage: every policy loss of TRL is proportional to
-it. A filler is a copy of a row at scale 0.
+is scaled by what the packed one divides by over that. The scale goes on its advantage, which every policy loss of TRL
+is proportional to. A filler is a copy of a row at scale 0.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """TRL's GRPOTrainer with the gate: decide where the whole generation batch is known, pack, and let TRL do the loss.
 
-    _generate_and_score_completions   TRL's, then: delight, one decision over all processes, a column `gate_keep`
-    _prepare_inputs                   TRL's, then: the kept rows of an optimizer step packed into few micro-batches
-    _compute_loss                     TRL's on a packed micro-batch; nothing on one left without rows
+_generate_and_score_completions   TRL's, then: delight, one decision over all processes, a column `gate_keep`
+_prepare_inputs                   TRL's, then: the kept rows of an optimizer step packed into few micro-batches
+_compute_loss                     TRL's on a packed micro-batch; nothing on one left without rows
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
+from sparkjoy.gates import KondoGate
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
 from sparkjoy.integrations.trl.deciding import Scored, centred_advantages, delight_score, in_doubt, other_score
 from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, length, loss_mask, pack
@@ -36,13 +37,14 @@ class KondoGRPOMixin(GRPOTrainer):
     """
 
     args: KondoGRPOConfig
+    _buffered_inputs: list[Rows]
     gate_normalizer: Normalizer | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.args if isinstance(self.args, KondoGRPOConfig) else None
         self._gate = config.gate() if config is not None and config.gated else None
-        self._gate_weighs = config is not None and config.gate_dg != "off"
+        self._gate_dg = None if config is None else config.gate_dg
         self._gate_rewards: Tensor | None = None  # (N, F), of all processes
         self._gate_reweighs: tuple[Rows, Tensor] | None = None  # a micro-batch that DG is to weight, its own advantages
         self._gate_micro_steps = 0  # run since the last optimizer step
@@ -52,13 +54,13 @@ class KondoGRPOMixin(GRPOTrainer):
     def _refuse_unproven_setups(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                "the gate is not proven with DeepSpeed or FSDP, where every process must run the same passes. Train with "
-                "DDP (accelerate launch --multi_gpu, or torchrun), or without the gate (gate_rate=None)."
+                "the gate is not proven with DeepSpeed or FSDP, where every process must run the same passes. Train "
+                "with DDP (accelerate launch --multi_gpu, or torchrun), or without the gate (gate_rate=None)."
             )
         if self.aux_loss_enabled:
             raise ValueError(
-                "the router's auxiliary loss needs every completion, and the gate skips most. Set router_aux_loss_coef=0, "
-                "or train without the gate (gate_rate=None)."
+                "the router's auxiliary loss needs every completion, and the gate skips most. Set "
+                "router_aux_loss_coef=0, or train without the gate (gate_rate=None)."
             )
         known = (KondoGRPOMixin, GRPOTrainer)
         own = [cls.__name__ for cls in type(self).__mro__ if "_compute_loss" in vars(cls) and cls not in known]
@@ -75,7 +77,7 @@ class KondoGRPOMixin(GRPOTrainer):
         return self._gate_rewards
 
     def _generate_and_score_completions(self, inputs: list[Rows]) -> Rows:
-        output = super()._generate_and_score_completions(inputs)
+        output: Rows = super()._generate_and_score_completions(inputs)
         if self._gate is None or not self.model.training:
             return output
         if output.get("num_images") is not None or output.get("pixel_values") is not None:
@@ -83,14 +85,17 @@ class KondoGRPOMixin(GRPOTrainer):
                 "the gate packs text only, and these completions come with images. Train without the gate "
                 "(gate_rate=None), or leave the images out."
             )
-        return {**output, "gate_keep": self._decide(output)}
+        return {**output, "gate_keep": self._decide(self._gate, output)}
 
-    def _decide(self, output: Rows) -> Tensor:
+    def _decide(self, gate: KondoGate, output: Rows) -> Tensor:
         """(B,) bool: which rows of this process the gate keeps, out of those of all processes."""
         start = time.perf_counter()
         mask, own = loss_mask(output), output["advantages"]
         advantages = self._gate_advantages(output)
-        per_answer = advantages if advantages.dim() == 1 else (advantages * mask).sum(dim=1)
+        per_answer = advantages
+        if advantages.dim() == 2:  # their sum, or their size where they cancel: only 0 is to mean that nothing is taught
+            per_answer = (advantages * mask).sum(dim=1)
+            per_answer = torch.where(per_answer == 0, (advantages * mask).abs().sum(dim=1), per_answer)
         teaches = (mask.any(dim=1) & (own != 0).reshape(len(own), -1).any(dim=1)).to(per_answer)
         everyone = self.accelerator.gather(torch.stack([per_answer * teaches, mask.sum(dim=1).to(per_answer)], dim=1))
         worth, tokens = everyone.cpu().unbind(dim=1)
@@ -101,7 +106,7 @@ class KondoGRPOMixin(GRPOTrainer):
             log_probs = self._log_probs_at_hand(output)
             known = worth != 0
             if log_probs is None and advantages.dim() == 1:
-                known = in_doubt(self._gate, worth)
+                known = in_doubt(gate, worth)
             rows = known[mine].nonzero().flatten().to(mask.device)
             if log_probs is None:
                 log_probs, screened = self._screen(output, rows), int(known.sum())
@@ -116,7 +121,7 @@ class KondoGRPOMixin(GRPOTrainer):
             other = other_score(self.args.gate_score, worth, seed)
 
         scored = Scored(worth, known, delights, other)
-        decision = self._gate(scored.score)
+        decision = gate(scored.score)
         self._log_decision(scored, decision.keep, tokens, screened, time.perf_counter() - start)
         return decision.keep[mine].to(mask.device)
 
@@ -142,7 +147,7 @@ class KondoGRPOMixin(GRPOTrainer):
 
     @torch.no_grad()
     def _screen(self, output: Rows, rows: Tensor) -> Tensor:
-        """(n, T) log-probs of `rows`, exact and without a graph: the policy in eval mode, so no dropout, no random draw."""
+        """(n, T) log-probs of `rows`, exact and without a graph; in eval mode, so without dropout or other draws."""
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)[rows]
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)[rows]
         prompt = output["prompt_ids"].shape[1]
@@ -209,11 +214,14 @@ class KondoGRPOMixin(GRPOTrainer):
         if not self._trims_prompts:  # rows cannot move to a process that pads prompts to another length
             counts = self.accelerator.gather(torch.tensor([len(rows)], device=device))
             return rows, int(counts.max())
-        on_cpu = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in row.items()} for row in rows]
+        on_cpu = [
+            {name: value.cpu() if isinstance(value, Tensor) else value for name, value in row.items()} for row in rows
+        ]
         everyone: list[Rows] = sorted(gather_object(on_cpu), key=length)
         share = everyone[self.accelerator.process_index :: processes]
         share = [
-            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in row.items()} for row in share
+            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in row.items()}
+            for row in share
         ]
         return share, -(-len(everyone) // processes)
 
@@ -248,16 +256,18 @@ class KondoGRPOMixin(GRPOTrainer):
         return self.args.gate_empty_step == "momentum" or self.accelerator.mixed_precision == "fp16"
 
     def _weighted_loss(self, model: nn.Module, inputs: Rows, own_advantages: Tensor) -> Tensor:
-        self._gate_reweighs = (inputs, own_advantages) if self._gate_weighs else None
+        self._gate_reweighs = (inputs, own_advantages) if self._gate_dg else None
         return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._gate_reweighs is not None:  # TRL's loss reads the advantages after this, so DG can weight them here
+        if (
+            self._gate_reweighs is not None and self._gate_dg is not None
+        ):  # TRL's loss reads the advantages after this, so DG can weight them here
             inputs, advantages = self._gate_reweighs
             self._gate_reweighs = None
             weight = delightful_weight(
-                result[0], advantages, loss_mask(inputs), self.args.gate_dg_temperature, self.args.gate_dg
+                result[0], advantages, loss_mask(inputs), self.args.gate_dg_temperature, self._gate_dg
             )
             inputs["advantages"] = per_row(inputs["advantages"], result[0]) * weight
         return result
