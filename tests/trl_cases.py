@@ -1,10 +1,14 @@
 """Small TRL trainers, gated and masked, whose gradients can be compared."""
 
+import gc
+
 import torch
 import trl_task
 from transformers import TrainerCallback
 
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
+
+gc.freeze()  # every `train()` collects garbage, which over all that these imports made takes most of a small run
 
 SETTINGS = {
     "accumulation": {},

@@ -42,6 +42,8 @@ class Settings:
     """Keep only samples whose score is above this; 0 is the papers' zero price."""
     temperature: float = 0.0
     """Softness of the gate; 0 is the hard gate."""
+    negative_share: float = 0.0
+    """Fraction of the kept samples reserved for the most negative scores; kondo only."""
     score: Score = "delight"
     """What the gate ranks samples by."""
     alpha: float = 0.5
@@ -85,6 +87,8 @@ class Settings:
             raise ValueError(
                 f"--method {self.method} keeps every sample; --rate and --price go with kondo and uniform."
             )
+        if self.negative_share and self.method != "kondo":
+            raise ValueError(f"--negative-share goes with --method kondo; --method {self.method} was given.")
         if self.unit == "token" and (self.method != "kondo" or self.score != "delight" or self.micro_batch_size):
             raise ValueError("--unit token goes with --method kondo, by delight, in one micro-batch.")
         self.step(torch.Generator(), trim=None)  # raises on a rate, price, temperature or alpha outside its range
@@ -114,6 +118,8 @@ class Settings:
             parts.append(f"price {self.price:g}")
         if self.unit == "token":
             parts.append("of tokens")
+        if self.negative_share:
+            parts.append(f"negative {100 * self.negative_share:g}%")
         if self.method == "kondo" and self.score != "delight":
             parts.append(f"by {self.score}" + (f" {self.alpha:g}" if self.score == "additive" else ""))
         return " ".join(parts)
@@ -129,7 +135,7 @@ class Settings:
             loss = clipped(self.clip)
         gate = None
         if self.gated:
-            gate = KondoGate(self.gate_rate, self.price, self.temperature, generator)
+            gate = KondoGate(self.gate_rate, self.price, self.temperature, generator, self.negative_share)
         if gate is not None and self.unit == "token":
             return TokenGatedBackward(gate, loss=loss, trim=trim)
         return GatedBackward(

@@ -30,6 +30,7 @@ LOSS_NORMALIZERS: dict[str, Normalizer] = {
 }
 PROMPT = ("prompt_ids", "prompt_mask")
 COMPLETION = (
+    "advantages",  # where a trainer has them for each token
     "completion_ids",
     "completion_mask",
     "tool_mask",
@@ -109,7 +110,7 @@ def _row(rows: Rows, index: int, trim_prompts: bool) -> Rows:
         of_row = value[index]
         if name in PROMPT:
             of_row = of_row[start:]
-        elif name in COMPLETION and of_row.shape[0] == width:  # a ratio may be of the whole row, (B, 1)
+        elif name in COMPLETION and of_row.dim() and len(of_row) == width:  # a ratio may be of the whole row, (B, 1)
             of_row = of_row[:length]
         row[name] = of_row
     return row
@@ -126,7 +127,7 @@ def _micro_batch(rows: Sequence[Rows], normalizer: Normalizer, pad_token_id: int
         values = [row[name] for row in rows]
         if name in PROMPT:
             batch[name] = pad_sequence(values, True, pad_token_id if name == "prompt_ids" else 0, padding_side="left")
-        elif name in COMPLETION or (name == "advantages" and values[0].dim() == 1):
+        elif name in COMPLETION and values[0].dim():
             batch[name] = pad_sequence(values, True, pad_token_id if name == "completion_ids" else 0)
         elif name in ("gate_scale", "gate_divisor"):
             batch[name] = torch.tensor(values, device=rows[0]["advantages"].device)

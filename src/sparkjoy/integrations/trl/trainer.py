@@ -93,7 +93,9 @@ class KondoGRPOMixin(GRPOTrainer):
         mask, own = loss_mask(output), output["advantages"]
         advantages = self._gate_advantages(output)
         per_answer = advantages
-        if advantages.dim() == 2:  # their sum, or their size where they cancel: only 0 is to mean that nothing is taught
+        if (
+            advantages.dim() == 2
+        ):  # their sum, or their size where they cancel: only 0 is to mean that nothing is taught
             per_answer = (advantages * mask).sum(dim=1)
             per_answer = torch.where(per_answer == 0, (advantages * mask).abs().sum(dim=1), per_answer)
         teaches = (mask.any(dim=1) & (own != 0).reshape(len(own), -1).any(dim=1)).to(per_answer)
