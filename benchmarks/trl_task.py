@@ -43,11 +43,11 @@ def model(width: int = 32, layers: int = 2, seed: int = 0, heads: int = 2) -> Qw
     )
 
 
-def prompts(count: int, shortest: int, longest: int, seed: int = 0) -> Dataset:
-    """Prompts of `shortest` to `longest` digits."""
+def prompts(count: int, shortest: int, longest: int, seed: int = 0, digits: str = DIGITS) -> Dataset:
+    """Prompts of `shortest` to `longest` digits, out of `digits`."""
     source = random.Random(seed)
     lengths = [source.randint(shortest, longest) for _ in range(count)]
-    return Dataset.from_dict({"prompt": ["".join(source.choices(DIGITS, k=length)) + ">" for length in lengths]})
+    return Dataset.from_dict({"prompt": ["".join(source.choices(digits, k=length)) + ">" for length in lengths]})
 
 
 def copied(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
