@@ -84,9 +84,9 @@ def run(arm: dict[str, Any], seed: int, steps: int) -> list[dict[str, float]]:
                     output_dir=folder,
                     per_device_train_batch_size=32,
                     gradient_accumulation_steps=4,
-                    num_generations=8,
+                    num_generations=16,
                     max_completion_length=4,
-                    learning_rate=2e-3,
+                    learning_rate=1e-3,
                     lr_scheduler_type="constant",
                     max_steps=steps,
                     seed=seed,
@@ -167,8 +167,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/trl_learning"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--target", type=float, default=0.8)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--target", type=float, default=0.9)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

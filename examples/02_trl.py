@@ -86,5 +86,5 @@ with tempfile.TemporaryDirectory() as folder:
 print("step  reward  kept  price  passes (of 4)")
 for entry in trainer.state.log_history:
     if "reward" in entry:
-        kept, price, passes = (entry[f"gate/{name}"] for name in ("kept_rate", "price", "micro_steps"))
+        kept, price, passes = (entry.get(f"gate/{name}", 0) for name in ("kept_rate", "price", "micro_steps"))
         print(f"{entry['step']:4}  {entry['reward']:6.3f}  {kept:4.0%}  {price:5.2f}  {passes:.0f}")
