@@ -1,8 +1,8 @@
-"""Seconds of an update in TRL's GRPOTrainer, gated against TRL's own: screening, forward and backward passes.
+"""CPU seconds of an update in TRL's GRPOTrainer, gated against TRL's own: screening, forward and backward passes.
 
     python benchmarks/trl_step.py --out out/trl_step.json
 
-A Qwen2 of 2.4 million random parameters, 128 completions of 48 to 80 tokens, micro-batches of 16. All arms take turns
+A Qwen2 of 2.9 million random parameters, 128 completions of 48 to 80 tokens, micro-batches of 16. All arms take turns
 within one process on one thread and see the same completions, so that their ratios compare; absolute times are this
 machine's. The update is what a step's training passes take, screening and packing included, generation and rewards
 not; the whole step is everything. "with log-probs": those that the sampler left decide, and no row is screened.
@@ -50,24 +50,24 @@ class Timed(KondoGRPOTrainer):
         self._passes = 0.0
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         loss = super().training_step(*args, **kwargs)
-        self._passes += time.perf_counter() - start
+        self._passes += time.process_time() - start
         if self.accelerator.sync_gradients:
             self.update_seconds.append(self._passes)
             self._passes = 0.0
         return loss
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         output = super()._generate_and_score_completions(inputs)
-        self._passes -= time.perf_counter() - start
+        self._passes -= time.process_time() - start
         return output
 
     def _decide(self, *args: Any) -> Any:  # runs within the above, and is part of the update
-        start = time.perf_counter()
+        start = time.process_time()
         keep = super()._decide(*args)
-        self._passes += time.perf_counter() - start
+        self._passes += time.process_time() - start
         return keep
 
 
@@ -79,10 +79,10 @@ class StepSeconds(TrainerCallback):  # type: ignore[misc]  # transformers' is un
         self._start = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._start = time.perf_counter()
+        self._start = time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
+        self.seconds.append(time.process_time() - self._start)
 
 
 def high_digits(prompts: list[str], completions: list[str], **_: Any) -> list[float]:

@@ -39,6 +39,21 @@ def centred_advantages(rewards_per_func: Tensor, weights: Tensor, group_size: in
     return centred.masked_fill(groups.isnan() | (least == most), 0).flatten()
 
 
+def worth(advantages: Tensor, own_advantages: Tensor, mask: Tensor) -> Tensor:
+    """(B,) what tells a row's sign: its advantage to the gate, 0 where it has no token or nothing of its own to teach.
+
+    Args:
+        advantages: (B,) or (B, T), those the gate ranks by; of the latter the sum, or the size where that cancels.
+        own_advantages: (B,) or (B, T), those of the loss.
+        mask: (B, T), 1 for tokens that count.
+    """
+    teaches = mask.any(dim=1) & (own_advantages != 0).reshape(len(mask), -1).any(dim=1)
+    if advantages.dim() == 2:
+        total = (advantages * mask).sum(dim=1)
+        advantages = torch.where(total == 0, (advantages * mask).abs().sum(dim=1), total)
+    return advantages * teaches
+
+
 def in_doubt(gate: KondoGate, advantages: Tensor) -> Tensor:
     """(N,) bool: the rows whose surprisal can change what a hard gate on delight keeps; signs settle the others.
 

@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 
 from sparkjoy.gates import KondoGate
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
-from sparkjoy.integrations.trl.deciding import Scored, centred_advantages, delight_score, in_doubt, other_score
+from sparkjoy.integrations.trl.deciding import Scored, centred_advantages, delight_score, in_doubt, other_score, worth
 from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, length, loss_mask, pack
 from sparkjoy.losses import delightful_weight
 from sparkjoy.scores import per_row
@@ -52,10 +52,11 @@ class KondoGRPOMixin(GRPOTrainer):
             self._refuse_unproven_setups()
 
     def _refuse_unproven_setups(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.parallelism_config is not None:
             raise ValueError(
-                "the gate is not proven with DeepSpeed or FSDP, where every process must run the same passes. Train "
-                "with DDP (accelerate launch --multi_gpu, or torchrun), or without the gate (gate_rate=None)."
+                "the gate is not proven with DeepSpeed, FSDP or a parallelism_config, where every process must "
+                "run the same passes. Train with DDP (accelerate launch --multi_gpu, or torchrun), or without the gate "
+                "(gate_rate=None)."
             )
         if self.aux_loss_enabled:
             raise ValueError(
@@ -90,42 +91,36 @@ class KondoGRPOMixin(GRPOTrainer):
     def _decide(self, gate: KondoGate, output: Rows) -> Tensor:
         """(B,) bool: which rows of this process the gate keeps, out of those of all processes."""
         start = time.perf_counter()
-        mask, own = loss_mask(output), output["advantages"]
+        mask = loss_mask(output)
         advantages = self._gate_advantages(output)
-        per_answer = advantages
-        if (
-            advantages.dim() == 2
-        ):  # their sum, or their size where they cancel: only 0 is to mean that nothing is taught
-            per_answer = (advantages * mask).sum(dim=1)
-            per_answer = torch.where(per_answer == 0, (advantages * mask).abs().sum(dim=1), per_answer)
-        teaches = (mask.any(dim=1) & (own != 0).reshape(len(own), -1).any(dim=1)).to(per_answer)
-        everyone = self.accelerator.gather(torch.stack([per_answer * teaches, mask.sum(dim=1).to(per_answer)], dim=1))
-        worth, tokens = everyone.cpu().unbind(dim=1)
-        mine = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
-
-        known, delights, other, screened = torch.zeros(len(worth), dtype=torch.bool), torch.zeros_like(worth), None, 0
+        local = torch.stack([worth(advantages, output["advantages"], mask), mask.sum(dim=1).to(advantages)], dim=1)
+        of_all, tokens = self.accelerator.gather(local).cpu().unbind(dim=1)
+        first = self.accelerator.process_index * len(mask)
+        mine = slice(first, first + len(mask))
         if self.args.gate_score == "delight":
-            log_probs = self._log_probs_at_hand(output)
-            known = worth != 0
-            if log_probs is None and advantages.dim() == 1:
-                known = in_doubt(gate, worth)
-            rows = known[mine].nonzero().flatten().to(mask.device)
-            if log_probs is None:
-                log_probs, screened = self._screen(output, rows), int(known.sum())
-            else:
-                log_probs = log_probs[rows]
-            local = torch.zeros_like(per_answer)
-            local[rows] = delight_score(advantages[rows], log_probs, mask[rows]).to(local)
-            delights = self.accelerator.gather(local).cpu()
+            scored, screened = self._delights(gate, output, advantages, of_all, mine)
         else:
             # The seed is of the optimizer step and the micro-step in it, so that a resumed run draws the same.
             seed = (self.args.seed, self.state.global_step, self._step % self.args.gradient_accumulation_steps)
-            other = other_score(self.args.gate_score, worth, seed)
+            other = other_score(self.args.gate_score, of_all, seed)
+            scored, screened = Scored(of_all, torch.zeros(len(of_all), dtype=torch.bool), other, other), 0
+        keep = gate(scored.score).keep
+        self._log_decision(scored, keep, tokens, screened, time.perf_counter() - start)
+        return keep[mine].to(mask.device)
 
-        scored = Scored(worth, known, delights, other)
-        decision = gate(scored.score)
-        self._log_decision(scored, decision.keep, tokens, screened, time.perf_counter() - start)
-        return decision.keep[mine].to(mask.device)
+    def _delights(
+        self, gate: KondoGate, output: Rows, advantages: Tensor, of_all: Tensor, mine: slice
+    ) -> tuple[Scored, int]:
+        """The delights that the decision needs, of all processes, and how many rows had to be screened for them."""
+        mask = loss_mask(output)
+        log_probs = self._log_probs_at_hand(output)
+        known = in_doubt(gate, of_all) if log_probs is None and advantages.dim() == 1 else of_all != 0
+        rows = known[mine].nonzero().flatten().to(mask.device)
+        of_rows = self._screen(output, rows) if log_probs is None else log_probs[rows]
+        local = torch.zeros(len(mask), device=mask.device)
+        local[rows] = delight_score(advantages[rows], of_rows, mask[rows]).to(local)
+        screened = int(known.sum()) if log_probs is None else 0
+        return Scored(of_all, known, self.accelerator.gather(local).cpu()), screened
 
     def _gate_advantages(self, output: Rows) -> Tensor:
         """(B,) or (B, T): the advantages that the gate ranks by, of this process."""
