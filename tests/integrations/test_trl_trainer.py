@@ -10,6 +10,7 @@ import trl_task
 from trl import GRPOConfig, GRPOTrainer
 from trl_cases import Masked, relative_error, trained, trainer
 
+import sparkjoy as sj
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOMixin, KondoGRPOTrainer
 
 
@@ -301,3 +302,43 @@ def test_a_missing_or_another_trl_is_said(stand_in, message):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 1
     assert message in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gate_rate": 0.3}, {"gate_rate": 0.8}, {"gate_price": 0.3}, {"gate_rate": 0.5, "gate_negative_share": 0.5}],
+)
+def test_the_decision_is_the_gate_on_the_sequence_delight_of_centred_rewards(tmp_path, options):
+    """Written out with sparkjoy's own parts and the model's logits, on all rows."""
+    seen = []
+
+    class Watching(KondoGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+            attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+            width = output["completion_ids"].shape[1]
+            with torch.no_grad():
+                log_probs = self.model(ids, attention_mask=attention).logits[:, -width - 1 : -1].log_softmax(-1)
+            log_probs = log_probs.gather(2, output["completion_ids"][..., None]).squeeze(2)
+            words = self.processing_class
+            texts = [
+                words.batch_decode(
+                    [
+                        row[m.bool()].tolist()
+                        for row, m in zip(output[f"{part}_ids"], output[f"{part}_mask"], strict=True)
+                    ],
+                    skip_special_tokens=True,
+                )
+                for part in ("prompt", "completion")
+            ]
+            rewards = torch.tensor(trl_task.copied([text.replace(" ", "") for text in texts[0]], texts[1]))
+            advantages = sj.group_mean_advantage(rewards, group_size=4)
+            score = sj.sequence_delight(advantages, log_probs, output["completion_mask"])
+            seen.append((output["gate_keep"], self._gate(score).keep))
+            return output
+
+    trained(tmp_path, cls=Watching, **options)
+    assert len(seen) == 1
+    assert 0 < seen[0][0].sum() < 16
+    assert torch.equal(*seen[0])
