@@ -122,6 +122,23 @@ def print_scores(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_screening(tables: dict[str, list[dict[str, Any]]]) -> None:
+    """One row an arm of every part."""
+    shared = ("task", "arm", "error", "mean_error")
+    screeners = ("recall", "draft_recall", "spearman", "seconds_over_forward", "learn_over_forward")
+    columns = {"screeners": (*shared, *screeners), "noise": shared, "unbiased": (*shared, "step", "backward_samples")}
+    for part, rows in tables.items():
+        if not rows:
+            continue
+        table = Table(title=f"{part}: means over {max(row['seeds'] for row in rows)} seeds")
+        for column in columns[part]:
+            table.add_column(column.replace("_", " "), justify="left" if column in ("task", "arm") else "right")
+        for row in rows:
+            values = [row[column] for column in columns[part]]
+            table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+        Console().print(table)
+
+
 def print_scaling(rows: list[dict[str, Any]]) -> None:
     """One row a method and prompt length: means over the seeds that reached the target."""
     table = Table(title="to the target error, means over seeds")
@@ -139,6 +156,18 @@ def print_scaling(rows: list[dict[str, Any]]) -> None:
             *(f"{mean:,.0f}" for mean in means[:2]),
             *(f"{mean:.1f}" for mean in means[2:]),
         )
+    Console().print(table)
+
+
+def print_gains(records: list[dict[str, Any]]) -> None:
+    """One row a size or body: milliseconds a step, and how many times DG's the gate's is."""
+    table = Table(title="milliseconds a step, medians; gain: DG's over the gate's")
+    for column in ("changed", "to", "B/F FLOPs", "sample", "dg", "kondo", "gain", "gain with sampling"):
+        table.add_column(column, justify="left" if column in ("changed", "to") else "right", no_wrap=True)
+    for record in records:
+        gains = (f"{record[name]:.1f}" for name in ("training_gain", "total_gain"))
+        times = (f"{record[name]:.2f}" for name in ("flops_ratio", "sample", "dg", "kondo"))
+        table.add_row(record["changed"], str(record["value"]), *times, *gains)
     Console().print(table)
 
 

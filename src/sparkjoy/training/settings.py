@@ -53,6 +53,8 @@ class Settings:
     """What the rate is of: of every batch; of a rolling window of scores; or, as a budget, of all tokens so far."""
     temperature: float = 0.0
     """Softness of the gate; 0 is the hard gate."""
+    negative_share: float = 0.0
+    """Fraction of the kept samples reserved for the most negative scores; kondo only."""
     score: Score = "delight"
     """What the gate ranks samples by."""
     alpha: float = 0.5
@@ -103,7 +105,7 @@ class Settings:
     """Adam's learning rate for --screen draft."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "threads", "epochs"):
+        for name in ("steps", "evaluate_every", "threads", "epochs", "audit_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1.")
         for name in ("until_error", "target_error"):
@@ -116,6 +118,8 @@ class Settings:
             raise ValueError(
                 f"--method {self.method} keeps every sample; --rate and --price go with kondo, uniform and unbiased."
             )
+        if self.verify is not None and self.screen == "exact":
+            raise ValueError(f"--verify {self.verify:g} verifies a draft; --screen exact needs none.")
         if self.method == "unbiased" and (self.price is not None or self.temperature or self.score != "delight"):
             raise ValueError("--method unbiased goes by a score of its own, at a --rate; expected no other.")
         if self.noise and not (self.method == "dg" or (self.method == "kondo" and self.unit == "sample")):
@@ -130,6 +134,8 @@ class Settings:
                 f"--price-kind {self.price_kind} goes with the --rate of kondo or uniform, without --price, "
                 "--temperature, --screen or --verify."
             )
+        if self.negative_share and self.method != "kondo":
+            raise ValueError(f"--negative-share goes with --method kondo; --method {self.method} was given.")
         if self.unit == "token" and (self.method != "kondo" or self.score != "delight" or self.micro_batch_size):
             raise ValueError("--unit token goes with --method kondo, by delight, in one micro-batch.")
         self.step(torch.Generator(), trim=None)  # raises on a rate, price, temperature or alpha outside its range
@@ -164,6 +170,8 @@ class Settings:
             parts.append(f"price {self.price:g}")
         if self.unit == "token":
             parts.append("of tokens")
+        if self.negative_share:
+            parts.append(f"negative {100 * self.negative_share:g}%")
         if self.method == "kondo" and self.score != "delight":
             parts.append(f"by {self.score}" + (f" {self.alpha:g}" if self.score == "additive" else ""))
         if self.noise:
@@ -222,8 +230,8 @@ class Settings:
     def _gate(self, generator: torch.Generator) -> KondoGate:
         if self.gate_rate is not None and self.price_kind != "batch":
             price = RollingQuantile if self.price_kind == "rolling" else BackwardBudget
-            return KondoGate(price=price(self.gate_rate))
-        return KondoGate(self.gate_rate, self.price, self.temperature, generator)
+            return KondoGate(price=price(self.gate_rate), negative_share=self.negative_share)
+        return KondoGate(self.gate_rate, self.price, self.temperature, generator, self.negative_share)
 
     def advantages(self, advantages: Tensor, group_size: int | None) -> Tensor:
         """What this method makes of advantages (B,) over their group's baseline."""
