@@ -13,12 +13,33 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from sparkjoy.studies import bandit_theory, pareto, scaling, score_comparison, token_gate
+from sparkjoy.bench import run as bench
+from sparkjoy.studies import (
+    bandit_theory,
+    pareto,
+    scaling,
+    score_comparison,
+    screening,
+    screening_figures,
+    step_gain,
+    token_gate,
+)
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.tasks.rollouts import Task
-from sparkjoy.training.console import LiveRuns, print_runs, print_scaling, print_scores, print_slopes, study_progress
+from sparkjoy.training.console import (
+    LiveRuns,
+    print_bench,
+    print_gains,
+    print_runs,
+    print_scaling,
+    print_scores,
+    print_screening,
+    print_slopes,
+    study_progress,
+)
 from sparkjoy.training.loop import summary, train
+from sparkjoy.training.processes import WHOLE, Share, joined, refuse_several_processes, share_of_this_process
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import prepare_out, save_figure, write_json, write_json_lines
 
@@ -61,7 +82,10 @@ class TrainReversal:
     task: Annotated[ReversalConfig, FLAT] = field(default_factory=ReversalConfig)
 
     def __call__(self) -> None:
-        _train(ReversalTask(self.task), self.task, self.settings, 0.01, self.out)
+        share = share_of_this_process()
+        task = ReversalTask(self.task, share)
+        with joined(share):
+            _train(task, self.task, self.settings, 0.01, self.out, share)
 
 
 @dataclass(frozen=True)
@@ -137,6 +161,26 @@ class StudyScaling:
 
 
 @dataclass(frozen=True)
+class StudyGain:
+    """What the gate saves a step as prompts, vocabulary and model grow and backward passes get dearer."""
+
+    out: Path = Path("out/study-gain")
+    """Folder for summary.json and the figure; written when everything is measured."""
+    study: Annotated[step_gain.StepGainStudy, FLAT] = field(default_factory=step_gain.StepGainStudy)
+
+    def __call__(self) -> None:
+        prepare_out(self.out)
+        torch.set_num_threads(1)
+        with study_progress() as progress:
+            records = step_gain.run(self.study, progress)
+        write_json(self.out / "config.json", asdict(self.study))
+        write_json(self.out / "summary.json", {"runs": records})
+        save_figure(step_gain.plot(records), self.out, "gain")
+        print_gains(records)
+        print(f"results in {self.out}, the figure in {self.out / 'gain.png'}")
+
+
+@dataclass(frozen=True)
 class StudyTokens:
     """Gating single tokens against gating whole answers, on token reversal: what is kept, and where it leads."""
 
@@ -159,15 +203,53 @@ class StudyTokens:
         print(f"results in {self.out}, the figure in {self.out / 'tokens.png'}")
 
 
+@dataclass(frozen=True)
+class StudyScreening:
+    """Cheaper screeners than a forward pass, noise on delight, and the gate that stays unbiased; in minutes."""
+
+    out: Path = Path("out/study-screening")
+    """Folder for the results; finished runs in it are not run again."""
+    study: Annotated[screening.ScreeningStudy, FLAT] = field(default_factory=screening.ScreeningStudy)
+
+    def __call__(self) -> None:
+        with LiveRuns(runs=len(screening.arms(self.study))) as live:
+            tables = screening.run(self.study, self.out, live.start)
+        for name, figure in screening_figures.plot(tables).items():
+            save_figure(figure, self.out, name)
+        print_screening(tables)
+        print(f"results and figures in {self.out}")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Seconds and peak memory of one step: dense, gated, and what else one could do, in one run."""
+
+    out: Path = Path("out/bench")
+    """Folder for config.json, summary.json and the figure; summary.json is written after every round."""
+    bench: Annotated[bench.BenchConfig, FLAT] = field(default_factory=bench.BenchConfig)
+
+    def __call__(self) -> None:
+        prepare_out(self.out)
+        write_json(self.out / "config.json", asdict(self.bench))
+        with study_progress() as progress:
+            result = bench.run(self.bench, self.out, progress)
+        save_figure(bench.plot(result), self.out, "speedup")
+        print_bench(result)
+        print(f"results in {self.out}, the figure in {self.out / 'speedup.png'}")
+
+
 COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("train", "mnist"): TrainMnist,
     ("train", "reversal"): TrainReversal,
     ("pareto", "mnist"): ParetoMnist,
     ("pareto", "reversal"): ParetoReversal,
     ("study", "scores"): StudyScores,
+    ("study", "screening"): StudyScreening,
     ("study", "bandit"): StudyBandit,
     ("study", "scaling"): StudyScaling,
+    ("study", "gain"): StudyGain,
     ("study", "tokens"): StudyTokens,
+    ("bench", ""): Bench,
 }
 
 
@@ -177,11 +259,16 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: an unknown command, or a flag's value that its config refuses.
     """
-    command = COMMANDS.get((arguments[0], arguments[1] if len(arguments) > 1 else ""))
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    command = COMMANDS.get((words[0] if words else "", words[1] if len(words) > 1 else ""))
     if command is None:
-        known = ", ".join(" ".join(words) for words in COMMANDS)
+        known = ", ".join(" ".join(names).strip() for names in COMMANDS)
         raise ValueError(f"no command {' '.join(arguments[:2])!r}; there are: {known}. See sparkjoy --help.")
-    _parse(command, arguments[2:], f"sparkjoy {' '.join(arguments[:2])}")()
+    program = f"sparkjoy {' '.join(words)}"
+    parsed = _parse(command, arguments[len(words) :], program)
+    if command is not TrainReversal:
+        refuse_several_processes(program)
+    parsed()
 
 
 def _parse(command: Callable[..., Any], flags: list[str], program: str) -> Callable[[], None]:
@@ -199,12 +286,15 @@ def _parse(command: Callable[..., Any], flags: list[str], program: str) -> Calla
         raise ValueError(f"{sentence.rstrip('.')}. See {program} --help.") from None
 
 
-def _train(task: Task, task_config: Any, settings: Settings, target: float, out: Path) -> None:
+def _train(task: Task, task_config: Any, settings: Settings, target: float, out: Path, share: Share = WHOLE) -> None:
     if settings.target_error is None:
         settings = replace(settings, target_error=target)
     target = settings.target_error if settings.target_error is not None else target
+    if not share.first:
+        train(task, settings, out, asdict(task_config), share=share)
+        return
     with LiveRuns(runs=1) as live:
-        records = train(task, settings, out, asdict(task_config), live.start(settings.label, settings))
+        records = train(task, settings, out, asdict(task_config), live.start(settings.label, settings), share)
     print_runs([{"arm": settings.label, **summary(records, target)}], target)
     print(f"results in {out}")
 

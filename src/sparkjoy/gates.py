@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sparkjoy.prices import BatchQuantile, FixedPrice, Price, checked_rate
+from sparkjoy.prices import BackwardBudget, BatchQuantile, FixedPrice, Price, checked_rate
 from sparkjoy.scores import at_least_float32, without_graph
 
 
@@ -84,7 +84,8 @@ class KondoGate:
         negative_share: ς, in [0, 1); hard gates only, with a price of at least 0.
 
     Raises:
-        ValueError: neither rate nor price, both together with a temperature, or one of them outside its range.
+        ValueError: neither rate nor price, both together with a temperature, one of them outside its range, or a
+            `BackwardBudget` with a rate or temperature.
     """
 
     def __init__(
@@ -101,6 +102,11 @@ class KondoGate:
             raise ValueError(f"temperature is {temperature!r}; expected a number of at least 0 (0 is the hard gate).")
         if temperature > 0 and rate is not None and price is not None:
             raise ValueError("a soft gate (temperature > 0) takes rate or price, not both.")
+        if isinstance(price, BackwardBudget) and (temperature > 0 or rate is not None or negative_share):
+            raise ValueError(
+                "a BackwardBudget counts every row above its price as kept; it takes no rate, temperature or "
+                "negative_share beside it."
+            )
         if (
             isinstance(negative_share, bool)
             or not isinstance(negative_share, int | float)
@@ -135,14 +141,7 @@ class KondoGate:
         Raises:
             ValueError: an empty, non-finite or misshapen score.
         """
-        if score.dim() != 1 or score.shape[0] == 0 or not score.is_floating_point():
-            raise ValueError(
-                f"score has shape {tuple(score.shape)}, {score.dtype}; expected floating-point (N,) of at least one."
-            )
-        score = at_least_float32(without_graph(score))
-        if not math.isfinite(score.sum().item()) and not bool(score.isfinite().all()):
-            bad = int((~score.isfinite()).sum())
-            raise ValueError(f"score has {bad} of {len(score)} values NaN or infinite; expected finite numbers.")
+        score = checked_score(score)
         ones = torch.ones_like(score)
         if self.keeps_everything:
             return Decision(keep=ones.bool(), price=score.min(), probability=ones, weight=ones)
@@ -218,6 +217,19 @@ class KondoGate:
         """Take up a saved state."""
         if self.price is not None:
             self.price.load_state_dict(state["price"])
+
+
+def checked_score(score: Tensor) -> Tensor:
+    """The score (N,) without its graph and at least in float32, or a ValueError that says what is wrong with it."""
+    if score.dim() != 1 or score.shape[0] == 0 or not score.is_floating_point():
+        raise ValueError(
+            f"score has shape {tuple(score.shape)}, {score.dtype}; expected floating-point (N,) of at least one."
+        )
+    score = at_least_float32(without_graph(score))
+    if not math.isfinite(score.sum().item()) and not bool(score.isfinite().all()):
+        bad = int((~score.isfinite()).sum())
+        raise ValueError(f"score has {bad} of {len(score)} values NaN or infinite; expected finite numbers.")
+    return score
 
 
 def _greatest(score: Tensor, count: int) -> Tensor:

@@ -7,13 +7,21 @@ be given to `GatedBackward(score=...)`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row."""
+
+
+def _blind(score: ScoreFunction) -> ScoreFunction:
+    """Mark a score that does not read log-probs, so that the engine computes none for it."""
+    score.__dict__["reads_log_probs"] = False
+    return score
 
 
 def without_graph(tensor: Tensor) -> Tensor:
@@ -36,20 +44,22 @@ def surprisal(log_probs: Tensor) -> Tensor:
         log_probs: log-probabilities of the actions taken, any shape.
 
     Returns:
-        The same shape, detached.
+        The same shape, detached, never negative: what rounding lifts above a log-probability of 0 counts as 0.
 
     Raises:
         ValueError: a log-probability above 0 (beyond rounding), which no discrete action has. For densities give
             `GatedBackward(score=...)` a function of your own, for instance `lambda U, logp: -(U * logp).detach()`.
     """
     log_probs = without_graph(log_probs)
-    rounding = 16 * max(torch.finfo(log_probs.dtype).eps, 1e-5)
-    if log_probs.numel() and log_probs.max().item() > rounding:
+    greatest = log_probs.max().item() if log_probs.numel() else 0.0
+    if not greatest > 0:  # NaN passes, for the caller to find
+        return -log_probs
+    if greatest > 16 * max(torch.finfo(log_probs.dtype).eps, 1e-5):
         raise ValueError(
-            f"log_probs has a value of {log_probs.max().item():g}; the log-probability of a discrete action is at most "
+            f"log_probs has a value of {greatest:g}; the log-probability of a discrete action is at most "
             "0. If these are densities, pass a score of your own: score=lambda U, logp: -(U * logp).detach()."
         )
-    return -log_probs
+    return -log_probs.clamp(max=0)
 
 
 def delight(advantages: Tensor, log_probs: Tensor) -> Tensor:
@@ -105,6 +115,7 @@ def sequence_delight(advantages: Tensor, log_probs: Tensor, mask: Tensor | None 
     return delight(advantages, log_probs).sum(dim=1)
 
 
+@_blind
 def advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """The advantage alone, U: better than expected, however likely it was. Shape of `advantages`, detached.
 
@@ -114,6 +125,7 @@ def advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
     return advantages.detach()
 
 
+@_blind
 def absolute_advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """|U|: far from expected, in either direction. Shape of `advantages`, detached.
 
@@ -163,11 +175,61 @@ def uniform_score(generator: torch.Generator | None = None) -> ScoreFunction:
         generator: source of the draws; None: torch's global one.
     """
 
+    @_blind
     def score(advantages: Tensor, log_probs: Tensor) -> Tensor:
         device = advantages.device if generator is None else generator.device
         return torch.rand(len(advantages), generator=generator, device=device).to(advantages.device)
 
     return score
+
+
+def reads_log_probs(score: ScoreFunction) -> bool:
+    """Whether a score depends on the log-probs; False where its function says so: `score.reads_log_probs = False`.
+
+    >>> reads_log_probs(delight), reads_log_probs(advantage_score), reads_log_probs(uniform_score())
+    (True, False, False)
+    """
+    return bool(getattr(score, "reads_log_probs", True))
+
+
+def noisy_score(
+    score: ScoreFunction,
+    level: float,
+    kind: Literal["multiplicative", "additive"] = "multiplicative",
+    generator: torch.Generator | None = None,
+) -> ScoreFunction:
+    """A score function with Gaussian noise on each row's score: how approximate may it be? (arXiv 2603.20526)
+
+    Multiplicative: s(1 + level · ε). Additive: s + level · sd(s) · ε, sd over the batch. ε ~ N(0, 1). Rows of score 0
+    stay at 0.
+
+    >>> noisy = noisy_score(delight, 0.5, "multiplicative", torch.Generator().manual_seed(0))
+    >>> noisy(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]).log())
+    tensor([1.2272, 0.0000])
+
+    Args:
+        score: gives what the noise is put on; (B, T) scores are summed over tokens first, so it takes no mask.
+        level: relative size of the noise, at least 0.
+        kind: "multiplicative" or "additive".
+        generator: source of the draws; None: torch's global one.
+
+    Raises:
+        ValueError: a level below 0, or an unknown kind.
+    """
+    if not 0 <= level < math.inf or kind not in ("multiplicative", "additive"):
+        raise ValueError(
+            f"noise is {level!r}, {kind!r}; expected a level of at least 0, and 'multiplicative' or 'additive'."
+        )
+
+    def noisy(advantages: Tensor, log_probs: Tensor) -> Tensor:
+        clean = score(advantages, log_probs)
+        clean = clean.sum(dim=1) if clean.dim() == 2 else clean
+        device = clean.device if generator is None else generator.device
+        draws = torch.randn(len(clean), generator=generator, device=device).to(clean)
+        size = clean if kind == "multiplicative" else clean.std(correction=0) * (clean != 0)
+        return clean + level * size * draws
+
+    return noisy
 
 
 def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:

@@ -99,20 +99,18 @@ def test_hooks_see_exactly_the_reported_rows(gate, shape, known, micro_batch_siz
     report = step(policy.log_probs, batch, advantages, log_probs=log_probs, mask=mask)
     assert sum(seen) == report.backward_rows
     assert sum(forwards) == report.forward_rows
+    assert report.forward_rows == report.screened_rows + report.backward_rows
+    teaching = int((advantages != 0).sum()) if advantages.dim() == 1 else ROWS
+    assert report.plan == "known" or gate == "none" or report.screened_rows <= teaching
     if report.plan == "dense":
-        assert (report.forward_rows, report.screened_rows, report.backward_rows) == (ROWS, 0, ROWS)
+        assert report.screened_rows == 0
+        assert report.kept <= report.backward_rows
     else:
-        screened = 0 if known else ROWS
-        assert (report.screened_rows, report.forward_rows) == (screened, screened + report.kept)
         assert report.backward_rows == report.kept
     valid = torch.ones(ROWS, 1 if shape == "rows" else TOKENS) if mask is None else mask
     if report.plan != "dense":
         assert report.backward_tokens == int(valid[report.decision.keep].sum())
-    assert (
-        report.forward_tokens - report.backward_tokens
-        == report.screened_tokens
-        == (valid.sum() * bool(report.screened_rows))
-    )
+    assert report.forward_tokens - report.backward_tokens == report.screened_tokens
 
 
 def test_assert_backward_rows_fails_on_another_number():
@@ -128,11 +126,11 @@ def test_plans_by_counts_and_what_is_known():
         return sj.gated_backward(policy.log_probs, batch, advantages, gate, **options).plan
 
     known = policy.log_probs(batch).detach()
-    assert plan(sj.KondoGate(rate=0.9), log_probs=known) == "known"
+    assert plan(sj.KondoGate(rate=0.8), log_probs=known) == "known"
     assert plan(sj.KondoGate(rate=0.3)) == "screen"
-    assert plan(sj.KondoGate(rate=0.9)) == "dense"
-    assert plan(sj.KondoGate(rate=0.9), micro_batch_size=4) == "screen"
-    assert plan(sj.KondoGate(rate=0.9), screen=policy.log_probs) == "screen"
+    assert plan(sj.KondoGate(rate=0.8)) == "dense"
+    assert plan(sj.KondoGate(rate=0.8), micro_batch_size=4) == "screen"
+    assert plan(sj.KondoGate(rate=0.8), screen=policy.log_probs) == "screen"
     assert plan(None) == plan(sj.KondoGate(rate=1)) == "dense"
 
 
@@ -142,7 +140,8 @@ def test_a_screen_of_its_own_decides_but_is_not_differentiated():
     report = sj.gated_backward(policy.log_probs, batch, advantages, sj.KondoGate(rate=0.3), screen=draft.log_probs)
     by_draft = sj.KondoGate(rate=0.3)(sj.delight(advantages, draft.log_probs(batch)))
     assert torch.equal(report.decision.keep, by_draft.keep)
-    assert (report.screened_rows, report.forward_rows, report.backward_rows) == (ROWS, 4, 4)
+    successes = int((advantages > 0).sum())
+    assert (report.screened_rows, report.forward_rows, report.backward_rows) == (successes, 4, 4)
     assert all(parameter.grad is None for parameter in draft.parameters())
 
 
@@ -265,22 +264,24 @@ def test_gradients_add_up_and_a_backward_of_ones_own_is_called():
 
 def test_flops_count_what_ran():
     policy, batch, advantages, _ = make_case("rows")
-    step = sj.GatedBackward(sj.KondoGate(rate=0.3))
+    step = sj.GatedBackward(sj.KondoGate(rate=0.1))
+    successes = int((advantages > 0).sum())  # the others cannot be among the 2 kept
     linear = 2 * WIDTH * ACTIONS  # one matrix product a row forward; the input needs no gradient, so one back
     for _ in range(2):
         report = step(policy.log_probs, batch, advantages)
-        assert report.forward_flops == linear * (ROWS + 4)
-        assert report.backward_flops == linear * 4
-        assert report.flops == linear * (ROWS + 8)
+        assert report.forward_flops == linear * (successes + 2)
+        assert report.backward_flops == linear * 2
+        assert report.flops == linear * (successes + 4)
     assert sj.gated_backward(policy.log_probs, batch, advantages, None).flops is None
 
 
 def test_a_resumed_step_plans_as_an_unbroken_one():
     policy, batch, _, _ = make_case("rows")
-    step = sj.GatedBackward(sj.KondoGate(price=0))
+    step = sj.GatedBackward(sj.KondoGate(price=1e-3))
     step(policy.log_probs, batch, torch.ones(ROWS, dtype=torch.float64))
-    resumed = sj.GatedBackward(sj.KondoGate(price=0))
+    resumed = sj.GatedBackward(sj.KondoGate(price=1e-3))
     resumed.load_state_dict(step.state_dict())
+    assert step.state_dict()["backward_over_forward"] == 1  # a single layer: its input needs no gradient
     plans = [s(policy.log_probs, batch, torch.ones(ROWS, dtype=torch.float64)).plan for s in (step, resumed)]
     assert plans == ["dense", "dense"]  # everything was kept last time
 

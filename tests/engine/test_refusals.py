@@ -113,7 +113,7 @@ def test_rows_of_another_length_than_the_screened_ones_are_refused():
     policy, batch, advantages, _ = make_case("tokens")
 
     def trimming(rows):
-        return policy.log_probs(rows)[:, : 2 + len(rows["state"]) // ROWS]
+        return policy.log_probs(rows)[:, : 2 + len(rows["state"]) // 7]
 
     with pytest.raises(ValueError, match="pad all rows"):
         sj.gated_backward(trimming, batch, advantages, sj.KondoGate(rate=0.3))

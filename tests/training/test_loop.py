@@ -211,7 +211,7 @@ def test_free_and_exact_screening_keep_the_same_answers():
         step = GatedBackward(KondoGate(rate=rate))
         free = step(policy.log_probs, rollout.batch, rollout.advantages, log_probs=rollout.log_probs)
         exact = step(policy.log_probs, rollout.batch, rollout.advantages)
-        assert (free.screened_rows, exact.screened_rows) == (0, 100)
+        assert free.screened_rows == 0 < exact.screened_rows <= 100
         margin = (sequence_delight(rollout.advantages, rollout.log_probs) - free.decision.price).abs()
         differ = free.decision.keep != exact.decision.keep
         assert (margin[differ] < 1e-4).all()

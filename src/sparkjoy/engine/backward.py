@@ -9,65 +9,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparkjoy.engine.inputs import Inputs, check_inputs, finite_where_valid, micro_batches
+from sparkjoy.engine.deciding import decide, row_scores, scored_rows
+from sparkjoy.engine.distributed import ranks_of
+from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import KnownFlops, Ledger
-from sparkjoy.engine.plan import Plan, cheapest_plan
-from sparkjoy.engine.screening import LogProbFunction, screen_without_graph
+from sparkjoy.engine.packing import Packing, Trim
+from sparkjoy.engine.passes import Normalizer, Passes
+from sparkjoy.engine.plan import BACKWARD_OVER_FORWARD, EVERYTHING, KNOWN, Choice, candidates, choose
+from sparkjoy.engine.ranks import OneProcess, Scored
+from sparkjoy.engine.report import BackwardReport
+from sparkjoy.engine.screening import LogProbFunction
+from sparkjoy.engine.survivors import Rows
 from sparkjoy.gates import Decision, Gate, KondoGate, StatefulGate
 from sparkjoy.losses import Loss, reinforce
-from sparkjoy.scores import ScoreFunction, at_least_float32, delight, without_graph
-
-Normalizer = Literal["batch", "samples", "kept"] | float
-
-
-@dataclass(frozen=True)
-class BackwardReport:
-    """What one call did, counted from what ran.
-
-    Args:
-        decision: the gate's, about all rows; rows of zero advantage are never kept below rate 1.
-        kept: rows kept.
-        total: rows given.
-        loss: 0-dim, detached, normalised as asked; 0 when nothing is kept.
-        screened_rows: rows whose log-probs were computed to decide, without a graph.
-        forward_rows: rows that went through `log_prob_fn`, screening included.
-        backward_rows: rows whose gradient arrived at what `log_prob_fn` returned.
-        screened_tokens: as the rows, in tokens that the mask counts; equal to the rows for (B,) log-probs.
-        forward_tokens: likewise.
-        backward_tokens: likewise.
-        forward_flops: FLOPs of all forward passes; None when not counted.
-        backward_flops: FLOPs of all backward passes; None when not counted.
-        seconds: host seconds by phase: screen (deciding included), gather, forward, backward.
-        plan: "known" log-probs, "screen" then recompute, or "dense".
-    """
-
-    decision: Decision
-    kept: int
-    total: int
-    loss: Tensor
-    screened_rows: int
-    forward_rows: int
-    backward_rows: int
-    screened_tokens: int
-    forward_tokens: int
-    backward_tokens: int
-    forward_flops: int | None
-    backward_flops: int | None
-    seconds: dict[str, float]
-    plan: Plan
-
-    @property
-    def flops(self) -> int | None:
-        """FLOPs of all passes; None when not counted."""
-        if self.forward_flops is None or self.backward_flops is None:
-            return None
-        return self.forward_flops + self.backward_flops
+from sparkjoy.scores import ScoreFunction, at_least_float32, delight, reads_log_probs
 
 
 class GatedBackward:
@@ -83,9 +44,12 @@ class GatedBackward:
     >>> def log_prob_fn(rows):
     ...     return policy(rows["states"]).log_softmax(1).gather(1, rows["actions"].unsqueeze(1)).squeeze(1)
     >>> step = sj.GatedBackward(sj.KondoGate(rate=0.03))
-    >>> report = step(log_prob_fn, {"states": states, "actions": actions}, advantages=torch.randn(100))
-    >>> report.kept, report.screened_rows, report.backward_rows
-    (3, 100, 3)
+    >>> advantages = torch.tensor([1.0, -1.0]).repeat(50)
+    >>> report = step(log_prob_fn, {"states": states, "actions": actions}, advantages)
+    >>> report.kept, report.screened_rows, report.backward_rows  # of negative advantage none can be among the best 3
+    (3, 50, 3)
+    >>> print(report.plan, "-", report.reason.split(";")[0])
+    screen - The signs of the advantages keep 0 and skip 50 of 100 rows
 
     Args:
         gate: decides which samples to keep; None: all of them. A `KondoGate` of rate 1 without a price is None.
@@ -96,9 +60,18 @@ class GatedBackward:
         normalizer: what the sum of the kept terms is divided by. "batch": all valid tokens of the call, kept or not
             (all samples for (B,)); "samples": B; "kept": valid tokens (samples) of the kept rows; or a number.
         micro_batch_size: rows per forward and backward pass; None: all at once.
+        micro_batch_tokens: columns of the mask per forward and backward pass, padding included; None: no limit.
+        trim: `(batch, mask) -> (batch, columns)`, which cuts padding off a micro-batch and says which columns of the
+            mask are left, such as `sj.TrimRight("tokens")`; rows then go by length, the longest first.
+        module: under several processes, the `DistributedDataParallel` or `fully_shard` module that `log_prob_fn` calls:
+            then one decision is made about the rows of all processes. "local": this process decides for itself.
+        deal_survivors: let kept rows move to another process, so that each differentiates as many; for batches that
+            mean the same in every process. Off, they stay, and processes with fewer run rows of weight 0.
         backward: called on each micro-batch's loss, for instance `accelerator.backward`.
         count_flops: measure FLOPs on the first pass over rows of a new shape. Off, the report has None; turn it off for
             a compiled `log_prob_fn`, which a counting pass would run uncompiled.
+        backward_over_forward: r, what a backward pass costs in forward passes, for the choice of a plan; None: measured
+            in FLOPs on the first backward pass (2 before that, and when FLOPs are not counted), and saved.
 
     Raises:
         ValueError: an option outside its range.
@@ -113,8 +86,13 @@ class GatedBackward:
         screen: LogProbFunction | None = None,
         normalizer: Normalizer = "batch",
         micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
+        trim: Trim | None = None,
+        module: nn.Module | Literal["local"] | None = None,
+        deal_survivors: bool = False,
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
         count_flops: bool = True,
+        backward_over_forward: float | None = None,
     ) -> None:
         if gate is not None and not callable(gate):
             raise ValueError(f"gate is {gate!r}; expected a callable such as KondoGate(rate=0.03), or None.")
@@ -123,17 +101,22 @@ class GatedBackward:
                 raise ValueError(f"normalizer is {normalizer!r}; expected 'batch', 'samples', 'kept' or a number.")
         elif not isinstance(normalizer, int | float) or not 0 < normalizer < math.inf:
             raise ValueError(f"normalizer is {normalizer!r}; expected a number above 0.")
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size is {micro_batch_size}; expected at least 1, or None for all at once.")
+        for name, limit in (("micro_batch_size", micro_batch_size), ("micro_batch_tokens", micro_batch_tokens)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} is {limit}; expected at least 1, or None for all at once.")
+        if backward_over_forward is not None and not 0 < backward_over_forward < math.inf:
+            raise ValueError(f"backward_over_forward is {backward_over_forward}; expected a number above 0, or None.")
         self.gate = gate
         self.loss = loss
         self.score = score
         self.screen = screen
         self.normalizer = normalizer
-        self.micro_batch_size = micro_batch_size
         self.backward = backward
+        self._ranks = ranks_of(module, deal_survivors)
         self._known_flops: KnownFlops | None = {} if count_flops else None
+        self._packing = Packing(micro_batch_size, micro_batch_tokens, trim)
         self._kept_fraction: float | None = None
+        self._backward_over_forward = backward_over_forward
 
     def __call__(
         self,
@@ -169,53 +152,47 @@ class GatedBackward:
             raise ValueError(
                 "log_probs and a screen are both given to decide on; give one. For a ratio: behavior_log_probs."
             )
-        ledger = Ledger(self._known_flops)
+        if self._packing.tokens is not None and mask is None:
+            raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
+        ranks, ledger = self._ranks, Ledger(self._known_flops)
         score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
         score_tells = score_tells and type(self.gate) is KondoGate and behavior_log_probs is None
-        inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells)
-        plan, decision, dense_log_probs = self._decide(log_prob_fn, inputs, ledger)
-        kept_rows = decision.keep.nonzero().squeeze(1)
-        kept = kept_rows.shape[0]
-        dense = plan == "dense" or kept == inputs.total
-        weight = self._weight(decision, None if dense else kept_rows)
-        losses = []
-        parts = micro_batches(inputs.total if dense else kept, self.micro_batch_size) if kept else []
-        for number, rows in enumerate(parts, start=1):
-            if len(parts) > 1:
-                part = inputs.take(rows if dense else kept_rows[rows])
-            else:
-                part = inputs if dense else inputs.take(kept_rows)
-            ledger.lap("gather")
-            current = ledger.forward(log_prob_fn, part) if dense_log_probs is None else dense_log_probs
-            terms = self._terms(current, part, None if weight is None else weight[rows])
-            loss = terms.sum() / self._normalizer(inputs, kept_rows, current)
-            _check_loss(loss, current, f"micro-batch {number} of {len(parts)}")
-            ledger.lap("forward")
-            ledger.backward(self.backward, loss, part)
-            ledger.lap("backward")
-            losses.append(loss.detach())
-        self._kept_fraction = kept / inputs.total
+        inputs = ranks.open(lambda: check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells))
+        passes = Passes(log_prob_fn, inputs, ledger, self.loss, self.normalizer, self._packing, self.backward, ranks)
+        choice, decision = self._run(passes, inputs)
+        kept, total = int(decision.keep.count_nonzero()), ranks.total(inputs.total)
+        loss = passes.close()
+        recent = kept / total
+        self._kept_fraction = recent if self._kept_fraction is None else 0.8 * self._kept_fraction + 0.2 * recent
+        if self._backward_over_forward is None:
+            self._backward_over_forward = ledger.backward_over_forward
+        counted = self._known_flops is not None
         return BackwardReport(
             decision=decision,
             kept=kept,
-            total=inputs.total,
-            loss=losses[0] if len(losses) == 1 else sum(losses, start=inputs.advantages.new_zeros(())),
+            total=total,
+            loss=loss,
             screened_rows=ledger.screened_rows,
             forward_rows=ledger.forward_rows,
             backward_rows=ledger.backward_rows,
             screened_tokens=ledger.screened_tokens,
             forward_tokens=ledger.forward_tokens,
             backward_tokens=ledger.backward_tokens,
-            forward_flops=ledger.forward_flops if self._known_flops is not None else None,
-            backward_flops=ledger.backward_flops if self._known_flops is not None else None,
+            forward_flops=ledger.forward_flops if counted else None,
+            backward_flops=ledger.backward_flops if counted else None,
             seconds=ledger.seconds,
-            plan=plan,
+            choice=choice,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide and plan as an unbroken one would."""
         gate: dict[str, Any] = self.gate.state_dict() if isinstance(self.gate, StatefulGate) else {}
-        return {"gate": gate, "kept_fraction": self._kept_fraction, "known_flops": dict(self._known_flops or {})}
+        return {
+            "gate": gate,
+            "kept_fraction": self._kept_fraction,
+            "backward_over_forward": self._backward_over_forward,
+            "known_flops": dict(self._known_flops or {}),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
@@ -223,6 +200,7 @@ class GatedBackward:
         if isinstance(gate, StatefulGate):
             gate.load_state_dict(state["gate"])
         self._kept_fraction = state["kept_fraction"]
+        self._backward_over_forward = state["backward_over_forward"]
         if self._known_flops is not None:
             self._known_flops = dict(state["known_flops"])
 
@@ -230,107 +208,80 @@ class GatedBackward:
     def _keeps_everything(self) -> bool:
         return self.gate is None or (type(self.gate) is KondoGate and self.gate.keeps_everything)
 
-    def _decide(
-        self, log_prob_fn: LogProbFunction, inputs: Inputs, ledger: Ledger
-    ) -> tuple[Plan, Decision, Tensor | None]:
-        """The plan, the gate's decision, and the log-probs with a graph where a dense pass came first."""
+    def _run(self, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision]:
+        """Decide, differentiate what is kept, and say how."""
         if self.gate is None or self._keeps_everything:
-            ones = torch.ones(inputs.total, dtype=inputs.advantages.dtype, device=inputs.advantages.device)
-            return "dense", Decision(ones.bool(), None, ones, ones), None
-        hard_rate = self.gate.rate if type(self.gate) is KondoGate and self.gate.temperature == 0 else None
-        plan = cheapest_plan(
-            known=inputs.log_probs is not None,
-            drafted=self.screen is not None,
-            undivided=self.micro_batch_size is None or self.micro_batch_size >= inputs.total,
-            kept_fraction=self._kept_fraction if hard_rate is None else hard_rate,
-        )
-        graph = None
-        if plan == "dense":
-            graph = ledger.forward(log_prob_fn, inputs)
-            ledger.lap("forward")
-        if inputs.log_probs is not None:
-            log_probs = inputs.log_probs
-        elif graph is not None:
-            log_probs = finite_where_valid("the dense forward pass: log_probs", graph.detach(), inputs.mask)
-        else:
-            own = self.screen is None
-            source = log_prob_fn if self.screen is None else self.screen
-            log_probs = screen_without_graph(source, inputs, self.micro_batch_size, ledger, own)
-        decision = self._gate_rows(self.gate, inputs, log_probs)
-        ledger.lap("screen")
-        return plan, decision, graph
+            total = self._ranks.total(inputs.total)
+            ones = torch.ones(total, dtype=inputs.advantages.dtype, device=inputs.advantages.device)
+            decision = Decision(ones.bool(), None, ones, ones)
+            passes.differentiate(inputs, None, None, decision.keep[: inputs.total], total)
+            return EVERYTHING, decision
+        gate, log_probs = self.gate, inputs.log_probs
+        if log_probs is None and not reads_log_probs(self.score):
+            log_probs = torch.zeros_like(inputs.advantages)
+        if log_probs is None:
+            return self._run_unknown(gate, passes, inputs)
+        scored = self._ranks.gather(lambda: scored_rows(gate, row_scores(self.score, inputs, log_probs), inputs))
+        decision = self._ranks.same(decide(gate, scored, inputs))
+        passes.ledger.lap("screen")
+        self._differentiate_kept(passes, inputs, decision, decision.keep)
+        return KNOWN, decision
 
-    def _gate_rows(self, gate: Gate, inputs: Inputs, log_probs: Tensor) -> Decision:
-        score = self.score(at_least_float32(inputs.advantages), at_least_float32(log_probs))
-        if score.dim() == 2:
-            score = (score if inputs.mask is None else score.where(inputs.mask, 0)).sum(dim=1)
-        if score.shape != (inputs.total,):
-            raise ValueError(f"the score has shape {tuple(score.shape)}; expected ({inputs.total},), one per row.")
-        if self.score is not delight:  # delight is 0 already where the advantage is
-            score = score.where(inputs.teaches(), 0)
-        cost = None if inputs.row_tokens is None else inputs.row_tokens.to(score.device)
-        try:
-            decision: Any = gate(score, cost)  # whatever a gate of the user's own returns
-        except ValueError:
-            inputs.check_finite()  # says which input it was, where it was one
-            raise
-        if not isinstance(decision, Decision):
-            raise ValueError(f"the gate returned a {type(decision).__name__}; expected a sparkjoy Decision.")
-        if decision.keep.shape != score.shape or decision.keep.dtype != torch.bool:
-            raise ValueError(
-                f"the gate's keep is {decision.keep.dtype} {tuple(decision.keep.shape)}; expected bool (B,)."
-            )
-        if type(gate) is KondoGate and gate.temperature == 0:
-            return decision  # keeps no score of 0, so no row that teaches nothing
-        if decision.weight.shape != score.shape or not bool(decision.weight.isfinite().all()):
-            raise ValueError(
-                f"the gate's weight is {tuple(decision.weight.shape)} or not finite; expected finite (B,)."
-            )
-        teaches = inputs.teaches()
-        keep = decision.keep & teaches
-        return replace(
-            decision,
-            keep=keep,
-            price=decision.price if bool(keep.any()) else None,
-            probability=decision.probability.where(teaches, 0),
-            weight=without_graph(decision.weight),
-        )
+    def _run_unknown(self, gate: Gate, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision]:
+        """As `_run`, where log-probs have to be computed to decide."""
+        ranks = self._ranks
+        # Several processes decide before any of them differentiates: all skip the passes, or none.
+        alone = type(ranks) is OneProcess
+        certain_first = alone and self.screen is None and self.normalizer != "kept"
+        rows = candidates(gate, self.score is delight, certain_first, inputs, ranks)
+        possible = rows.certain | rows.contested
+        undivided = alone and self.screen is None and self._packing.holds(inputs, int(possible.count_nonzero()))
+        measured = self._backward_over_forward
+        ratio = BACKWARD_OVER_FORWARD if measured is None else measured
+        choice = choose(rows, inputs.total, undivided, self._kept_fraction, ratio)
+        contested, reserve = ranks.most(int(rows.contested.any())), ranks.most(int(rows.reserve.any()))
+        passes.ledger.lap("screen")
+        graph, done = None, torch.zeros_like(possible)
+        if choice.plan == "dense":
+            graph, done = passes.forward(_indices(possible)), possible
 
-    def _weight(self, decision: Decision, kept_rows: Tensor | None) -> Tensor | None:
-        """What terms are multiplied by, None for 1: those of `kept_rows`, or of all rows with 0 for the skipped."""
-        if kept_rows is not None:
-            return None if type(self.gate) is KondoGate else decision.weight[kept_rows]
-        return None if self._keeps_everything else decision.weight * decision.keep
+        def scored(undecided: Tensor | None = None) -> Scored:
+            if undecided is not None:
+                passes.screen(_indices(undecided), self.screen)
+            return scored_rows(gate, self._seen_scores(passes, inputs), inputs)
 
-    def _terms(self, log_probs: Tensor, rows: Inputs, weight: Tensor | None) -> Tensor:
-        """Weighted terms of the loss, 0 where the mask is 0."""
-        if rows.mask is not None:
-            log_probs = log_probs.where(rows.mask, 0)
-        known = rows.log_probs if rows.behavior_log_probs is None else rows.behavior_log_probs
-        terms = self.loss(log_probs, rows.advantages, log_probs.detach() if known is None else known, rows.mask)
-        if terms.shape != log_probs.shape:
-            raise ValueError(
-                f"the loss has shape {tuple(terms.shape)}; expected that of log_probs, {tuple(log_probs.shape)}."
-            )
-        if rows.mask is not None:
-            terms = terms.where(rows.mask, 0)
-        if weight is None:
-            return terms
-        weight = weight.to(terms.dtype)
-        weight = weight if terms.dim() == 1 else weight.unsqueeze(1)
-        return terms.where(weight != 0, 0) * weight
+        def weigh_seen(part: Rows) -> Tensor:
+            return self._seen_scores(passes, inputs)[part] != 0
 
-    def _normalizer(self, inputs: Inputs, kept_rows: Tensor, log_probs: Tensor) -> float:
-        """What the sum of the terms is divided by; a count of 0, with nothing but masked tokens, divides by 1."""
-        if self.normalizer == "batch":
-            return max(1, inputs.tokens(log_probs))
-        if self.normalizer == "samples":
-            return inputs.total
-        if self.normalizer == "kept":
-            if inputs.row_tokens is not None:
-                return max(1, int(inputs.row_tokens[kept_rows.cpu()].sum()))
-            return kept_rows.shape[0] * (log_probs.shape[1] if log_probs.dim() == 2 else 1)
-        return self.normalizer
+        known = ranks.gather(lambda: scored(rows.contested if contested and graph is None else None))
+        if graph is None and bool(rows.certain.any()):
+            certain = rows.certain.nonzero().squeeze(1)
+            passes.differentiate(inputs, certain, None, rows.certain, len(certain), weigh_seen)
+            known = scored()
+            done = rows.certain & (known.score != 0)
+        if reserve and rows.quota is not None and int((known.score > 0).count_nonzero()) < rows.quota:
+            known = ranks.gather(lambda: scored(rows.reserve))
+        decision = ranks.same(decide(gate, known, inputs))
+        passes.ledger.lap("screen")
+        if graph is not None and bool((decision.keep & done).any()):
+            passes.differentiate_graph(graph, decision.weight * decision.keep, decision.keep)
+        self._differentiate_kept(passes, inputs, decision, decision.keep & ~done if alone else decision.keep)
+        return choice, decision
+
+    def _seen_scores(self, passes: Passes, inputs: Inputs) -> Tensor:
+        """(B,) scores from the log-probs seen so far, 0 where none was."""
+        if passes.seen is None:
+            return at_least_float32(inputs.advantages.new_zeros(inputs.total))
+        return row_scores(self.score, inputs, passes.seen)
+
+    def _differentiate_kept(self, passes: Passes, inputs: Inputs, decision: Decision, left: Tensor) -> None:
+        """Differentiate the rows `left` (of all processes) to do, this process its share."""
+        own, local = self._ranks.share(inputs, replace(decision, keep=left), dense=False)
+        kept_rows = local.keep.nonzero().squeeze(1)
+        weight = None if type(self.gate) is KondoGate else local.weight
+        everything = None if len(kept_rows) == own.total > 0 else kept_rows
+        kept_everywhere = len(kept_rows) if self._ranks.size == 1 else int(left.count_nonzero())
+        passes.differentiate(own, everything, weight, local.keep, kept_everywhere)
 
 
 def gated_backward(
@@ -381,16 +332,6 @@ def gated_backward(
     )
 
 
-def _check_loss(loss: Tensor, log_probs: Tensor, where: str) -> None:
-    if not log_probs.requires_grad:
-        raise ValueError(
-            "the log-prob function returned log-probs without a graph, so there is nothing to differentiate; compute "
-            "them with gradients enabled, from parameters that require them."
-        )
-    if not loss.requires_grad:
-        raise ValueError("the loss has no graph; expected terms computed from the log-probs it was given.")
-    if not math.isfinite(loss.item()):
-        raise ValueError(
-            f"{where}: the loss is {loss.item()}, from log-probs between {log_probs.min().item():g} and "
-            f"{log_probs.max().item():g}; expected finite numbers. Earlier micro-batches have added to .grad: zero it."
-        )
+def _indices(rows: Tensor) -> Tensor | None:
+    """Where `rows` (B,) is true; None where it is everywhere."""
+    return None if bool(rows.all()) else rows.nonzero().squeeze(1)

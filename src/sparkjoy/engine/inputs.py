@@ -53,6 +53,16 @@ class Inputs:
             self.row_shapes,
         )
 
+    def with_columns(self, batch: Any, columns: slice, row_shapes: tuple[tuple[int, ...], ...]) -> Inputs:
+        """These rows with only some columns of everything (B, T), and a batch that goes with them."""
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.dim() == 1 else tensor[:, columns]
+
+        advantages = self.advantages if self.advantages.dim() == 1 else self.advantages[:, columns]
+        known, behavior, mask = part(self.log_probs), part(self.behavior_log_probs), part(self.mask)
+        return Inputs(batch, advantages, known, behavior, mask, self.row_tokens, row_shapes)
+
     @property
     def total(self) -> int:
         """The number of rows."""
@@ -76,12 +86,6 @@ class Inputs:
         """(B,) bool: rows with a non-zero advantage at a valid token. The others have no gradient."""
         nonzero = self.advantages != 0
         return nonzero if nonzero.dim() == 1 else nonzero.any(dim=1)
-
-
-def micro_batches(total: int, size: int | None) -> list[slice]:
-    """The rows in order, in parts of at most `size`."""
-    size = size or total
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def check_inputs(

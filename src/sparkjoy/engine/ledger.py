@@ -55,12 +55,17 @@ class Ledger:
     def __init__(self, known_flops: KnownFlops | None) -> None:
         self.screened_rows = self.forward_rows = self.backward_rows = 0
         self.screened_tokens = self.forward_tokens = self.backward_tokens = 0
-        self.forward_flops = self.backward_flops = 0
+        self.forward_flops = self.backward_flops = self._graph_flops = 0
         self.seconds = {"screen": 0.0, "gather": 0.0, "forward": 0.0, "backward": 0.0}
         self._known_flops = known_flops
         self._lap_began = time.perf_counter()
         self._token_shape: torch.Size | None = None
         self._hook: RemovableHandle | None = None
+
+    @property
+    def backward_over_forward(self) -> float | None:
+        """r: FLOPs of the backward passes over those of the forward passes they went back through, if counted."""
+        return self.backward_flops / self._graph_flops if self._graph_flops and self.backward_flops else None
 
     def lap(self, phase: str) -> None:
         """Add the host seconds since the last lap, or since the call began, to `seconds[phase]`."""
@@ -81,7 +86,9 @@ class Ledger:
 
     def forward(self, log_prob_fn: Callable[[Any], Tensor], part: Inputs) -> Tensor:
         """Log-probs of `part`, to differentiate; a hook counts its rows when their gradient arrives."""
+        flops_before = self.forward_flops
         log_probs = self._forward("forward", log_prob_fn, part)
+        self._graph_flops += self.forward_flops - flops_before
         tokens = part.tokens(log_probs)
         self.forward_rows += part.total
         self.forward_tokens += tokens
@@ -106,7 +113,7 @@ class Ledger:
         checked = check_log_probs(log_probs, part)
         if self._token_shape is None:
             self._token_shape = checked.shape[1:]
-        if checked.shape[1:] != self._token_shape:
+        if part.mask is None and checked.shape[1:] != self._token_shape:
             raise ValueError(
                 f"the log-prob function returned rows of {tuple(checked.shape[1:])} after rows of "
                 f"{tuple(self._token_shape)} in the same call; pad all rows to the same length, and give a mask."

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.inputs import Inputs, finite_where_valid, micro_batches
-from sparkjoy.engine.ledger import Ledger
-
 LogProbFunction = Callable[[Any], Tensor]
 """`rows -> log-probs` of the actions taken in them: (n,) or (n, T)."""
 
 
-def screen_without_graph(
-    source: LogProbFunction, inputs: Inputs, micro_batch_size: int | None, ledger: Ledger, own: bool
-) -> Tensor:
-    """Log-probs of the whole batch from `source`, leaving the training stream's random state alone."""
-    device = inputs.advantages.device
+@contextmanager
+def screening(device: torch.device) -> Iterator[None]:
+    """No graph inside, and the training stream's random state is left alone.
+
+    >>> with screening(torch.device("cpu")):
+    ...     (torch.ones(2, requires_grad=True) * torch.rand(2)).requires_grad
+    False
+    """
     devices = [] if device.type == "cpu" else [device]
     device_type = "cuda" if device.type == "cpu" else device.type
     with torch.no_grad(), torch.random.fork_rng(devices, device_type=device_type):
-        chunks = micro_batches(inputs.total, micro_batch_size)
-        parts = [ledger.screen(source, inputs if len(chunks) == 1 else inputs.take(rows), own) for rows in chunks]
-    log_probs = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return finite_where_valid("the screening forward pass: log_probs", log_probs.detach(), inputs.mask)
+        yield

@@ -31,6 +31,20 @@ def take(batch: Any, rows: Rows) -> Any:
     return _rebuild(batch, lambda part: take(part, rows))
 
 
+def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with every tensor changed; `change` gives all of them the same number of rows.
+
+    >>> import torch
+    >>> map_tensors({"x": torch.arange(4)}, lambda rows: rows[:1])
+    {'x': tensor([0])}
+    """
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if _is_tensor_collection(batch):
+        return batch.apply(change, batch_size=[]).auto_batch_size_(batch_dims=1)
+    return _rebuild(batch, lambda part: map_tensors(part, change))
+
+
 def row_shapes(batch: Any, total: int) -> tuple[tuple[int, ...], ...]:
     """The shape of one row of every tensor: what a row costs depends on it, and on nothing else of the batch.
 

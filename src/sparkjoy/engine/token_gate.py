@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.backward import BackwardReport, GatedBackward
+from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Decision, Gate, StatefulGate
 from sparkjoy.losses import Loss, reinforce

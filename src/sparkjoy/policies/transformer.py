@@ -7,11 +7,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparkjoy.policies.attention import Block, attend, causal_mask
 from sparkjoy.policies.fused import fits_fused, fused_log_probs
 from sparkjoy.policies.rows import PlainReading, Reading, SharedReading
-from sparkjoy.policies.sampling import sample_answers
+from sparkjoy.policies.sampling import gumbel_noise, sample_answers
 
 
 class Transformer(nn.Module):
@@ -70,24 +71,35 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, feed_forward) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, vocab_size, bias=False)
+        self.fused = True
+        """Whether the written-out backward pass is used where it fits; it changes the cost and nothing else."""
+        self.checkpointed = False
+        """Whether blocks keep nothing for their backward pass and run a second time there: less memory, more work."""
 
-    def log_probs(self, rows: dict[str, Tensor]) -> Tensor:
+    def log_probs(self, rows: dict[str, Tensor], layers: int | None = None) -> Tensor:
         """Differentiable log-probs (n, T) of `rows["answers"]` (n, T) after `rows["prompts"]` (n, H).
 
         `rows["prompt_lengths"]` (n,), where given, says how many tokens of each prompt count; anything may stand after
         them. `rows["prompt_index"]` (n,), where given, is equal for rows of equal prompts: such a prompt is then read
         once for all its answers. It changes the cost and nothing else.
 
+        With `layers` the states after so many blocks are read as if they were the last, by the shared norm and head.
+
         Raises:
-            ValueError: the sequences are longer than there are positions.
+            ValueError: the sequences are longer than there are positions, or there are not as many layers.
         """
+        blocks = self.layers if layers is None else self.layers[:layers]
+        if layers is not None and not 1 <= layers <= len(self.blocks):
+            raise ValueError(f"layers is {layers}; expected 1 to {len(self.blocks)}.")
         prompts, answers, lengths = rows["prompts"], rows["answers"], rows.get("prompt_lengths")
         read = answers[:, :-1]
         self._check_length(prompts.shape[1] + read.shape[1])
-        if lengths is None and fits_fused(self.tokens.weight):
-            return fused_log_probs(self, self._reading(prompts, read, rows.get("prompt_index")), answers)
+        if lengths is None and self.fused and not self.checkpointed and fits_fused(self):
+            return fused_log_probs(self, blocks, self._reading(prompts, read, rows.get("prompt_index")), answers)
         hidden = (
-            self._read(prompts, read) if lengths is None else self._read_ragged(prompts, read, lengths.unsqueeze(1))
+            self._read(blocks, prompts, read)
+            if lengths is None
+            else self._read_ragged(blocks, prompts, read, lengths.unsqueeze(1))
         )
         logits = self.head(self.norm(hidden))
         surprisals: Tensor = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
@@ -100,6 +112,7 @@ class Transformer(nn.Module):
         answer_length: int,
         generator: torch.Generator | None = None,
         prompt_lengths: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw answers at temperature 1, the answers of a prompt beside one another.
 
@@ -109,6 +122,7 @@ class Transformer(nn.Module):
             answer_length: T.
             generator: source of all draws; None: torch's global one.
             prompt_lengths: (P,), how many tokens of each prompt count; None: all.
+            noise: (T, P * A, M), draws made before by `noise`, instead of the generator's.
 
         Returns:
             Answers and the log-probs they were drawn with, (P * A, T) each, without a graph.
@@ -119,9 +133,14 @@ class Transformer(nn.Module):
         self._check_length(prompts.shape[1] + answer_length - 1)
         with torch.inference_mode():
             answers, log_probs = sample_answers(
-                self, prompts, answers_per_prompt, answer_length, generator, prompt_lengths
+                self, prompts, answers_per_prompt, answer_length, generator, prompt_lengths, noise
             )
         return answers.clone(), log_probs.clone()  # a graph may save these, but not inference tensors
+
+    def noise(self, answer_length: int, total: int, generator: torch.Generator | None = None) -> Tensor:
+        """The draws (T, B, M) that `sample` makes, so that several processes can each use their part of them."""
+        with torch.inference_mode():
+            return gumbel_noise(self.tokens.weight, answer_length, total, generator)
 
     def _check_length(self, length: int) -> None:
         if length > self.positions.num_embeddings:
@@ -150,21 +169,20 @@ class Transformer(nn.Module):
                 return SharedReading(prompts.index_select(0, row), answers, group, heads, dtype)
         return PlainReading(torch.cat([prompts, answers], dim=1), prompts.shape[1] - 1, heads, dtype)
 
-    def _read(self, prompts: Tensor, answers: Tensor) -> Tensor:
+    def _read(self, layers: list[Block], prompts: Tensor, answers: Tensor) -> Tensor:
         """Hidden states (n, T, D) that predict the answer's tokens; `answers` is without its last token."""
         sequence = torch.cat([prompts, answers], dim=1)
         length = sequence.shape[1]
         hidden = self.embed(sequence, torch.arange(length, device=sequence.device))
         mask = causal_mask(length, length, hidden.dtype, hidden.device)
-        *blocks, last = self.layers
+        *blocks, last = layers
         for block in blocks:
-            hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
+            hidden = self._run(block, hidden, mask)
         # Of the last block only the positions that predict an answer's token matter.
         first = prompts.shape[1] - 1
-        queries, seen = last.project(hidden)
-        return last.finish(hidden[:, first:], attend(queries[:, first:], seen, mask[first:], last.heads))
+        return self._run(last, hidden, mask, first)
 
-    def _read_ragged(self, prompts: Tensor, answers: Tensor, lengths: Tensor) -> Tensor:
+    def _read_ragged(self, layers: list[Block], prompts: Tensor, answers: Tensor, lengths: Tensor) -> Tensor:
         """As `_read`, for prompts of which `lengths` (n, 1) tokens count."""
         prompt_length = prompts.shape[1]
         sequence = torch.cat([prompts, answers], dim=1)
@@ -176,7 +194,21 @@ class Transformer(nn.Module):
         mask = causal_mask(len(slots), len(slots), hidden.dtype, hidden.device).masked_fill(
             padding[:, None, None], -torch.inf
         )
-        for block in self.layers:
-            hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
+        for block in layers:
+            hidden = self._run(block, hidden, mask)
         first = hidden.gather(1, (lengths - 1).unsqueeze(2).expand(-1, 1, hidden.shape[2]))
         return torch.cat([first, hidden[:, prompt_length:]], dim=1)
+
+    def _run(self, block: Block, hidden: Tensor, mask: Tensor, first: int = 0) -> Tensor:
+        """Hidden states (n, S - first, D) after a block, of those (n, S, D) before it."""
+        if not self.checkpointed or not torch.is_grad_enabled():
+            return _block(block, hidden, mask, first)
+        ran: Tensor = checkpoint(_block, block, hidden, mask, first, use_reentrant=False, preserve_rng_state=False)
+        return ran
+
+
+def _block(block: Block, hidden: Tensor, mask: Tensor, first: int) -> Tensor:
+    queries, seen = block.project(hidden)
+    if not first:
+        return block.finish(hidden, attend(queries, seen, mask, block.heads))
+    return block.finish(hidden[:, first:], attend(queries[:, first:], seen, mask[first:], block.heads))

@@ -11,8 +11,7 @@ from torch import Tensor
 from sparkjoy.baselines import group_mean_advantage
 from sparkjoy.policies.transformer import Transformer
 from sparkjoy.tasks.rollouts import Rollout
-
-HELD_OUT_PROMPTS = 1000
+from sparkjoy.training.processes import WHOLE, Share
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class ReversalConfig:
     """Prompts drawn a step."""
     answers: int = 10
     """Answers drawn to each prompt; their mean reward is its baseline."""
+    held_out: int = 1000
+    """Fixed prompts to measure the error on."""
     layers: int = 3
     """Blocks of the transformer."""
     width: int = 64
@@ -43,7 +44,7 @@ class ReversalConfig:
     """Width of the feed-forward parts."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_length", "prompts", "answers", "layers", "width", "heads", "feed_forward"):
+        for name in ("prompt_length", "prompts", "answers", "held_out", "layers", "width", "heads", "feed_forward"):
             _check_at_least(1, name, getattr(self, name))
         _check_at_least(2, "vocab_size", self.vocab_size)
         _check_one_of(("reverse", "copy", "increment"), "target", self.target)
@@ -65,14 +66,24 @@ class ReversalTask:
 
     Args:
         config: sizes and the protocol.
+        share: this process's part of every batch.
+
+    Raises:
+        ValueError: the processes cannot divide the prompts evenly.
     """
 
     name = "reversal"
     samples_with_graph = False
 
-    def __init__(self, config: ReversalConfig) -> None:
+    def __init__(self, config: ReversalConfig, share: Share = WHOLE) -> None:
+        if config.prompts % share.count:
+            raise ValueError(
+                f"--prompts {config.prompts}: expected a multiple of the {share.count} processes, so that each samples "
+                f"as many; for instance {share.count * -(-config.prompts // share.count)}."
+            )
         self.config = config
-        self._held_out = self.sample(HELD_OUT_PROMPTS, torch.Generator().manual_seed(0))
+        self.share = share
+        self._held_out = self.sample(config.held_out, torch.Generator().manual_seed(0))
 
     def policy(self) -> Transformer:
         """A transformer of the config's sizes."""
@@ -85,6 +96,20 @@ class ReversalTask:
             heads=config.heads,
             feed_forward=config.feed_forward,
         )
+
+    def draft_policy(self) -> Transformer:
+        """A transformer of one layer, half as wide and with one head."""
+        config = self.config
+        width = max(1, config.width // 2)
+        positions = 2 * config.prompt_length - 1
+        return Transformer(config.vocab_size, positions, layers=1, width=width, heads=1, feed_forward=width)
+
+    def actions(self, rows: dict[str, Tensor]) -> Tensor:
+        """The answers (n, H) of rows."""
+        return rows["answers"]
+
+    def recurring(self) -> None:
+        """No prompt is meant to come again."""
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Prompts (count, H), every token drawn uniformly."""
@@ -110,6 +135,9 @@ class ReversalTask:
     def rollout(self, policy: Transformer, generator: torch.Generator, graph: bool) -> Rollout:
         """Draw prompts, and several answers to each from the policy.
 
+        Every process draws the same numbers, and samples its share of the prompts with its share of them: what all have
+        together is what one process would have.
+
         Raises:
             ValueError: `graph` asked for; the sampler has no graph to give.
         """
@@ -117,16 +145,18 @@ class ReversalTask:
             raise ValueError(
                 "reversal's sampler keeps no graph; differentiate policy.log_probs(rollout.batch) instead."
             )
-        config = self.config
-        prompts = self.sample(config.prompts, generator)
-        answers, log_probs = policy.sample(prompts, config.answers, config.prompt_length, generator)
+        config, share = self.config, self.share
+        prompts = self.sample(config.prompts, generator)[share.of(config.prompts)]
+        noise = policy.noise(config.prompt_length, config.prompts * config.answers, generator)
+        noise = noise[:, share.of(noise.shape[1])]
+        answers, log_probs = policy.sample(prompts, config.answers, config.prompt_length, noise=noise)
         prompts = prompts.repeat_interleave(config.answers, 0)
         rewards = self.reward(prompts, answers)
         advantages = group_mean_advantage(rewards, config.answers)
         if config.credit == "token":
-            right = (answers == self.target(prompts)).float().view(config.prompts, config.answers, -1)
+            right = (answers == self.target(prompts)).float().view(-1, config.answers, config.prompt_length)
             advantages = ((right - right.mean(dim=1, keepdim=True)) / config.prompt_length).flatten(0, 1)
-        index = torch.arange(config.prompts).repeat_interleave(config.answers)
+        index = torch.arange(len(prompts) // config.answers).repeat_interleave(config.answers)
         batch = {"prompts": prompts, "answers": answers, "prompt_index": index}
         return Rollout(batch, advantages, log_probs, None, rewards.mean(), config.answers)
 
@@ -135,7 +165,7 @@ class ReversalTask:
         return {**rows, "answers": rows["answers"][:, :length]}
 
     def error(self, policy: Transformer) -> float:
-        """Fraction of wrong tokens in one sampled answer to each of 1,000 fixed prompts, the same draws every time."""
+        """Fraction of wrong tokens in one sampled answer to each of the fixed prompts, the same draws every time."""
         generator = torch.Generator().manual_seed(1)
         answers, _ = policy.sample(self._held_out, 1, self.config.prompt_length, generator)
         return float((answers != self.target(self._held_out)).float().mean())

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sparkjoy.engine.ledger import FlopCount
 from sparkjoy.tasks.rollouts import Rollout, Task
 from sparkjoy.training.checkpoint import load_checkpoint, save_checkpoint
+from sparkjoy.training.processes import WHOLE, Share
+from sparkjoy.training.screening import screener
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tally import Tally
 from sparkjoy.training.tracking import as_json, prepare_out, read_json, write_json, write_json_lines
@@ -29,24 +32,42 @@ OnStep = Callable[[int, Record | None], None]
 CHECKPOINT_SECONDS = 10.0
 
 
+class LogProbs(nn.Module):
+    """A policy's log-probs as a forward pass, the one method that a wrapper such as DistributedDataParallel has."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, rows: Any) -> Tensor:
+        log_probs: Tensor = self.policy.log_probs(rows)
+        return log_probs
+
+
 class Training:
     """The state of one run, step by step.
 
     Args:
         task: what to train on.
         settings: how.
+        share: this process's part of every batch; the task's is the same.
     """
 
-    def __init__(self, task: Task, settings: Settings) -> None:
+    def __init__(self, task: Task, settings: Settings, share: Share = WHOLE) -> None:
         self.task = task
         self.settings = settings
+        self.share = share
         self.generator = torch.Generator().manual_seed(settings.seed)
         torch.manual_seed(settings.seed)
         self.policy = task.policy()
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.learning_rate, fused=True)
-        self.backward = settings.step(self.generator, task.trim)
+        self.own_forward: Callable[[Any], Tensor] = self.policy.log_probs
+        if share.count > 1:
+            self.own_forward = DistributedDataParallel(LogProbs(self.policy))
+        draft = screener(settings, task, self.policy)
+        self.backward = settings.step(self.generator, task.trim, draft, share, self.own_forward)
         # The strongest dense loop differentiates the forward pass that sampled, instead of running a second one.
-        undivided = settings.micro_batch_size is None and settings.updates == 1
+        undivided = settings.micro_batch_size is None and settings.updates == 1 and share.count == 1
         self.differentiates_rollout = task.samples_with_graph and not settings.gated and undivided
         self.tally = Tally()
         self.steps_done = 0
@@ -58,13 +79,11 @@ class Training:
         start = time.perf_counter()
         rollout = self._rollout()
         sampled = time.perf_counter()
-        advantages = self.settings.advantages(rollout.advantages, rollout.group_size)
-        own_forward: Callable[[Any], Tensor] = self.policy.log_probs
-        log_prob_fn = (lambda _: rollout.log_probs) if self.differentiates_rollout else own_forward
+        advantages = self._advantages(rollout)
+        log_prob_fn = (lambda _: rollout.log_probs) if self.differentiates_rollout else self.own_forward
+        known = {"log_probs" if self.settings.screen == "sampler" else "behavior_log_probs": rollout.log_probs}
         for _ in range(self.settings.updates):
-            report = self.backward(
-                log_prob_fn, rollout.batch, advantages, log_probs=rollout.log_probs, mask=rollout.mask
-            )
+            report = self.backward(log_prob_fn, rollout.batch, advantages, mask=rollout.mask, **known)
             if report.kept:
                 before = time.perf_counter()
                 self.optimizer.step()
@@ -76,12 +95,17 @@ class Training:
         self.tally.seconds["total"] += time.perf_counter() - start
 
     def evaluate(self) -> Record:
-        """A record of the run so far."""
+        """A record of the run so far, of all processes."""
+        self.tally.hand_over(self.share)
+        self.records.append(self.share.told(self._record() if self.share.first else None))
+        return self.records[-1]
+
+    def _record(self) -> Record:
         settings = self.settings
         self.policy.eval()
         error = self.task.error(self.policy)
         self.policy.train()
-        record = {
+        return {
             "task": self.task.name,
             "method": settings.method,
             "score": settings.score if settings.method == "kondo" else None,
@@ -91,8 +115,6 @@ class Training:
             "error": error,
             **self.tally.record(),
         }
-        self.records.append(record)
-        return record
 
     @property
     def finished(self) -> bool:
@@ -109,6 +131,7 @@ class Training:
             "torch_random_state": torch.get_rng_state(),
             "backward": self.backward.state_dict(),
             "tally": self.tally.state_dict(),
+            "rollout_flops": self._rollout_flops,
             "steps_done": self.steps_done,
             "records": self.records,
         }
@@ -119,15 +142,23 @@ class Training:
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_random_state"])
         self.backward.load_state_dict(state["backward"])
-        self.tally.load_state_dict(state["tally"])
+        if self.share.first:  # it has the counts of all
+            self.tally.load_state_dict(state["tally"])
+        self._rollout_flops = state["rollout_flops"]
         self.steps_done = state["steps_done"]
         self.records = state["records"]
+
+    def _advantages(self, rollout: Rollout) -> Tensor:
+        """What the method makes of the advantages of the whole batch, for this process's rows."""
+        whole = self.settings.advantages(self.share.whole(rollout.advantages), rollout.group_size)
+        return whole[self.share.of(len(whole))]
 
     def _rollout(self) -> Rollout:
         if self._rollout_flops is None:
             with FlopCount() as count:
                 rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
-            self._rollout_flops = count.flops
+            # Counted for every rollout to come: more than run where a sampler shares what answers have in common.
+            self._rollout_flops = self.share.told(count.flops if self.share.first else None)
         else:
             rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
         rows = len(rollout.advantages)
@@ -137,7 +168,12 @@ class Training:
 
 
 def train(
-    task: Task, settings: Settings, out: Path, task_config: dict[str, Any], on_step: OnStep | None = None
+    task: Task,
+    settings: Settings,
+    out: Path,
+    task_config: dict[str, Any],
+    on_step: OnStep | None = None,
+    share: Share = WHOLE,
 ) -> list[Record]:
     """Run to the end, or go on from where a killed run with the same settings stopped.
 
@@ -147,6 +183,7 @@ def train(
         out: the run's folder.
         task_config: what the task was built from, for config.json.
         on_step: called after every step.
+        share: this process's part, where several train together.
 
     Returns:
         The records of the run.
@@ -155,8 +192,9 @@ def train(
         ValueError: the folder cannot be written, or holds a run with other settings.
     """
     torch.set_num_threads(settings.threads)
-    open_run(out, {"task": task.name, **task_config, **asdict(settings)})
-    training = Training(task, settings)
+    if share.first:
+        open_run(out, {"task": task.name, **task_config, **asdict(settings)})
+    training = Training(task, settings, share)
     state = load_checkpoint(out / "checkpoint.pt")
     if state is not None:
         training.load_state_dict(state)
@@ -166,12 +204,15 @@ def train(
         record = training.records[-1] if training.records else None
         if training.steps_done % settings.evaluate_every == 0 or training.steps_done == settings.steps:
             record = training.evaluate()
-            write_json_lines(out / "records.jsonl", training.records)
-            if training.finished or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+            if share.first:
+                write_json_lines(out / "records.jsonl", training.records)
+            if share.first and (training.finished or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
                 save_checkpoint(out / "checkpoint.pt", training.state_dict())
                 saved_at = time.monotonic()
         if on_step is not None:
             on_step(training.steps_done, record)
+    if not share.first:
+        return training.records
     write_json_lines(out / "records.jsonl", training.records)
     write_json(out / "summary.json", {"runs": [summary(training.records, settings.target_error)]})
     return training.records

@@ -5,9 +5,23 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sparkjoy.engine.backward import BackwardReport
+from sparkjoy.engine.report import BackwardReport
+from sparkjoy.engine.speculative import SpeculativeReport
+from sparkjoy.training.audits import AuditTally
+from sparkjoy.training.processes import Share
+
+COUNTED_BY_EACH = (
+    "samples",
+    "forward_samples",
+    "backward_samples",
+    "forward_tokens",
+    "backward_tokens",
+    "forward_flops",
+    "backward_flops",
+)
 
 
 @dataclass
@@ -29,6 +43,7 @@ class Tally:
     priced_steps: int = 0
     reward_sum: float = 0.0
     steps_since: int = 0
+    audits: AuditTally = field(default_factory=AuditTally)
 
     def sampled(self, rows: int, tokens: int, flops: int, reward: Tensor) -> None:
         """Count a rollout of `rows`; its forward pass counts too."""
@@ -51,9 +66,26 @@ class Tally:
         self.backward_flops += report.backward_flops or 0
         self.seconds["screen"] += report.seconds["screen"]
         self.seconds["backward"] += sum(report.seconds[phase] for phase in ("gather", "forward", "backward"))
+        if isinstance(report, SpeculativeReport):
+            self.audits.stepped(report.screening)
         if report.decision.price is not None:
             self.price_sum += report.decision.price.item()
             self.priced_steps += 1
+
+    def hand_over(self, share: Share) -> None:
+        """Give what the processes have counted to the first; the others start anew.
+
+        What was kept and its price, every process knows of all rows; seconds are the first one's.
+        """
+        if share.count == 1:
+            return
+        sums = share.handed_over([getattr(self, name) for name in COUNTED_BY_EACH])
+        for name, value in zip(COUNTED_BY_EACH, sums, strict=True):
+            setattr(self, name, int(value))
+        mean = share.mean(torch.tensor(self.reward_sum, dtype=torch.float64))
+        self.reward_sum = mean.item()
+        if not share.first:
+            self.price_sum, self.priced_steps, self.reward_sum, self.steps_since = 0.0, 0, 0.0, 0
 
     def record(self) -> dict[str, Any]:
         """The counts, the mean price and reward since the last record; starts the next one."""
@@ -69,6 +101,7 @@ class Tally:
             "forward_flops": self.forward_flops,
             "backward_flops": self.backward_flops,
             "seconds": dict(self.seconds),
+            "screening": self.audits.record(),
         }
         self.price_sum, self.priced_steps, self.reward_sum, self.steps_since = 0.0, 0, 0.0, 0
         return record
@@ -78,4 +111,7 @@ class Tally:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, value)
+            if name == "audits":
+                self.audits.load_state_dict(value)
+            else:
+                setattr(self, name, value)

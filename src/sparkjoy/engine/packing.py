@@ -1,0 +1,130 @@
+"""How rows are divided into micro-batches: in order, or by length under a token budget with the padding cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkjoy.engine.inputs import Inputs
+from sparkjoy.engine.survivors import Rows, row_shapes
+
+Trim = Callable[[Any, Tensor], tuple[Any, slice]]
+"""`(batch, mask) -> (batch without needless padding, the columns of the mask that are left)`."""
+
+
+@dataclass(frozen=True)
+class TrimRight:
+    """Cut the padding to the right that all rows of a micro-batch share, off the named tensors of a batch.
+
+    What the mask ends with, the tensors end with: (n, T), (n, prompt + T) or any shape whose second dimension ends as
+    the mask's does.
+
+    >>> batch = {"tokens": torch.arange(8).view(2, 4), "id": torch.tensor([7, 8])}
+    >>> TrimRight("tokens")(batch, torch.tensor([[1, 0, 0], [1, 1, 0]]).bool())
+    ({'tokens': tensor([[0, 1, 2],
+            [4, 5, 6]]), 'id': tensor([7, 8])}, slice(None, 2, None))
+
+    Args:
+        names: keys of a Mapping or TensorDict.
+        multiple: round the length that is left up to a multiple of this: fewer shapes, where each new one costs a
+            compilation.
+    """
+
+    names: tuple[str, ...]
+    multiple: int
+
+    def __init__(self, *names: str, multiple: int = 1) -> None:
+        if not names or multiple < 1:
+            raise ValueError(
+                f"TrimRight got names {names} and multiple {multiple}; expected one name at least, and a multiple of "
+                "at least 1."
+            )
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "multiple", multiple)
+
+    def __call__(self, batch: Any, mask: Tensor) -> tuple[Any, slice]:
+        """The batch, and the columns of the mask, without the shared padding."""
+        width = mask.shape[1]
+        used = mask.any(dim=0).nonzero()
+        length = 1 + int(used[-1]) if len(used) else 1
+        length = min(width, -(-length // self.multiple) * self.multiple)
+        if length == width:
+            return batch, slice(None)
+        trimmed = batch.copy()
+        for name in self.names:
+            trimmed[name] = batch[name][:, : batch[name].shape[1] - (width - length)]
+        return trimmed, slice(None, length)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows become micro-batches.
+
+    Args:
+        rows: at most so many in one; None: no limit.
+        tokens: at most so many columns of the mask, padding included; a single longer row goes alone. None: no limit.
+        trim: cuts off padding; rows are then sorted by length, the longest first.
+    """
+
+    rows: int | None = None
+    tokens: int | None = None
+    trim: Trim | None = None
+
+    def holds(self, inputs: Inputs, rows: int) -> bool:
+        """Whether that many rows fit one micro-batch."""
+        return rows <= (self._limit(inputs) or rows)
+
+    def divide(self, inputs: Inputs, rows: Tensor | None) -> list[Rows]:
+        """The micro-batches of `rows`, (n,) indices (None: all), which together hold each row once."""
+        total = inputs.total if rows is None else rows.shape[0]
+        if total == 0:
+            return []
+        if self.trim is None or inputs.mask is None:
+            size = self._limit(inputs) or total
+            parts = [slice(start, min(start + size, total)) for start in range(0, total, size)]
+            if rows is None:
+                return list(parts)
+            return [rows] if len(parts) == 1 else [rows[part] for part in parts]
+        mask = inputs.mask if rows is None else inputs.mask[rows]
+        lengths, order = _spans(mask).sort(descending=True, stable=True)
+        rows = order if rows is None else rows[order]
+        parts, start = [], 0
+        while start < total:
+            size = total - start if self.rows is None else self.rows
+            if self.tokens is not None:
+                size = min(size, max(1, self.tokens // max(1, int(lengths[start]))))
+            parts.append(slice(start, start + size))
+            start += size
+        return [rows[part] for part in parts]
+
+    def trimmed(self, part: Inputs) -> tuple[Inputs, slice]:
+        """`part` without needless padding, and the columns that are left."""
+        if self.trim is None or part.mask is None:
+            return part, slice(None)
+        batch, columns = self.trim(part.batch, part.mask)
+        if int(part.mask[:, columns].count_nonzero()) != int(part.mask.count_nonzero()):
+            raise ValueError(f"trim left the columns {columns} of the mask, without some that count; expected all.")
+        return part.with_columns(batch, columns, row_shapes(batch, part.total)), columns
+
+    def _limit(self, inputs: Inputs) -> int | None:
+        """Rows of full length in one micro-batch."""
+        by_tokens = None
+        if self.tokens is not None and inputs.mask is not None:
+            by_tokens = max(1, self.tokens // max(1, inputs.mask.shape[1]))
+        limits = [limit for limit in (self.rows, by_tokens) if limit is not None]
+        return min(limits, default=None)
+
+
+AT_ONCE = Packing()
+
+
+def _spans(mask: Tensor) -> Tensor:
+    """(n,): columns from the first to the last that counts."""
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask
+    last = positions.amax(dim=1)
+    first = positions.where(mask, mask.shape[1] + 1).amin(dim=1)
+    return (last - first + 1).clamp(min=0)

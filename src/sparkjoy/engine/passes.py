@@ -1,0 +1,235 @@
+"""The forward and backward passes of one call, in micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparkjoy.engine.inputs import Inputs, finite_where_valid
+from sparkjoy.engine.ledger import Ledger
+from sparkjoy.engine.packing import AT_ONCE, Packing
+from sparkjoy.engine.ranks import ALONE, Ranks
+from sparkjoy.engine.screening import LogProbFunction, screening
+from sparkjoy.engine.survivors import Rows
+from sparkjoy.losses import Loss, reinforce
+
+Normalizer = Literal["batch", "samples", "kept"] | float
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Differentiable log-probs of some rows, made before it was decided which of them to keep."""
+
+    rows: Tensor
+    part: Inputs
+    log_probs: Tensor
+
+
+class Passes:
+    """What one call runs, and what it has seen of the log-probs on the way.
+
+    Args:
+        log_prob_fn: `rows -> log-probs`, differentiable.
+        inputs: the checked batch of this process.
+        ledger: counts every pass.
+        loss: as `GatedBackward`'s.
+        normalizer: as `GatedBackward`'s.
+        packing: how rows are divided into micro-batches.
+        backward: as `GatedBackward`'s.
+        ranks: the processes that run as many passes each.
+    """
+
+    def __init__(
+        self,
+        log_prob_fn: LogProbFunction,
+        inputs: Inputs,
+        ledger: Ledger,
+        loss: Loss = reinforce,
+        normalizer: Normalizer = "batch",
+        packing: Packing = AT_ONCE,
+        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.log_prob_fn = log_prob_fn
+        self.inputs = inputs
+        self.ledger = ledger
+        self.loss = loss
+        self.normalizer = normalizer
+        self.packing = packing
+        self.backward = backward
+        self.ranks = ranks
+        self.seen: Tensor | None = None
+        self._losses: list[Tensor] = []
+        self._rounds = 0
+        self._divisor: float | None = None
+
+    def screen(self, rows: Tensor | None, draft: LogProbFunction | None = None) -> None:
+        """See the log-probs of `rows` (None: all) without a graph, from `draft` or from the log-prob function itself.
+
+        The training stream's random state is left alone.
+        """
+        source, own = (self.log_prob_fn, True) if draft is None else (draft, False)
+        parts = self.packing.divide(self.inputs, rows)
+        rounds = self.ranks.most(len(parts))  # a rank with fewer runs fillers: the others wait for it
+        seen = []
+        with screening(self.inputs.advantages.device), self.ranks.screening():
+            for part_rows in parts:
+                part, columns = self.packing.trimmed(self.inputs.take(part_rows))
+                seen.append((part_rows, columns, self.ledger.screen(source, part, own), part))
+            for _ in range(rounds - len(parts)):
+                self.ledger.screen(source, self._filler(), own)
+        for found in seen:
+            self._see("the screening forward pass", *found)
+        self.ledger.lap("screen")
+
+    def forward(self, rows: Tensor | None) -> Graph:
+        """Differentiable log-probs of `rows` (None: all) in one pass."""
+        part_rows = slice(None) if rows is None else rows
+        part, columns = self.packing.trimmed(self.inputs.take(part_rows))
+        self.ledger.lap("gather")
+        log_probs = self.ledger.forward(self.log_prob_fn, part)
+        self._see("the dense forward pass", part_rows, columns, log_probs.detach(), part)
+        self.ledger.lap("forward")
+        return Graph(torch.arange(self.inputs.total) if rows is None else rows, part, log_probs)
+
+    def differentiate_graph(self, graph: Graph, weight: Tensor, keep: Tensor) -> None:
+        """Add the gradient of a forward pass made before, each row times its weight (B,)."""
+        self._rounds += 1
+        self._add(graph.log_probs, graph.part, weight[graph.rows], self._divide_by(self.inputs, keep, graph.log_probs))
+
+    def differentiate(
+        self,
+        inputs: Inputs,
+        rows: Tensor | None,
+        weight: Tensor | None,
+        keep: Tensor,
+        kept_everywhere: int,
+        weigh_seen: Callable[[Rows], Tensor] | None = None,
+    ) -> None:
+        """Forward and backward over `rows` (None: all) of `inputs`, each times its weight (None: 1).
+
+        Args:
+            inputs: the rows this process works on.
+            rows: indices (n,).
+            weight: one for every row of `inputs`, or None.
+            keep: bool, one for every row of `inputs`: what the normalizer "kept" counts.
+            kept_everywhere: rows to differentiate in all processes.
+            weigh_seen: for rows whose log-probs were not known: `rows -> weights`, asked once they are.
+        """
+        parts = self.packing.divide(inputs, rows)
+        rounds = self.ranks.rounds(len(parts), kept_everywhere)
+        for number in range(1, rounds + 1):
+            with self.ranks.micro_batch(last=number == rounds):
+                part_weight = None
+                if number > len(parts):  # other ranks have more, and wait for this one
+                    part, part_weight = self._filler(), self.inputs.advantages.new_zeros(1)
+                else:
+                    part_rows = parts[number - 1]
+                    everything = len(parts) == 1 and rows is None and self.packing.trim is None
+                    part, columns = self.packing.trimmed(inputs if everything else inputs.take(part_rows))
+                    part_weight = None if weight is None else weight[part_rows]
+                self.ledger.lap("gather")
+                log_probs = self.ranks.forward(partial(self.ledger.forward, self.log_prob_fn, part))
+                if weigh_seen is not None:
+                    self._see(f"micro-batch {number} of {rounds}", part_rows, columns, log_probs.detach(), part)
+                    part_weight = weigh_seen(part_rows)
+                divisor = self._divide_by(inputs, keep, log_probs)
+                self._add(log_probs, part, part_weight, divisor, f"micro-batch {number} of {rounds}")
+        self._rounds += rounds
+
+    def close(self) -> Tensor:
+        """The loss of all processes, 0-dim and detached, when all passes are done."""
+        losses = self._losses
+        loss = losses[0] if len(losses) == 1 else sum(losses, start=self.inputs.advantages.new_zeros(()))
+        return self.ranks.close(loss, self._rounds)
+
+    def _add(
+        self, log_probs: Tensor, part: Inputs, weight: Tensor | None, divisor: float, where: str = "the dense pass"
+    ) -> None:
+        loss = self._terms(log_probs, part, weight).sum() / divisor
+        _check_graph(loss, log_probs)
+        self.ranks.hold(partial(_check_finite_loss, loss, log_probs, where))
+        self.ledger.lap("forward")
+        self.ledger.backward(self.backward, loss, part)
+        self.ledger.lap("backward")
+        self._losses.append(loss.detach())
+
+    def _filler(self) -> Inputs:
+        """A row to run at weight zero."""
+        return self.packing.trimmed(self.inputs.take(slice(0, 1)))[0]
+
+    def _see(self, what: str, rows: Rows, columns: slice, log_probs: Tensor, part: Inputs) -> None:
+        log_probs = finite_where_valid(f"{what}: log_probs", log_probs, part.mask)
+        if isinstance(rows, slice) and part.total == self.inputs.total and columns == slice(None):
+            self.seen = log_probs
+            return
+        if self.seen is None:
+            width = () if log_probs.dim() == 1 else (self._width(log_probs),)
+            self.seen = log_probs.new_zeros((self.inputs.total, *width))
+        if log_probs.dim() == 1:
+            self.seen[rows] = log_probs
+        else:
+            self.seen[rows, columns] = log_probs
+
+    def _width(self, log_probs: Tensor) -> int:
+        return log_probs.shape[1] if self.inputs.mask is None else self.inputs.mask.shape[1]
+
+    def _terms(self, log_probs: Tensor, rows: Inputs, weight: Tensor | None) -> Tensor:
+        """Weighted terms of the loss, 0 where the mask is 0."""
+        if rows.mask is not None:
+            log_probs = log_probs.where(rows.mask, 0)
+        known = rows.log_probs if rows.behavior_log_probs is None else rows.behavior_log_probs
+        terms = self.loss(log_probs, rows.advantages, log_probs.detach() if known is None else known, rows.mask)
+        if terms.shape != log_probs.shape:
+            raise ValueError(
+                f"the loss has shape {tuple(terms.shape)}; expected that of log_probs, {tuple(log_probs.shape)}."
+            )
+        if rows.mask is not None:
+            terms = terms.where(rows.mask, 0)
+        if weight is None:
+            return terms
+        weight = weight.to(terms.dtype)
+        weight = weight if terms.dim() == 1 else weight.unsqueeze(1)
+        return terms.where(weight != 0, 0) * weight
+
+    def _divide_by(self, inputs: Inputs, keep: Tensor, log_probs: Tensor) -> float:
+        """What the sum of the terms is divided by; a count of 0, with nothing but masked tokens, divides by 1."""
+        if self._divisor is None:
+            self._divisor = self._count(inputs, keep, log_probs) / self.ranks.size  # processes average gradients
+        return self._divisor
+
+    def _count(self, inputs: Inputs, keep: Tensor, log_probs: Tensor) -> float:
+        if self.normalizer == "batch":
+            return max(1, self.ranks.sum(self.inputs.tokens(log_probs)))
+        if self.normalizer == "samples":
+            return self.ranks.total(self.inputs.total)
+        if self.normalizer == "kept":
+            if inputs.row_tokens is not None:
+                return max(1, self.ranks.sum(int(inputs.row_tokens[keep.cpu()].sum())))
+            width = log_probs.shape[1] if log_probs.dim() == 2 else 1
+            return max(1, self.ranks.sum(int(keep.count_nonzero()) * width))
+        return self.normalizer
+
+
+def _check_graph(loss: Tensor, log_probs: Tensor) -> None:
+    if not log_probs.requires_grad:
+        raise ValueError(
+            "the log-prob function returned log-probs without a graph, so there is nothing to differentiate; compute "
+            "them with gradients enabled, from parameters that require them."
+        )
+    if not loss.requires_grad:
+        raise ValueError("the loss has no graph; expected terms computed from the log-probs it was given.")
+
+
+def _check_finite_loss(loss: Tensor, log_probs: Tensor, where: str) -> None:
+    if not math.isfinite(loss.item()):
+        raise ValueError(
+            f"{where}: the loss is {loss.item()}, from log-probs between {log_probs.min().item():g} and "
+            f"{log_probs.max().item():g}; expected finite numbers. Earlier micro-batches have added to .grad: zero it."
+        )

@@ -1,0 +1,147 @@
+"""What a step asks of the processes it runs in, and the answers of a process that is alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sparkjoy.engine.inputs import Inputs
+from sparkjoy.gates import Decision
+
+
+class Scored(NamedTuple):
+    """What a gate decides on.
+
+    Args:
+        score: (N,).
+        cost: (N,) tokens, or None.
+        teaches: (N,) bool, rows that have a gradient; None where the score says so.
+    """
+
+    score: Tensor
+    cost: Tensor | None
+    teaches: Tensor | None
+
+
+class Ranks(Protocol):
+    """The processes of a step. What is not said to be local is the same on all of them."""
+
+    size: int
+    """How many there are."""
+
+    def open(self, check: Callable[[], Inputs]) -> Inputs:
+        """The local inputs, if `check` finds them sound on every rank."""
+        ...
+
+    def total(self, rows: int) -> int:
+        """Rows of all ranks, `rows` of them local."""
+        ...
+
+    def screening(self) -> AbstractContextManager[None]:
+        """Around forward passes without a graph."""
+        ...
+
+    def most(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        ...
+
+    def sum(self, count: int) -> int:
+        """The sum of the ranks' counts."""
+        ...
+
+    def gather(self, score: Callable[[], Scored]) -> Scored:
+        """The scores of all rows, rank by rank, from the local ones."""
+        ...
+
+    def same(self, decision: Decision) -> Decision:
+        """The decision that holds."""
+        ...
+
+    def share(self, inputs: Inputs, decision: Decision, dense: bool) -> tuple[Inputs, Decision]:
+        """The rows this rank is to work on, and the decision about them."""
+        ...
+
+    def rounds(self, parts: int, kept: int) -> int:
+        """How many micro-batches every rank runs, of which `parts` are this one's own."""
+        ...
+
+    def forward(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do a differentiable forward pass."""
+        ...
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Around a forward and a backward pass."""
+        ...
+
+    def hold(self, check: Callable[[], None]) -> None:
+        """Run a check whose failure may be this rank's alone."""
+        ...
+
+    def close(self, loss: Tensor, rounds: int) -> Tensor:
+        """The loss of all ranks, when all micro-batches are done."""
+        ...
+
+
+class OneProcess:
+    """A step of this process alone.
+
+    Args:
+        among_others: whether other processes may exist.
+    """
+
+    size = 1
+
+    def __init__(self, among_others: bool = False) -> None:
+        self._among_others = among_others
+
+    def open(self, check: Callable[[], Inputs]) -> Inputs:
+        if not self._among_others and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"there are {dist.get_world_size()} processes, but no module was given: each would decide by itself, "
+                "and one without survivors would leave the others waiting. Give GatedBackward(module=...) the "
+                'DistributedDataParallel or fully_shard module, or module="local" where the processes train apart.'
+            )
+        return check()
+
+    def total(self, rows: int) -> int:
+        return rows
+
+    def screening(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def most(self, count: int) -> int:
+        return count
+
+    def sum(self, count: int) -> int:
+        return count
+
+    def gather(self, score: Callable[[], Scored]) -> Scored:
+        return score()
+
+    def same(self, decision: Decision) -> Decision:
+        return decision
+
+    def share(self, inputs: Inputs, decision: Decision, dense: bool) -> tuple[Inputs, Decision]:
+        return inputs, decision
+
+    def rounds(self, parts: int, kept: int) -> int:
+        return parts
+
+    def forward(self, work: Callable[[], Tensor]) -> Tensor:
+        return work()
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def hold(self, check: Callable[[], None]) -> None:
+        check()
+
+    def close(self, loss: Tensor, rounds: int) -> Tensor:
+        return loss
+
+
+ALONE = OneProcess()

@@ -1,0 +1,55 @@
+"""The gradient of several processes is that of one with all rows, under DistributedDataParallel and fully_shard."""
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import run_processes
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+SLOW = [pytest.param((count, "equivalence"), marks=pytest.mark.slow) for count in (1, 2, 4)]
+
+
+@pytest.fixture(scope="module", params=[(2, "quick_equivalence"), *SLOW], ids=str)
+def results(request, tmp_path_factory):
+    """What every process found for every case, one list per process."""
+    count, cases = request.param
+    said = run_processes(WORKER, count, [cases], store=tmp_path_factory.mktemp("ranks") / "store", timeout=150)
+    return [[json.loads(line[7:]) for line in text.splitlines() if line.startswith("RESULT ")] for text in said]
+
+
+def test_gradients_are_those_of_one_process(results):
+    for rank in results:
+        assert {result["case"] for result in rank} >= {"everywhere", "on one rank only", "nowhere", "soft"}
+        for result in rank:
+            assert result["untouched"] == (result["kept"][0] == 0), result
+            assert result["untouched"] == (result["case"] == "nowhere"), result
+            assert result["untouched"] or result["error"] < 1e-12, result
+
+
+def test_reports_are_about_all_rows_and_alike_everywhere(results):
+    for rank in results:
+        for result in rank:
+            assert result["same_decision"], result
+            assert result["total"] == 13
+            assert result["kept"][0] == result["kept"][1]
+            assert result["price"][0] == result["price"][1]
+            assert result["loss"][0] == pytest.approx(result["loss"][1], rel=1e-12)
+
+
+def test_every_rank_does_as_many_passes_and_dealing_levels_the_rows(results):
+    for ranks in zip(*results, strict=True):
+        passes = [(result["forwards"], result["backwards"]) for result in ranks]
+        if ranks[0]["kind"] == "fsdp":
+            assert len(set(passes)) == 1, ranks
+        assert len({backwards for _, backwards in passes}) == 1, ranks
+        rows = [result["backward_rows"] for result in ranks]
+        kept = ranks[0]["kept_by_rank"]
+        if len(ranks) == 1:
+            assert passes[0][1] == (ranks[0]["kept"][0] > 0) or ranks[0]["micro_batch_size"]
+        elif ranks[0]["kept"][0] and ranks[0]["deal"] and not ranks[0]["case"].startswith("dense"):
+            assert max(rows) == max(1, -(-sum(kept) // len(kept))), ranks
+        elif ranks[0]["kept"][0] and ranks[0]["micro_batch_size"] is None:
+            assert rows == [max(1, count) for count in kept], ranks
