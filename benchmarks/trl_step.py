@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
 from sparkjoy.training.tracking import write_json
 
+SIZE = {"width": 192, "layers": 6, "heads": 4}
 PLAIN = "TRL's own"
 ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {},
@@ -90,13 +91,13 @@ def high_digits(prompts: list[str], completions: list[str], **_: Any) -> list[fl
     return [sum(character in "56789" for character in completion) / 64 for completion in completions]
 
 
-def run(arm: dict[str, Any], steps: int, folder: str) -> dict[str, list[float]]:
+def run(arm: dict[str, Any], steps: int, folder: str, **size: int) -> dict[str, list[float]]:
     """Seconds of every step after the first, which warms up, and gate figures; the weights stand still."""
     arm = dict(arm)
     rollout = arm.pop("rollout_func", None)
     clock = StepSeconds()
     trainer = Timed(
-        model=trl_task.model(width=192, layers=6, heads=4),
+        model=trl_task.model(**(size or SIZE)),
         reward_funcs=high_digits,
         args=KondoGRPOConfig(
             **trl_task.options(
@@ -156,7 +157,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    parameters = trl_task.model(width=192, layers=6, heads=4).num_parameters()
+    parameters = trl_task.model(**SIZE).num_parameters()
     print(f"{parameters:,} parameters")
     result = measure(options.rounds, options.steps)
     print(f"{'':20}{'kept':>7}{'passes':>8}{'update s':>10}{'×':>7}{'whole s':>10}{'×':>7}")
