@@ -61,7 +61,7 @@ def main() -> None:
         brief = copy.deepcopy(exact).bfloat16()
 
         with torch.no_grad():
-            arms = {
+            arms: dict[str, Callable[[], object]] = {
                 "float32": partial(exact, states),
                 "bfloat16 autocast": partial(autocast, exact, states),
                 "bfloat16 weights": partial(brief, states.bfloat16()),

@@ -79,6 +79,7 @@ def test_study_scores_leaves_a_table_and_a_figure(monkeypatch, capsys, tmp_path)
         (("train", "mnist", "--data", "/no/such/folder"), "no such folder"),
         (("study", "bandit", "--p", "1.5"), "p is 1.5"),
         (("study", "bandit", "--arms", "1"), "arms is 1"),
+        (("study", "gain", "--rounds", "0"), "--rounds 0"),
     ],
 )
 def test_what_the_user_got_wrong_is_one_line_and_status_2(monkeypatch, capsys, tmp_path, arguments, message):
@@ -141,3 +142,11 @@ def test_study_bandit_leaves_a_summary_and_a_figure_per_part(monkeypatch, capsys
     for figure in ("zero_price", "contexts", "sums", "gambling", "guards"):
         assert (tmp_path / f"{figure}.png").stat().st_size > 10_000
         assert (tmp_path / f"{figure}.svg").exists()
+
+
+def test_study_gain_leaves_a_summary_and_a_figure(monkeypatch, capsys, tmp_path):
+    sizes = ("--prompt-lengths", 3, "--vocab-sizes", 3, "--widths", 8, "--body-width", 8, "--rounds", 1)
+    assert sparkjoy(monkeypatch, capsys, "study", "gain", *sizes, "--bodies", "plain", "--out", tmp_path)[0] == 0
+    runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
+    assert [run["changed"] for run in runs] == ["H", "M", "width", "body"]
+    assert (tmp_path / "gain.png").stat().st_size > 10_000

@@ -14,6 +14,7 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy study scores     the same rate by other scores than delight, under two baselines
   sparkjoy study screening  cheaper screeners than a forward pass, noise on delight, an unbiased gate
   sparkjoy study scaling    the longest prompt each method learns to reverse within a budget
+  sparkjoy study gain       what the gate saves a step as problems grow and backward passes get dearer
   sparkjoy study tokens     gating single tokens against gating whole answers
   sparkjoy study bandit     the papers' bandit theory, checked number by number
   sparkjoy bench            seconds and peak memory of one step: dense, gated, and what else one could do

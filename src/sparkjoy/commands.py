@@ -14,13 +14,23 @@ import torch
 import tyro
 
 from sparkjoy.bench import run as bench
-from sparkjoy.studies import bandit_theory, pareto, scaling, score_comparison, screening, screening_figures, token_gate
+from sparkjoy.studies import (
+    bandit_theory,
+    pareto,
+    scaling,
+    score_comparison,
+    screening,
+    screening_figures,
+    step_gain,
+    token_gate,
+)
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.tasks.rollouts import Task
 from sparkjoy.training.console import (
     LiveRuns,
     print_bench,
+    print_gains,
     print_runs,
     print_scaling,
     print_scores,
@@ -151,6 +161,26 @@ class StudyScaling:
 
 
 @dataclass(frozen=True)
+class StudyGain:
+    """What the gate saves a step as prompts, vocabulary and model grow and backward passes get dearer."""
+
+    out: Path = Path("out/study-gain")
+    """Folder for summary.json and the figure; written when everything is measured."""
+    study: Annotated[step_gain.StepGainStudy, FLAT] = field(default_factory=step_gain.StepGainStudy)
+
+    def __call__(self) -> None:
+        prepare_out(self.out)
+        torch.set_num_threads(1)
+        with study_progress() as progress:
+            records = step_gain.run(self.study, progress)
+        write_json(self.out / "config.json", asdict(self.study))
+        write_json(self.out / "summary.json", {"runs": records})
+        save_figure(step_gain.plot(records), self.out, "gain")
+        print_gains(records)
+        print(f"results in {self.out}, the figure in {self.out / 'gain.png'}")
+
+
+@dataclass(frozen=True)
 class StudyTokens:
     """Gating single tokens against gating whole answers, on token reversal: what is kept, and where it leads."""
 
@@ -217,6 +247,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("study", "screening"): StudyScreening,
     ("study", "bandit"): StudyBandit,
     ("study", "scaling"): StudyScaling,
+    ("study", "gain"): StudyGain,
     ("study", "tokens"): StudyTokens,
     ("bench", ""): Bench,
 }

@@ -108,11 +108,8 @@ def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "tok
         behavior_log_probs: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        advantages = per_row(advantages, log_probs)
-        chi = -advantages * log_probs.detach()
-        if unit == "sample" and chi.dim() == 2:
-            chi = (chi if mask is None else chi.where(mask.bool(), 0)).sum(dim=1, keepdim=True)
-        return -torch.sigmoid(chi / temperature) * advantages * log_probs
+        weight = delightful_weight(log_probs, advantages, mask, temperature, unit)
+        return -weight * per_row(advantages, log_probs) * log_probs
 
     return loss
 
@@ -148,3 +145,27 @@ def weighted_by(score: ScoreFunction, temperature: float = 1.0) -> Loss:
         return -weight * per_row(advantages, log_probs) * log_probs
 
     return loss
+
+
+def delightful_weight(
+    log_probs: Tensor, advantages: Tensor, mask: Tensor | None, temperature: float, unit: Literal["token", "sample"]
+) -> Tensor:
+    """The weight of `delightful`, σ(χ/η), to multiply the advantages of another loss with; detached.
+
+    >>> delightful_weight(torch.tensor([-3.0, -3.0]), torch.tensor([1.0, -1.0]), None, 1.0, "token")
+    tensor([0.9526, 0.0474])
+
+    Args:
+        log_probs: (B,) or (B, T).
+        advantages: (B,), or (B, T) with (B, T).
+        mask: (B, T), 1 for tokens that count.
+        temperature: η > 0.
+        unit: as in `delightful`.
+
+    Returns:
+        The shape of `log_probs`; (B, 1) for samples of several tokens.
+    """
+    chi = -per_row(advantages, log_probs) * log_probs.detach()
+    if unit == "sample" and chi.dim() == 2:
+        chi = (chi if mask is None else chi.where(mask.bool(), 0)).sum(dim=1, keepdim=True)
+    return torch.sigmoid(chi / temperature)

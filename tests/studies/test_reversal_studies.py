@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from sparkjoy.studies import scaling, token_gate
+from sparkjoy.studies import scaling, step_gain, token_gate
 from sparkjoy.studies.scaling import ScalingStudy
+from sparkjoy.studies.step_gain import StepGainStudy
 from sparkjoy.studies.token_gate import TokenGateStudy
 
 
@@ -48,3 +49,36 @@ def test_token_study_probes_every_arm():
         assert 0 <= record["position_kept"] <= 1
         assert record["surprisal"] > 0
     token_gate.plot(records)
+
+
+def test_step_gains_of_every_case():
+    study = StepGainStudy(prompt_lengths=(3, 6), vocab_sizes=(5,), widths=(8,), body_width=8, rounds=2)
+    told = []
+    records = step_gain.run(study, lambda fraction, what: told.append(fraction))
+    assert len(records) == len(study.cases()) == 2 + 1 + 1 + 5
+    assert told[-1] == 1
+    ratios = {record["value"]: record["flops_ratio"] for record in records if record["changed"] == "body"}
+    # Two products back for one forward; three where blocks run again; the weights' share saved where they are frozen.
+    assert ratios["plain"] == pytest.approx(2, abs=0.15)
+    assert ratios["checkpointed"] == pytest.approx(3, abs=0.25)
+    assert 1 < ratios["adapters"] < 1.7
+    assert ratios["head only"] < 0.5
+    assert all(record[name] > 0 for record in records for name in ("sample", "dg", "kondo", "total_gain"))
+    plain = next(record for record in records if record["value"] == "plain")
+    assert plain["training_gain_flops"] == pytest.approx(100 / 3, rel=0.02)  # 3 of 100 rows, equal work each
+    assert 1 < plain["total_gain_flops"] < plain["training_gain_flops"]
+    step_gain.plot(records)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rounds": 0}, "--rounds"),
+        ({"bodies": ("half",)}, "half"),
+        ({"rate": 2.0}, "rate"),
+        ({"widths": (30,)}, "width"),
+    ],
+)
+def test_step_gain_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        StepGainStudy(**arguments)

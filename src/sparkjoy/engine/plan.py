@@ -83,7 +83,7 @@ def candidates(gate: Gate, signs_decide: bool, certain_first: bool, inputs: Inpu
     if positive.dim() == 2:
         positive, negative = positive.any(dim=1), negative.any(dim=1)
     none = torch.zeros_like(positive)
-    hard = type(gate) is KondoGate and gate.temperature == 0
+    hard = type(gate) is KondoGate and gate.temperature == 0 and gate.negative_share == 0
     quota = (
         rate_count(gate.rate, ranks.total(inputs.total)) if type(gate) is KondoGate and gate.rate is not None else None
     )

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sparkjoy.policies.attention import Block
 from sparkjoy.policies.rows import Attention, Reading, Saved
 
 if TYPE_CHECKING:
@@ -19,11 +20,23 @@ if TYPE_CHECKING:
     from sparkjoy.policies.transformer import Transformer
 
 BLOCK_WEIGHTS = 6
+KNOWN = (nn.Embedding, nn.LayerNorm, nn.Linear, Block)
 
 
-def fits_fused(states: Tensor) -> bool:
-    """Whether `fused_log_probs` is right where these states are: on a CPU, and not under autocast."""
-    return states.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+def fits_fused(policy: Transformer) -> bool:
+    """Whether `fused_log_probs` is right here: on a CPU, not under autocast, and every module one it knows.
+
+    It reads weights without calling their modules, so a module of another kind (an adapter around a linear layer, a
+    parametrised weight) or with a hook would be passed by.
+    """
+    if policy.tokens.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    modules = [policy.tokens, policy.positions, policy.norm, policy.head]
+    for block in policy.layers:
+        modules += [block, block.attention_norm, block.qkv, block.out, block.feed_forward_norm, block.up, block.down]
+    return all(
+        type(module) in KNOWN and not module._forward_hooks and not module._forward_pre_hooks for module in modules
+    )
 
 
 def fused_log_probs(policy: Transformer, layers: list[Block], reading: Reading, answers: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparkjoy.policies.attention import Block, attend, causal_mask
 from sparkjoy.policies.fused import fits_fused, fused_log_probs
@@ -70,6 +71,10 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, feed_forward) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, vocab_size, bias=False)
+        self.fused = True
+        """Whether the written-out backward pass is used where it fits; it changes the cost and nothing else."""
+        self.checkpointed = False
+        """Whether blocks keep nothing for their backward pass and run a second time there: less memory, more work."""
 
     def log_probs(self, rows: dict[str, Tensor], layers: int | None = None) -> Tensor:
         """Differentiable log-probs (n, T) of `rows["answers"]` (n, T) after `rows["prompts"]` (n, H).
@@ -89,7 +94,7 @@ class Transformer(nn.Module):
         prompts, answers, lengths = rows["prompts"], rows["answers"], rows.get("prompt_lengths")
         read = answers[:, :-1]
         self._check_length(prompts.shape[1] + read.shape[1])
-        if lengths is None and fits_fused(self.tokens.weight):
+        if lengths is None and self.fused and not self.checkpointed and fits_fused(self):
             return fused_log_probs(self, blocks, self._reading(prompts, read, rows.get("prompt_index")), answers)
         hidden = (
             self._read(blocks, prompts, read)
@@ -172,11 +177,10 @@ class Transformer(nn.Module):
         mask = causal_mask(length, length, hidden.dtype, hidden.device)
         *blocks, last = layers
         for block in blocks:
-            hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
+            hidden = self._run(block, hidden, mask)
         # Of the last block only the positions that predict an answer's token matter.
         first = prompts.shape[1] - 1
-        queries, seen = last.project(hidden)
-        return last.finish(hidden[:, first:], attend(queries[:, first:], seen, mask[first:], last.heads))
+        return self._run(last, hidden, mask, first)
 
     def _read_ragged(self, layers: list[Block], prompts: Tensor, answers: Tensor, lengths: Tensor) -> Tensor:
         """As `_read`, for prompts of which `lengths` (n, 1) tokens count."""
@@ -191,6 +195,20 @@ class Transformer(nn.Module):
             padding[:, None, None], -torch.inf
         )
         for block in layers:
-            hidden = block.finish(hidden, attend(*block.project(hidden), mask, block.heads))
+            hidden = self._run(block, hidden, mask)
         first = hidden.gather(1, (lengths - 1).unsqueeze(2).expand(-1, 1, hidden.shape[2]))
         return torch.cat([first, hidden[:, prompt_length:]], dim=1)
+
+    def _run(self, block: Block, hidden: Tensor, mask: Tensor, first: int = 0) -> Tensor:
+        """Hidden states (n, S - first, D) after a block, of those (n, S, D) before it."""
+        if not self.checkpointed or not torch.is_grad_enabled():
+            return _block(block, hidden, mask, first)
+        ran: Tensor = checkpoint(_block, block, hidden, mask, first, use_reentrant=False, preserve_rng_state=False)
+        return ran
+
+
+def _block(block: Block, hidden: Tensor, mask: Tensor, first: int) -> Tensor:
+    queries, seen = block.project(hidden)
+    if not first:
+        return block.finish(hidden, attend(queries, seen, mask, block.heads))
+    return block.finish(hidden[:, first:], attend(queries[:, first:], seen, mask[first:], block.heads))

@@ -42,6 +42,8 @@ class ScalingStudy:
     """H, in rising order."""
     vocab_size: int = 2
     """M, different tokens."""
+    width: int = ReversalConfig.width
+    """Width of the transformer; its feed-forward parts are twice as wide."""
     arms: tuple[str, ...] = tuple(ARMS)
     """Methods, by name."""
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 2e-3, 3e-3)
@@ -75,7 +77,9 @@ class ScalingStudy:
 
     def task(self, length: int) -> ReversalConfig:
         """The task at one length."""
-        return ReversalConfig(prompt_length=length, vocab_size=self.vocab_size)
+        return ReversalConfig(
+            prompt_length=length, vocab_size=self.vocab_size, width=self.width, feed_forward=2 * self.width
+        )
 
     def settings(self, arm: str, learning_rate: float, seed: int) -> Settings:
         """One run, stopped at the target or at the end of the budget."""

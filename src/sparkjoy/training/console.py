@@ -159,14 +159,27 @@ def print_scaling(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_gains(records: list[dict[str, Any]]) -> None:
+    """One row a size or body: milliseconds a step, and how many times the gate's DG's is."""
+    table = Table(title="milliseconds a step, medians; gain: DG's over the gate's, of the update and with sampling")
+    for column in ("changed", "to", "B/F", "sample", "dg", "kondo", "gain", "FLOPs", "gain, all", "FLOPs, all"):
+        table.add_column(column, justify="left" if column in ("changed", "to") else "right", no_wrap=True)
+    for record in records:
+        names = ("training_gain", "training_gain_flops", "total_gain", "total_gain_flops")
+        gains = (f"{record[name]:.1f}" for name in names)
+        times = (f"{record[name]:.2f}" for name in ("flops_ratio", "sample", "dg", "kondo"))
+        table.add_row(record["changed"], str(record["value"]), *times, *gains)
+    Console().print(table)
+
+
 def print_bench(result: dict[str, Any]) -> None:
-    """One row an arm and rate: milliseconds, and how much faster than the dense loop; then the peaks of memory."""
+    """One row an arm and rate: rows that passed backward, rows in a micro-batch, milliseconds, dense over its own."""
     ratio = result["backward_over_forward"]
     table = Table(
         title=f"one step without the optimizer, {result['parameters'] / 1e6:.3g}M parameters; "
         f"backward over forward {ratio['seconds']:.2f} in seconds, {ratio['flops']:.2f} in FLOPs"
     )
-    for column in ("arm", "rate", "rows backward", "micro-batch", "p20 ms", "p50 ms", "p80 ms", "speed-up"):
+    for column in ("arm", "rate", "rows", "size", "p20 ms", "p50 ms", "p80 ms", "speed-up"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for row in result["arms"]:
         milliseconds = [f"{1000 * value:,.1f}" for value in row["seconds"]["total"].values()]
@@ -177,7 +190,7 @@ def print_bench(result: dict[str, Any]) -> None:
     if not result.get("memory"):
         return
     table = Table(title="peak memory of the step above weights, gradients and optimizer state")
-    for column in ("arm", "rate", "micro-batch", "MB in tensors", "MB resident", "of undivided dense"):
+    for column in ("arm", "rate", "size", "MB in tensors", "MB resident", "of undivided"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     undivided = result["memory"][0]["peak_bytes"]
     for row in result["memory"]:

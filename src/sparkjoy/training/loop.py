@@ -131,6 +131,7 @@ class Training:
             "torch_random_state": torch.get_rng_state(),
             "backward": self.backward.state_dict(),
             "tally": self.tally.state_dict(),
+            "rollout_flops": self._rollout_flops,
             "steps_done": self.steps_done,
             "records": self.records,
         }
@@ -143,6 +144,7 @@ class Training:
         self.backward.load_state_dict(state["backward"])
         if self.share.first:  # it has the counts of all
             self.tally.load_state_dict(state["tally"])
+        self._rollout_flops = state["rollout_flops"]
         self.steps_done = state["steps_done"]
         self.records = state["records"]
 
@@ -155,7 +157,8 @@ class Training:
         if self._rollout_flops is None:
             with FlopCount() as count:
                 rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
-            self._rollout_flops = count.flops
+            # Counted for every rollout to come: more than run where a sampler shares what answers have in common.
+            self._rollout_flops = self.share.told(count.flops if self.share.first else None)
         else:
             rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
         rows = len(rollout.advantages)

@@ -16,6 +16,7 @@ from sparkjoy.engine.speculative import SpeculativeBackward
 from sparkjoy.engine.token_gate import TokenGatedBackward
 from sparkjoy.gates import KondoGate
 from sparkjoy.losses import Loss, clipped, delightful, reinforce, weighted_by
+from sparkjoy.prices import BackwardBudget, RollingQuantile
 from sparkjoy.scores import (
     ScoreFunction,
     absolute_advantage_score,
@@ -31,6 +32,7 @@ from sparkjoy.training.screening import Screen
 from sparkjoy.unbiased import UnbiasedGate, update_size
 
 Method = Literal["pg", "dg", "kondo", "uniform", "unbiased", "ppo", "grpo", "pmpo"]
+PriceKind = Literal["batch", "rolling", "budget"]
 Score = Literal["delight", "advantage", "absolute-advantage", "surprisal", "additive", "uniform"]
 
 DEFAULT_RATE = 0.03
@@ -47,8 +49,12 @@ class Settings:
     """Fraction of samples kept by kondo, uniform and unbiased. Default 0.03 where no price is given."""
     price: float | None = None
     """Keep only samples whose score is above this; 0 is the papers' zero price."""
+    price_kind: PriceKind = "batch"
+    """What the rate is of: of every batch; of a rolling window of scores; or, as a budget, of all tokens so far."""
     temperature: float = 0.0
     """Softness of the gate; 0 is the hard gate."""
+    negative_share: float = 0.0
+    """Fraction of the kept samples reserved for the most negative scores; kondo only."""
     score: Score = "delight"
     """What the gate ranks samples by."""
     alpha: float = 0.5
@@ -124,6 +130,14 @@ class Settings:
             raise ValueError(
                 "--screen and --verify go with a gate of whole samples: --method kondo, uniform, unbiased."
             )
+        ranks = self.method in ("kondo", "uniform") and self.price is None and self.temperature == 0
+        if self.price_kind != "batch" and (not ranks or self.speculates):
+            raise ValueError(
+                f"--price-kind {self.price_kind} goes with the --rate of kondo or uniform, without --price, "
+                "--temperature, --screen or --verify."
+            )
+        if self.negative_share and self.method != "kondo":
+            raise ValueError(f"--negative-share goes with --method kondo; --method {self.method} was given.")
         if self.unit == "token" and (self.method != "kondo" or self.score != "delight" or self.micro_batch_size):
             raise ValueError("--unit token goes with --method kondo, by delight, in one micro-batch.")
         self.step(torch.Generator(), trim=None)  # raises on a rate, price, temperature or alpha outside its range
@@ -153,11 +167,13 @@ class Settings:
         """A short name of the arm, without the seed: `kondo 3%`."""
         parts: list[str] = [self.method]
         if self.gate_rate is not None:
-            parts.append(f"{100 * self.gate_rate:g}%")
+            parts.append(f"{100 * self.gate_rate:g}%" + ("" if self.price_kind == "batch" else f" {self.price_kind}"))
         if self.price is not None:
             parts.append(f"price {self.price:g}")
         if self.unit == "token":
             parts.append("of tokens")
+        if self.negative_share:
+            parts.append(f"negative {100 * self.negative_share:g}%")
         if self.method == "kondo" and self.score != "delight":
             parts.append(f"by {self.score}" + (f" {self.alpha:g}" if self.score == "additive" else ""))
         if self.noise:
@@ -185,8 +201,10 @@ class Settings:
             share: this process's part of a batch.
             module: what averages the gradients of several processes.
         """
-        if share.count > 1 and (self.unit == "token" or self.speculates):
-            raise ValueError("--unit token, --screen and --verify run in one process; start it without torchrun.")
+        if share.count > 1 and (self.unit == "token" or self.speculates or self.noise):
+            raise ValueError(
+                "--unit token, --screen, --verify and --noise run in one process; start it without torchrun."
+            )
         loss: Loss = reinforce
         if self.method in ("dg", "unbiased"):
             loss = delightful(unit=self.dg_unit)
@@ -198,7 +216,7 @@ class Settings:
         if self.method == "unbiased":
             gate = UnbiasedGate(self.gate_rate or DEFAULT_RATE, generator=generator)
         elif self.gated:
-            gate = KondoGate(self.gate_rate, self.price, self.temperature, generator)
+            gate = self._gate(generator)
         if gate is not None and self.unit == "token":
             return TokenGatedBackward(gate, loss=loss, trim=trim)
         score, size = self._score(generator, share), self.micro_batch_size
@@ -210,6 +228,12 @@ class Settings:
         score = self._noisy(score, generator) if gate is not None else score
         module = module if share.count > 1 else None
         return GatedBackward(gate, loss=loss, score=score, micro_batch_size=size, normalizer="batch", module=module)
+
+    def _gate(self, generator: torch.Generator) -> KondoGate:
+        if self.gate_rate is not None and self.price_kind != "batch":
+            price = RollingQuantile if self.price_kind == "rolling" else BackwardBudget
+            return KondoGate(price=price(self.gate_rate), negative_share=self.negative_share)
+        return KondoGate(self.gate_rate, self.price, self.temperature, generator, self.negative_share)
 
     def advantages(self, advantages: Tensor, group_size: int | None) -> Tensor:
         """What this method makes of advantages (B,) over their group's baseline."""
