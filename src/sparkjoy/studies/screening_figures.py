@@ -34,6 +34,7 @@ def _screeners(rows: list[Row]) -> Figure:
         axis.axvline(1, color="0.7", linewidth=1, zorder=0)
         axis.set_title(task)
         axis.set_xscale("log")
+        axis.set_xlim(FREE / 2, 20)
         axis.set_xlabel("seconds of drafting and learning\nover those of an exact forward pass")
         axis.set_ylim(0, 1.05)
     axes[0].set_ylabel("recall of the true survivors\n(filled: four times the rate proposed)")
