@@ -2,9 +2,9 @@
 
     python benchmarks/trl_learning.py --out out/trl_learning
 
-Copy a few digits, with partial credit (benchmarks/trl_task.py). A run ends at the target
-reward, or after the steps. One file for each finished run, so that a study that
-was stopped goes on; then a table, and a figure of the reward against steps, tokens differentiated and seconds.
+Copy a few digits, with partial credit (benchmarks/trl_task.py). A run ends at the target reward, or after the steps.
+One file for each finished run, so that a study that was stopped goes on; then a table, and a figure of the reward
+against steps, tokens differentiated and seconds.
 """
 
 from __future__ import annotations
