@@ -143,8 +143,7 @@ def test_distillation_finds_more_of_the_true_survivors(generator):
         batch = {"inputs": inputs, "actions": torch.multinomial(probabilities, 1, generator=generator).squeeze(1)}
         recalls.append(step(policy.log_probs, batch, torch.ones(100)).screening.audit.recall)
     before, after = sum(recalls[:20]) / 20, sum(recalls[-50:]) / 50
-    assert before < 0.5
-    assert after > 0.8
+    assert after > before + 0.3
 
 
 def test_a_mask_hides_what_does_not_count(rows):

@@ -64,6 +64,9 @@ def test_step_gains_of_every_case():
     assert 1 < ratios["adapters"] < 1.7
     assert ratios["head only"] < 0.5
     assert all(record[name] > 0 for record in records for name in ("sample", "dg", "kondo", "total_gain"))
+    plain = next(record for record in records if record["value"] == "plain")
+    assert plain["training_gain_flops"] == pytest.approx(100 / 3, rel=0.02)  # 3 of 100 rows, equal work each
+    assert 1 < plain["total_gain_flops"] < plain["training_gain_flops"]
     step_gain.plot(records)
 
 

@@ -27,8 +27,9 @@ def assert_same_run(found, expected):
     """Equal but for seconds, FLOPs (a process reads a prompt for its own answers only) and the rounding of sums."""
     assert [record["step"] for record in found] == [record["step"] for record in expected]
     for record, reference in zip(found, expected, strict=True):
-        for name in ("samples", "kept", "backward_samples", "forward_samples", "backward_tokens", "forward_tokens"):
-            assert record[name] == reference[name], name
+        assert (record["samples"], record["kept"]) == (reference["samples"], reference["kept"])
+        for name in ("backward_samples", "forward_samples", "backward_tokens", "forward_tokens"):
+            assert reference[name] <= record[name] <= 1.1 * reference[name], name  # fillers ran, and are counted
         for name in ("error", "reward", "price"):
             value = reference[name]
             assert record[name] == (None if value is None else pytest.approx(value, rel=1e-4)), name
@@ -41,11 +42,6 @@ def test_two_processes_train_as_one_by_every_method(tmp_path):
     processes_worker.run(WHOLE, tmp_path / "one")
     for name in processes_worker.METHODS:
         found, expected = records_of(tmp_path / "two" / name), records_of(tmp_path / "one" / name)
-        if "micro-batches" in name:  # a process with fewer survivors runs fillers, and they are counted
-            for record, reference in zip(found, expected, strict=True):
-                for count in ("backward_samples", "forward_samples", "backward_tokens", "forward_tokens"):
-                    assert record[count] >= reference[count]
-                    record[count] = reference[count]
         assert_same_run(found, expected)
         weights = [load_checkpoint(tmp_path / count / name / "checkpoint.pt")["policy"] for count in ("two", "one")]
         for key in weights[0]:
@@ -104,7 +100,9 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path):
     assert_same_run(two, one)
     assert_same_run(mixed, one)
     for record, reference in zip(same, two, strict=True):  # the same number of processes: the same to the bit
-        assert {**record, "seconds": None} == {**reference, "seconds": None}
+        # What a pass costs is measured by each process, and taken over from the first when a run goes on.
+        measured = {"seconds": None, "forward_flops": None, "backward_flops": None}
+        assert {**record, **measured} == {**reference, **measured}
     first, second = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "mixed"))
     assert first.keys() == second.keys()
     assert first["policy"].keys() == second["policy"].keys()

@@ -172,10 +172,14 @@ class SpeculativeBackward:
             raise ValueError("expected either a screen or log_probs to draft with, and not both.")
         inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
         seen: list[Seen] = []
+        screened = False
 
         def watched(rows: Any) -> Tensor:
-            current = log_prob_fn(rows)
-            seen.append((rows, current.detach()))
+            nonlocal screened
+            current, with_graph = log_prob_fn(rows), torch.is_grad_enabled()
+            if not (with_graph and screened):  # survivors of rows that were seen without a graph are seen already
+                seen.append((rows, current.detach()))
+            screened = screened or not with_graph
             return current
 
         began = time.perf_counter()

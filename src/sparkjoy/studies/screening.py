@@ -21,6 +21,7 @@ from sparkjoy.training.tracking import write_json, write_json_lines
 
 Part = Literal["screeners", "noise", "unbiased"]
 VERIFY = 4.0
+ALIKE = "mnist, batch-mean baseline"
 KEPT: tuple[dict[str, Any], ...] = ({"rate": 0.03}, {"rate": 0.1}, {"price": 0.0})
 MEASURED = (
     "recall",
@@ -165,7 +166,9 @@ def _screener_arms(study: ScreeningStudy) -> Iterator[Arm]:
     reversal: tuple[Screen, ...] = ("stale", "bfloat16", "early-exit", "draft", "flat")
     images = MnistConfig(data=study.data)
     lengths = {10: 300, 20: 700} if study.full else {10: 200}
+    alike = replace(images, baseline="batch-mean")  # every success has the same advantage
     yield Arm("screeners", "mnist", images, _mnist(study, 1000, screen="exact"))
+    yield Arm("screeners", ALIKE, alike, _mnist(study, 1000, screen="exact"))
     for length, steps in lengths.items():
         config = ReversalConfig(prompt_length=length)
         yield Arm("screeners", f"reversal H={length}", config, _reversal(steps, screen="exact"))
@@ -173,6 +176,8 @@ def _screener_arms(study: ScreeningStudy) -> Iterator[Arm]:
         options = {"verify": verify, "recall_floor": 0.0, "audit_every": 10}
         for screen in mnist:
             yield Arm("screeners", "mnist", images, _mnist(study, 1000, screen=screen, **options))
+            if screen != "bfloat16":
+                yield Arm("screeners", ALIKE, alike, _mnist(study, 1000, screen=screen, **options))
         for length, steps in lengths.items():
             config = ReversalConfig(prompt_length=length)
             for screen in reversal:
@@ -209,10 +214,16 @@ def _unbiased_arms(study: ScreeningStudy) -> Iterator[Arm]:
             yield Arm("unbiased", name, config, _mnist(study, 1500, **method))
     for method in methods:
         yield Arm("unbiased", "reversal H=10", ReversalConfig(), _reversal(250, **method))
-    # The same forward passes and three times the kept rows, in batches of other sizes.
+    noisy = harder["mnist, 30% wrong labels"]
+    for batch_size in (200, 400):  # the same backward passes, three a step, out of more forward ones
+        for name in ("kondo", "unbiased"):
+            settings = _mnist(study, 1500, method=name, rate=3 / batch_size)
+            config = replace(noisy, batch_size=batch_size)
+            yield Arm("unbiased", f"mnist, 30% wrong labels, three of {batch_size}", config, settings)
+    # The same cost, a backward pass being two forward ones, in batches of other sizes.
     budget = 1500 * 100 * (1 + 3 * 0.03) * (3 if study.full else 1)
     for batch_size in (25, 50, 200, 400):
-        config = replace(harder["mnist, 30% wrong labels"], batch_size=batch_size)
+        config = replace(noisy, batch_size=batch_size)
         for method in methods[1:]:
             steps = round(budget / (batch_size * (1 + 3 * method["rate"])))
             settings = Settings(steps=steps, evaluate_every=max(1, steps // 10), **method)

@@ -68,7 +68,7 @@ def _noise(rows: list[Row]) -> Figure:
 
 def _unbiased(rows: list[Row]) -> Figure:
     """Last error of each method on every task, and against batch size at equal cost."""
-    tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if "batches of" not in task]
+    tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if " of " not in task]
     figure, axes = _figure([*tasks, "batches"])
     colours = _colours(list(dict.fromkeys(row["arm"] for row in rows)))
     for axis, task in zip(axes, tasks, strict=False):
@@ -78,7 +78,7 @@ def _unbiased(rows: list[Row]) -> Figure:
         axis.set_xticks(positions, [row["arm"] for row in of_task], rotation=60, ha="right")
         axis.set_title(task)
     axes[0].set_ylabel("error in the end, %")
-    sized = [row for row in rows if row["task"].startswith("mnist, 30% wrong labels")]
+    sized = [row for row in rows if row["task"].startswith("mnist, 30% wrong labels") and "three of" not in row["task"]]
     for arm in dict.fromkeys(row["arm"] for row in sized):
         line = sorted((row["batch_size"], 100 * row["error"]) for row in sized if row["arm"] == arm)
         if len(line) > 1:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.engine.ledger import FlopCount
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.gates import KondoGate
 from sparkjoy.losses import delightful
@@ -101,7 +102,8 @@ def measure(config: ReversalConfig, body: Body, rate: float, rounds: int) -> Rec
 
     Returns:
         sample, dg and kondo in milliseconds; training_gain and total_gain, the ratios of DG's step to the gate's
-        without and with sampling; flops_ratio and seconds_ratio of DG's backward to its forward pass.
+        without and with sampling, and the same of what was counted in FLOPs; flops_ratio and seconds_ratio of DG's
+        backward to its forward pass.
     """
     task = ReversalTask(config)
     torch.manual_seed(0)
@@ -113,7 +115,9 @@ def measure(config: ReversalConfig, body: Body, rate: float, rounds: int) -> Rec
     steps = {"dg": GatedBackward(None, loss=delightful()), "kondo": GatedBackward(KondoGate(rate=rate))}
     generator = torch.Generator().manual_seed(0)
     times: dict[str, list[float]] = {"sample": [], "dg": [], "kondo": []}
-    dense: list[BackwardReport] = []
+    reports: dict[str, list[BackwardReport]] = {"dg": [], "kondo": []}
+    with FlopCount() as count:
+        task.rollout(policy, generator, graph=False)
     for number in range(rounds + WARM_UP_ROUNDS):
         start = time.perf_counter()
         rollout = task.rollout(policy, generator, graph=False)
@@ -124,21 +128,25 @@ def measure(config: ReversalConfig, body: Body, rate: float, rounds: int) -> Rec
             optimizer.step()
             optimizer.zero_grad()
             spent[name] = time.perf_counter() - start
-            if name == "dg" and number >= WARM_UP_ROUNDS:
-                dense.append(report)
+            reports[name].append(report)
         if number >= WARM_UP_ROUNDS:
             for name, seconds in spent.items():
                 times[name].append(1000 * seconds)
     sample, dg, kondo = (np.array(times[name]) for name in ("sample", "dg", "kondo"))
-    flops = dense[-1]
+    dense, gated = reports["dg"], reports["kondo"]
+    updates = [(each[-1].flops or 0) for each in (dense, gated)]
     return {
         "sample": float(np.median(sample)),
         "dg": float(np.median(dg)),
         "kondo": float(np.median(kondo)),
         "training_gain": float(np.median(dg / kondo)),
         "total_gain": float(np.median((sample + dg) / (sample + kondo))),
-        "flops_ratio": (flops.backward_flops or 0) / (flops.forward_flops or 1),
-        "seconds_ratio": float(np.median([each.seconds["backward"] / each.seconds["forward"] for each in dense])),
+        "training_gain_flops": updates[0] / updates[1],
+        "total_gain_flops": (count.flops + updates[0]) / (count.flops + updates[1]),
+        "flops_ratio": (dense[-1].backward_flops or 0) / (dense[-1].forward_flops or 1),
+        "seconds_ratio": float(
+            np.median([each.seconds["backward"] / each.seconds["forward"] for each in dense[WARM_UP_ROUNDS:]])
+        ),
     }
 
 
@@ -158,23 +166,22 @@ def plot(records: list[Record]) -> Figure:
     from matplotlib.figure import Figure
 
     panels = [changed for changed in ("H", "M", "width", "body") if any(r["changed"] == changed for r in records)]
-    figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 4.6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, changed in zip(axes, panels, strict=True):
         of_panel = [record for record in records if record["changed"] == changed]
         places = range(len(of_panel))
         for name, label in (("training_gain", "update alone"), ("total_gain", "sampling included")):
             gains = [record[name] for record in of_panel]
-            if changed == "body":
-                offset = -0.2 if name == "training_gain" else 0.2
-                axis.bar([place + offset for place in places], gains, width=0.4, label=label)
-            else:
-                axis.plot(places, gains, "o-", label=label)
+            color = "C0" if name == "training_gain" else "C1"
+            axis.plot(places, gains, "o" if changed == "body" else "o-", color=color, label=label)
+            counted = [record[f"{name}_flops"] for record in of_panel]
+            axis.plot(places, counted, "x", color=color, label=f"{label}, in FLOPs")
         values = [str(record["value"]).replace(" ", "\n") for record in of_panel]
         axis.set_xticks(list(places), values)
         axis.set(xlabel=changed, yscale="log")
         axis.grid(alpha=0.3, which="both", axis="y")
-    axes[0].set_ylabel("milliseconds of DG's step over the gate's")
-    axes[0].legend()
+    axes[0].set_ylabel("DG's step over the gate's")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle("token reversal: what the gate saves a step")
     return figure

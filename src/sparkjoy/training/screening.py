@@ -29,6 +29,8 @@ class Drafting(Protocol):
     @property
     def draft_learning_rate(self) -> float: ...
     @property
+    def lesson_every(self) -> int: ...
+    @property
     def seed(self) -> int: ...
 
 
@@ -75,7 +77,8 @@ def screener(drafting: Drafting, task: Any, policy: nn.Module) -> Callable[[Any]
     if screen == "draft":
         with torch.random.fork_rng([]):
             torch.manual_seed(drafting.seed)
-            return DistilledDraft(task.draft_policy(), learning_rate=drafting.draft_learning_rate)
+            student = task.draft_policy()
+        return DistilledDraft(student, learning_rate=drafting.draft_learning_rate, every=drafting.lesson_every)
     keys = task.recurring()
     if keys is None:
         raise ValueError(f"--screen cached: no example of {task.name} comes round again; expected another screen.")
