@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= out/demo
 INSTALLED := $(VENV)/installed
+# A worker per core, each with one thread of torch; a file's tests stay together, for what they share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: help install demo test slow doctest lint types check clean
 
@@ -23,13 +25,13 @@ demo: install  ## the main job: quality against cost on MNIST, in about two minu
 	$(BIN)/sparkjoy pareto mnist --out $(DEMO_OUT)
 
 test: install  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 slow: install  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 doctest: install  ## every example in the docstrings and the README
-	$(BIN)/python -m pytest --doctest-modules src/sparkjoy
+	$(PYTEST) --doctest-modules src/sparkjoy
 	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs
 
 lint: install  ## ruff

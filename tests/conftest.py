@@ -5,6 +5,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 
 
 @pytest.fixture

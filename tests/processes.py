@@ -1,11 +1,16 @@
 """Start a few processes that belong together, and never leave one behind."""
 
+import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # Linux
 
 
 def run_processes(script: Path, count: int, arguments=(), *, store: Path, timeout: float = 120) -> list[str]:
@@ -21,14 +26,9 @@ def run_processes(script: Path, count: int, arguments=(), *, store: Path, timeou
             "RANK": str(rank),
             "WORLD_SIZE": str(count),
             "STORE": str(store),
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         }
-        command = [sys.executable, str(script), *map(str, arguments)]
-        with path.open("w") as out:
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-            )
+        processes.append(start([sys.executable, script, *arguments], environment, path))
     deadline = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in processes):
@@ -46,10 +46,39 @@ def run_processes(script: Path, count: int, arguments=(), *, store: Path, timeou
     return said
 
 
+def start(command, environment, log: Path) -> subprocess.Popen:
+    """A process in a session of its own, writing to `log`; it is told to end if this one dies."""
+    with log.open("a") as out:
+        return subprocess.Popen(
+            list(map(str, command)),
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+        )
+
+
 def kill(process: subprocess.Popen) -> bool:
     """End a process and all it started; whether it still ran."""
     running = process.poll() is None
     if running:
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun gives each of its workers a session of its own.
+        for pid in [*descendants(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return running
+
+
+def descendants(pid: int) -> list[int]:
+    """Children and children's children."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = dict(map(int, line.split()) for line in listed.splitlines())
+    found, generation = [], {pid}
+    while generation:
+        generation = {child for child, parent in parents.items() if parent in generation}
+        found += generation
+    return found

@@ -82,6 +82,34 @@ def test_negative_scores_fill_the_quota():
     assert sj.KondoGate(rate=0.5)(torch.tensor([-3.0, 1.0, 0.0, -1.0])).keep.tolist() == [False, True, False, True]
 
 
+@given(distinct_scores, rates, st.sampled_from([0.1, 0.25, 0.5, 0.9]))
+def test_a_share_of_the_kept_goes_to_the_worst(scores, rate, share):
+    decision = sj.KondoGate(rate=rate, negative_share=share)(torch.tensor(scores))
+    good = sorted((score for score in scores if score > 0), reverse=True)
+    bad = sorted(score for score in scores if score < 0)
+    kept = math.ceil(rate * len(scores) - 1e-9)
+    of_bad = min(len(bad), max(round(share * kept), kept - len(good)))
+    expected = {*good[: kept - of_bad], *bad[:of_bad]}
+    assert {score for score, keep in zip(scores, decision.keep.tolist(), strict=True) if keep} == expected
+    if expected:
+        assert decision.price.item() == min(map(abs, expected))
+    else:
+        assert decision.price is None
+
+
+def test_a_share_beside_a_price_adds_to_what_the_price_keeps():
+    score = torch.tensor([3.0, 2.0, 0.5, -0.5, -2.0, -3.0, -4.0])
+    gate = sj.KondoGate(price=1, negative_share=0.5)
+    assert gate(score).keep.tolist() == [True, True, False, False, False, True, True]
+    assert sj.KondoGate(rate=2 / 7, price=1, negative_share=0.5)(score).keep.nonzero().flatten().tolist() == [0, 6]
+    assert not gate(-score.abs()).keep.any()  # nothing passes the price, so there is nothing to have a share of
+
+
+def test_ties_of_a_share_go_to_the_earlier_position():
+    keep = sj.KondoGate(rate=0.5, negative_share=0.5)(torch.tensor([1.0, -1.0, 1.0, -1.0])).keep
+    assert keep.tolist() == [True, True, False, False]
+
+
 def test_a_soft_gate_keeps_with_the_sigmoid_of_the_margin(generator):
     score = torch.tensor([-1.0, 0.0, 2.0]).repeat(20_000)
     decision = sj.KondoGate(price=0.5, temperature=0.5, generator=generator)(score)
@@ -131,6 +159,11 @@ def test_low_precision_scores_are_ranked_in_float32():
         ({"rate": 0.5, "temperature": -1}, "temperature is -1"),
         ({"rate": 0.5, "temperature": math.nan}, "temperature is nan"),
         ({"rate": 0.5, "price": 0, "temperature": 1}, "not both"),
+        ({"rate": 0.5, "negative_share": 1}, "negative_share is 1"),
+        ({"rate": 0.5, "negative_share": -0.1}, "negative_share is -0.1"),
+        ({"rate": 0.5, "negative_share": "half"}, "negative_share is 'half'"),
+        ({"rate": 0.5, "temperature": 1, "negative_share": 0.5}, "goes with a hard gate"),
+        ({"price": -1, "negative_share": 0.5}, "price is -1, below 0"),
     ],
 )
 def test_wrong_settings_are_refused(arguments, message):

@@ -12,6 +12,7 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy pareto mnist     train every method at every rate, and draw quality against cost
   sparkjoy pareto reversal  the same on token reversal
   sparkjoy study scores     the same rate by other scores than delight, under two baselines
+  sparkjoy study screening  cheaper screeners than a forward pass, noise on delight, an unbiased gate
   sparkjoy study scaling    the longest prompt each method learns to reverse within a budget
   sparkjoy study gain       what the gate saves a step as problems grow and backward passes get dearer
   sparkjoy study tokens     gating single tokens against gating whole answers
@@ -19,7 +20,7 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy bench            seconds and peak memory of one step: dense, gated, and what else one could do
 
 Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures. train, pareto, study
-scores and study scaling go on from the last checkpoint when started again with the same --out."""
+scores, screening and scaling go on from the last checkpoint when started again with the same --out."""
 
 
 def main() -> None:

@@ -14,7 +14,16 @@ import torch
 import tyro
 
 from sparkjoy.bench import run as bench
-from sparkjoy.studies import bandit_theory, pareto, scaling, score_comparison, step_gain, token_gate
+from sparkjoy.studies import (
+    bandit_theory,
+    pareto,
+    scaling,
+    score_comparison,
+    screening,
+    screening_figures,
+    step_gain,
+    token_gate,
+)
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.tasks.rollouts import Task
@@ -25,6 +34,7 @@ from sparkjoy.training.console import (
     print_runs,
     print_scaling,
     print_scores,
+    print_screening,
     print_slopes,
     study_progress,
 )
@@ -194,6 +204,23 @@ class StudyTokens:
 
 
 @dataclass(frozen=True)
+class StudyScreening:
+    """Cheaper screeners than a forward pass, noise on delight, and the gate that stays unbiased; in minutes."""
+
+    out: Path = Path("out/study-screening")
+    """Folder for the results; finished runs in it are not run again."""
+    study: Annotated[screening.ScreeningStudy, FLAT] = field(default_factory=screening.ScreeningStudy)
+
+    def __call__(self) -> None:
+        with LiveRuns(runs=len(screening.arms(self.study))) as live:
+            tables = screening.run(self.study, self.out, live.start)
+        for name, figure in screening_figures.plot(tables).items():
+            save_figure(figure, self.out, name)
+        print_screening(tables)
+        print(f"results and figures in {self.out}")
+
+
+@dataclass(frozen=True)
 class Bench:
     """Seconds and peak memory of one step: dense, gated, and what else one could do, in one run."""
 
@@ -217,6 +244,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("pareto", "mnist"): ParetoMnist,
     ("pareto", "reversal"): ParetoReversal,
     ("study", "scores"): StudyScores,
+    ("study", "screening"): StudyScreening,
     ("study", "bandit"): StudyBandit,
     ("study", "scaling"): StudyScaling,
     ("study", "gain"): StudyGain,

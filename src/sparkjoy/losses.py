@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparkjoy.scores import per_row
+from sparkjoy.scores import ScoreFunction, per_row
 
 Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -108,10 +108,64 @@ def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "tok
         behavior_log_probs: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        advantages = per_row(advantages, log_probs)
-        chi = -advantages * log_probs.detach()
-        if unit == "sample" and chi.dim() == 2:
-            chi = (chi if mask is None else chi.where(mask.bool(), 0)).sum(dim=1, keepdim=True)
-        return -torch.sigmoid(chi / temperature) * advantages * log_probs
+        weight = delightful_weight(log_probs, advantages, mask, temperature, unit)
+        return -weight * per_row(advantages, log_probs) * log_probs
 
     return loss
+
+
+def weighted_by(score: ScoreFunction, temperature: float = 1.0) -> Loss:
+    """DG by another score than the exact delight: −σ(s/η) U log π, s the score of the row, detached.
+
+    >>> loss = weighted_by(lambda advantages, log_probs: torch.zeros(2))
+    >>> loss(torch.tensor([-3.0, -3.0]), torch.tensor([1.0, -1.0]), None, None)
+    tensor([ 1.5000, -1.5000])
+
+    Args:
+        score: `(advantages, log_probs) -> (B,)`.
+        temperature: η > 0.
+
+    Returns:
+        A loss: `(log_probs, advantages, behavior_log_probs, mask) -> terms`.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature!r}; expected a number above 0.")
+
+    def loss(
+        log_probs: Tensor,
+        advantages: Tensor,
+        behavior_log_probs: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        weight = torch.sigmoid(score(advantages, log_probs.detach()) / temperature)
+        weight = weight.unsqueeze(1) if log_probs.dim() == 2 else weight
+        return -weight * per_row(advantages, log_probs) * log_probs
+
+    return loss
+
+
+def delightful_weight(
+    log_probs: Tensor, advantages: Tensor, mask: Tensor | None, temperature: float, unit: Literal["token", "sample"]
+) -> Tensor:
+    """The weight of `delightful`, σ(χ/η), to multiply the advantages of another loss with; detached.
+
+    >>> delightful_weight(torch.tensor([-3.0, -3.0]), torch.tensor([1.0, -1.0]), None, 1.0, "token")
+    tensor([0.9526, 0.0474])
+
+    Args:
+        log_probs: (B,) or (B, T).
+        advantages: (B,), or (B, T) with (B, T).
+        mask: (B, T), 1 for tokens that count.
+        temperature: η > 0.
+        unit: as in `delightful`.
+
+    Returns:
+        The shape of `log_probs`; (B, 1) for samples of several tokens.
+    """
+    chi = -per_row(advantages, log_probs) * log_probs.detach()
+    if unit == "sample" and chi.dim() == 2:
+        chi = (chi if mask is None else chi.where(mask.bool(), 0)).sum(dim=1, keepdim=True)
+    return torch.sigmoid(chi / temperature)

@@ -7,7 +7,9 @@ be given to `GatedBackward(score=...)`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -188,6 +190,46 @@ def reads_log_probs(score: ScoreFunction) -> bool:
     (True, False, False)
     """
     return bool(getattr(score, "reads_log_probs", True))
+
+
+def noisy_score(
+    score: ScoreFunction,
+    level: float,
+    kind: Literal["multiplicative", "additive"] = "multiplicative",
+    generator: torch.Generator | None = None,
+) -> ScoreFunction:
+    """A score function with Gaussian noise on each row's score: how approximate may it be? (arXiv 2603.20526)
+
+    Multiplicative: s(1 + level · ε). Additive: s + level · sd(s) · ε, sd over the batch. ε ~ N(0, 1). Rows of score 0
+    stay at 0.
+
+    >>> noisy = noisy_score(delight, 0.5, "multiplicative", torch.Generator().manual_seed(0))
+    >>> noisy(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]).log())
+    tensor([1.2272, 0.0000])
+
+    Args:
+        score: gives what the noise is put on; (B, T) scores are summed over tokens first, so it takes no mask.
+        level: relative size of the noise, at least 0.
+        kind: "multiplicative" or "additive".
+        generator: source of the draws; None: torch's global one.
+
+    Raises:
+        ValueError: a level below 0, or an unknown kind.
+    """
+    if not 0 <= level < math.inf or kind not in ("multiplicative", "additive"):
+        raise ValueError(
+            f"noise is {level!r}, {kind!r}; expected a level of at least 0, and 'multiplicative' or 'additive'."
+        )
+
+    def noisy(advantages: Tensor, log_probs: Tensor) -> Tensor:
+        clean = score(advantages, log_probs)
+        clean = clean.sum(dim=1) if clean.dim() == 2 else clean
+        device = clean.device if generator is None else generator.device
+        draws = torch.randn(len(clean), generator=generator, device=device).to(clean)
+        size = clean if kind == "multiplicative" else clean.std(correction=0) * (clean != 0)
+        return clean + level * size * draws
+
+    return noisy
 
 
 def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:

@@ -147,6 +147,7 @@ def one_step(kind, even, case, deal):
         "total": report.total,
         "loss": (float(report.loss), float(reference.loss)),
         "backward_rows": report.backward_rows,
+        "screened_rows": report.screened_rows,
         "micro_batch_size": case.get("micro_batch_size"),
         "forwards": passes[0],
         "backwards": passes[1],

@@ -10,6 +10,8 @@ from distributed_worker import Policy, gradients, tell, wrap
 from engine_cases import ROWS, make_case
 from tensordict import TensorDict
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sparkjoy as sj
@@ -85,8 +87,11 @@ def errors_of_one_rank():
 def modules_that_do_not_fit():
     policy, batch, advantages, _ = local_case()
     module = DistributedDataParallel(policy)
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    hybrid = fully_shard(Policy(), mesh=mesh)
     tell(
         "modules",
+        hybrid=refusal(sj.GatedBackward, GATE, module=hybrid),
         forgotten=refusal(sj.GatedBackward(GATE), policy, batch, advantages),
         plain=refusal(sj.GatedBackward, GATE, module=policy),
         inside=refusal(sj.GatedBackward(GATE, module=module), module.module, batch, advantages),

@@ -53,3 +53,12 @@ def test_every_rank_does_as_many_passes_and_dealing_levels_the_rows(results):
             assert max(rows) == max(1, -(-sum(kept) // len(kept))), ranks
         elif ranks[0]["kept"][0] and ranks[0]["micro_batch_size"] is None:
             assert rows == [max(1, count) for count in kept], ranks
+
+
+def test_rows_that_the_signs_of_all_advantages_settle_are_not_screened(results):
+    for ranks in zip(*results, strict=True):
+        screened = [result["screened_rows"] for result in ranks]
+        if ranks[0]["case"] == "on one rank only" and len(ranks) > 1:
+            assert screened == [max(1, kept) for kept in ranks[0]["kept_by_rank"]], ranks  # fillers elsewhere
+        if ranks[0]["case"] == "everywhere" and len(ranks) > 1:
+            assert sum(screened) < 13, ranks  # the quota is filled by rows of positive advantage

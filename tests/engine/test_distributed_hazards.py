@@ -31,6 +31,7 @@ def test_errors_and_modules_that_do_not_fit_are_refused_on_every_rank(tmp_path):
             assert result["kept"] == 7
         assert "2 processes, but no module" in modules["forgotten"]
         assert "module is a Policy" in modules["plain"]
+        assert "meshes of shape (1, 2); expected one mesh of one dimension" in modules["hybrid"]
         assert "does not call the DistributedDataParallel module" in modules["inside"]
         assert modules["untouched"]
         assert modules["alone"] == (4 if rank else 9)

@@ -29,6 +29,7 @@ def differs(first, second):
 
 
 GATES = st.one_of(
+    st.builds(sj.KondoGate, rate=st.sampled_from([0.25, 0.6]), negative_share=st.sampled_from([0.3, 0.5])),
     st.builds(sj.KondoGate, rate=st.sampled_from([0.05, 0.25, 0.5, 0.75, 0.9])),
     st.builds(sj.KondoGate, price=st.sampled_from([-1.0, 0.0, 0.5])),
     st.builds(sj.KondoGate, rate=st.sampled_from([0.2, 0.6]), price=st.sampled_from([-1.0, 0.0, 0.5])),

@@ -60,7 +60,7 @@ def step_of(arm: Arm, rate: float, micro_batch_size: int, problem: Problem) -> S
     elif arm == "positive":
         kept = (problem.advantages > 0).nonzero().squeeze(1)
     elif arm == "pods":
-        kept = greatest_variance(problem.advantages, rate_count(rate, rows))
+        kept = greatest_variance(problem.advantages, rate_count(rate, rows)).sort().values
     return _plain(kept, micro_batch_size, problem)
 
 

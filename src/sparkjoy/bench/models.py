@@ -76,7 +76,7 @@ def build(workload: Workload) -> Problem:
     if workload.train_only == "lora":
         _freeze_all_but_adapters(module)
     if workload.checkpointing:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        module.activation_checkpointing_enable()
     module.train()
     generator = torch.Generator().manual_seed(workload.seed)
     tokens = torch.randint(workload.vocabulary, (workload.rows, 1 + workload.length), generator=generator)

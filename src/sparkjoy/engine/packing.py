@@ -119,6 +119,9 @@ class Packing:
         return min(limits, default=None)
 
 
+AT_ONCE = Packing()
+
+
 def _spans(mask: Tensor) -> Tensor:
     """(n,): columns from the first to the last that counts."""
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask

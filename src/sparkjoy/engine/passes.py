@@ -13,11 +13,11 @@ from torch import Tensor
 
 from sparkjoy.engine.inputs import Inputs, finite_where_valid
 from sparkjoy.engine.ledger import Ledger
-from sparkjoy.engine.packing import Packing
-from sparkjoy.engine.ranks import Ranks
+from sparkjoy.engine.packing import AT_ONCE, Packing
+from sparkjoy.engine.ranks import ALONE, Ranks
 from sparkjoy.engine.screening import LogProbFunction, screening
 from sparkjoy.engine.survivors import Rows
-from sparkjoy.losses import Loss
+from sparkjoy.losses import Loss, reinforce
 
 Normalizer = Literal["batch", "samples", "kept"] | float
 
@@ -50,11 +50,11 @@ class Passes:
         log_prob_fn: LogProbFunction,
         inputs: Inputs,
         ledger: Ledger,
-        loss: Loss,
-        normalizer: Normalizer,
-        packing: Packing,
-        backward: Callable[[Tensor], Any],
-        ranks: Ranks,
+        loss: Loss = reinforce,
+        normalizer: Normalizer = "batch",
+        packing: Packing = AT_ONCE,
+        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.log_prob_fn = log_prob_fn
         self.inputs = inputs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.inputs import Inputs
-from sparkjoy.engine.ranks import OneProcess, Ranks
+from sparkjoy.engine.ranks import ALONE, Ranks
 from sparkjoy.gates import Gate, KondoGate, rate_count
 from sparkjoy.prices import FixedPrice
 
@@ -21,9 +21,6 @@ Plan = Literal["known", "signs", "screen", "dense"]
 
 BACKWARD_OVER_FORWARD = 2.0
 """r of full training, until it is measured: two matrix products backward for each one forward."""
-
-
-ALONE = OneProcess()
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def candidates(gate: Gate, signs_decide: bool, certain_first: bool, inputs: Inpu
     if positive.dim() == 2:
         positive, negative = positive.any(dim=1), negative.any(dim=1)
     none = torch.zeros_like(positive)
-    hard = type(gate) is KondoGate and gate.temperature == 0
+    hard = type(gate) is KondoGate and gate.temperature == 0 and gate.negative_share == 0
     quota = (
         rate_count(gate.rate, ranks.total(inputs.total)) if type(gate) is KondoGate and gate.rate is not None else None
     )

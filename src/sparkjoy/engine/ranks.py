@@ -142,3 +142,6 @@ class OneProcess:
 
     def close(self, loss: Tensor, rounds: int) -> Tensor:
         return loss
+
+
+ALONE = OneProcess()

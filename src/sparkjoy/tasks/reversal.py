@@ -13,8 +13,6 @@ from sparkjoy.policies.transformer import Transformer
 from sparkjoy.tasks.rollouts import Rollout
 from sparkjoy.training.processes import WHOLE, Share
 
-HELD_OUT_PROMPTS = 1000
-
 
 @dataclass(frozen=True)
 class ReversalConfig:
@@ -34,6 +32,8 @@ class ReversalConfig:
     """Prompts drawn a step."""
     answers: int = 10
     """Answers drawn to each prompt; their mean reward is its baseline."""
+    held_out: int = 1000
+    """Fixed prompts to measure the error on."""
     layers: int = 3
     """Blocks of the transformer."""
     width: int = 64
@@ -44,7 +44,7 @@ class ReversalConfig:
     """Width of the feed-forward parts."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_length", "prompts", "answers", "layers", "width", "heads", "feed_forward"):
+        for name in ("prompt_length", "prompts", "answers", "held_out", "layers", "width", "heads", "feed_forward"):
             _check_at_least(1, name, getattr(self, name))
         _check_at_least(2, "vocab_size", self.vocab_size)
         _check_one_of(("reverse", "copy", "increment"), "target", self.target)
@@ -83,7 +83,7 @@ class ReversalTask:
             )
         self.config = config
         self.share = share
-        self._held_out = self.sample(HELD_OUT_PROMPTS, torch.Generator().manual_seed(0))
+        self._held_out = self.sample(config.held_out, torch.Generator().manual_seed(0))
 
     def policy(self) -> Transformer:
         """A transformer of the config's sizes."""
@@ -96,6 +96,20 @@ class ReversalTask:
             heads=config.heads,
             feed_forward=config.feed_forward,
         )
+
+    def draft_policy(self) -> Transformer:
+        """A transformer of one layer, half as wide and with one head."""
+        config = self.config
+        width = max(1, config.width // 2)
+        positions = 2 * config.prompt_length - 1
+        return Transformer(config.vocab_size, positions, layers=1, width=width, heads=1, feed_forward=width)
+
+    def actions(self, rows: dict[str, Tensor]) -> Tensor:
+        """The answers (n, H) of rows."""
+        return rows["answers"]
+
+    def recurring(self) -> None:
+        """No prompt is meant to come again."""
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Prompts (count, H), every token drawn uniformly."""
@@ -151,7 +165,7 @@ class ReversalTask:
         return {**rows, "answers": rows["answers"][:, :length]}
 
     def error(self, policy: Transformer) -> float:
-        """Fraction of wrong tokens in one sampled answer to each of 1,000 fixed prompts, the same draws every time."""
+        """Fraction of wrong tokens in one sampled answer to each of the fixed prompts, the same draws every time."""
         generator = torch.Generator().manual_seed(1)
         answers, _ = policy.sample(self._held_out, 1, self.config.prompt_length, generator)
         return float((answers != self.target(self._held_out)).float().mean())

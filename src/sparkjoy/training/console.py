@@ -122,6 +122,23 @@ def print_scores(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_screening(tables: dict[str, list[dict[str, Any]]]) -> None:
+    """One row an arm of every part."""
+    shared = ("task", "arm", "error", "mean_error")
+    screeners = ("recall", "draft_recall", "spearman", "seconds_over_forward", "learn_over_forward")
+    columns = {"screeners": (*shared, *screeners), "noise": shared, "unbiased": (*shared, "step", "backward_samples")}
+    for part, rows in tables.items():
+        if not rows:
+            continue
+        table = Table(title=f"{part}: means over {max(row['seeds'] for row in rows)} seeds")
+        for column in columns[part]:
+            table.add_column(column.replace("_", " "), justify="left" if column in ("task", "arm") else "right")
+        for row in rows:
+            values = [row[column] for column in columns[part]]
+            table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+        Console().print(table)
+
+
 def print_scaling(rows: list[dict[str, Any]]) -> None:
     """One row a method and prompt length: means over the seeds that reached the target."""
     table = Table(title="to the target error, means over seeds")
@@ -155,13 +172,13 @@ def print_gains(records: list[dict[str, Any]]) -> None:
 
 
 def print_bench(result: dict[str, Any]) -> None:
-    """One row an arm and rate: milliseconds, and how much faster than the dense loop; then the peaks of memory."""
+    """One row an arm and rate: rows that passed backward, rows in a micro-batch, milliseconds, dense over its own."""
     ratio = result["backward_over_forward"]
     table = Table(
         title=f"one step without the optimizer, {result['parameters'] / 1e6:.3g}M parameters; "
         f"backward over forward {ratio['seconds']:.2f} in seconds, {ratio['flops']:.2f} in FLOPs"
     )
-    for column in ("arm", "rate", "rows backward", "micro-batch", "p20 ms", "p50 ms", "p80 ms", "speed-up"):
+    for column in ("arm", "rate", "rows", "size", "p20 ms", "p50 ms", "p80 ms", "speed-up"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for row in result["arms"]:
         milliseconds = [f"{1000 * value:,.1f}" for value in row["seconds"]["total"].values()]
@@ -172,7 +189,7 @@ def print_bench(result: dict[str, Any]) -> None:
     if not result.get("memory"):
         return
     table = Table(title="peak memory of the step above weights, gradients and optimizer state")
-    for column in ("arm", "rate", "micro-batch", "MB in tensors", "MB resident", "of undivided dense"):
+    for column in ("arm", "rate", "size", "MB in tensors", "MB resident", "of undivided"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     undivided = result["memory"][0]["peak_bytes"]
     for row in result["memory"]:

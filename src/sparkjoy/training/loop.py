@@ -20,6 +20,7 @@ from sparkjoy.engine.ledger import FlopCount
 from sparkjoy.tasks.rollouts import Rollout, Task
 from sparkjoy.training.checkpoint import load_checkpoint, save_checkpoint
 from sparkjoy.training.processes import WHOLE, Share
+from sparkjoy.training.screening import screener
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tally import Tally
 from sparkjoy.training.tracking import as_json, prepare_out, read_json, write_json, write_json_lines
@@ -63,7 +64,8 @@ class Training:
         self.own_forward: Callable[[Any], Tensor] = self.policy.log_probs
         if share.count > 1:
             self.own_forward = DistributedDataParallel(LogProbs(self.policy))
-        self.backward = settings.step(self.generator, task.trim, share, self.own_forward)
+        draft = screener(settings, task, self.policy)
+        self.backward = settings.step(self.generator, task.trim, draft, share, self.own_forward)
         # The strongest dense loop differentiates the forward pass that sampled, instead of running a second one.
         undivided = settings.micro_batch_size is None and settings.updates == 1 and share.count == 1
         self.differentiates_rollout = task.samples_with_graph and not settings.gated and undivided
@@ -79,10 +81,9 @@ class Training:
         sampled = time.perf_counter()
         advantages = self._advantages(rollout)
         log_prob_fn = (lambda _: rollout.log_probs) if self.differentiates_rollout else self.own_forward
+        known = {"log_probs" if self.settings.screen == "sampler" else "behavior_log_probs": rollout.log_probs}
         for _ in range(self.settings.updates):
-            report = self.backward(
-                log_prob_fn, rollout.batch, advantages, log_probs=rollout.log_probs, mask=rollout.mask
-            )
+            report = self.backward(log_prob_fn, rollout.batch, advantages, mask=rollout.mask, **known)
             if report.kept:
                 before = time.perf_counter()
                 self.optimizer.step()

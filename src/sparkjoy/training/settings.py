@@ -10,22 +10,29 @@ import torch
 from torch import Tensor
 
 from sparkjoy.baselines import good_and_bad_advantage, group_standardised_advantage
+from sparkjoy.engine.audit import Audit
 from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.engine.speculative import SpeculativeBackward
 from sparkjoy.engine.token_gate import TokenGatedBackward
 from sparkjoy.gates import KondoGate
-from sparkjoy.losses import Loss, clipped, delightful, reinforce
+from sparkjoy.losses import Loss, clipped, delightful, reinforce, weighted_by
+from sparkjoy.prices import BackwardBudget, RollingQuantile
 from sparkjoy.scores import (
     ScoreFunction,
     absolute_advantage_score,
     additive_score,
     advantage_score,
     delight,
+    noisy_score,
     surprisal_score,
     uniform_score,
 )
 from sparkjoy.training.processes import WHOLE, Share
+from sparkjoy.training.screening import Screen
+from sparkjoy.unbiased import UnbiasedGate, update_size
 
-Method = Literal["pg", "dg", "kondo", "uniform", "ppo", "grpo", "pmpo"]
+Method = Literal["pg", "dg", "kondo", "uniform", "unbiased", "ppo", "grpo", "pmpo"]
+PriceKind = Literal["batch", "rolling", "budget"]
 Score = Literal["delight", "advantage", "absolute-advantage", "surprisal", "additive", "uniform"]
 
 DEFAULT_RATE = 0.03
@@ -36,13 +43,18 @@ class Settings:
     """One run: everything that its records depend on, but for the task."""
 
     method: Method = "kondo"
-    """pg: plain policy gradient; dg: delightful one; kondo: the gate; uniform: rows at random; ppo, grpo, pmpo."""
+    """pg: plain policy gradient; dg: delightful one; kondo: the gate; uniform: rows at random;
+    unbiased: a gate with DG's own expected update; ppo, grpo, pmpo."""
     rate: float | None = None
-    """Fraction of samples kept by kondo and uniform. Default 0.03 where no price is given."""
+    """Fraction of samples kept by kondo, uniform and unbiased. Default 0.03 where no price is given."""
     price: float | None = None
     """Keep only samples whose score is above this; 0 is the papers' zero price."""
+    price_kind: PriceKind = "batch"
+    """What the rate is of: of every batch; of a rolling window of scores; or, as a budget, of all tokens so far."""
     temperature: float = 0.0
     """Softness of the gate; 0 is the hard gate."""
+    negative_share: float = 0.0
+    """Fraction of the kept samples reserved for the most negative scores; kondo only."""
     score: Score = "delight"
     """What the gate ranks samples by."""
     alpha: float = 0.5
@@ -71,9 +83,31 @@ class Settings:
     """Rows per forward and backward pass; all at once by default."""
     threads: int = 1
     """Threads of torch."""
+    screen: Screen = "sampler"
+    """Log-probs that the gate decides on: the sampler's own, free; an exact forward pass; or a cheaper draft."""
+    verify: float | None = None
+    """Propose so many times the rate by the draft, and decide by exact log-probs of the proposed; None: do not."""
+    audit_every: int = 20
+    """Steps between comparisons of the draft with an exact forward pass."""
+    recall_floor: float = 0.5
+    """Give the draft up for exact screening when it finds less than this fraction of the rows to keep; 0: never."""
+    refresh_every: int = 10
+    """Steps that the weights of --screen stale are used for."""
+    exit_layers: int = 1
+    """Layers read by --screen early-exit."""
+    max_age: int = 200
+    """Steps that a log-prob of --screen cached is believed for."""
+    noise: float = 0.0
+    """Gaussian noise on the delight that kondo ranks by, or that weights dg, relative to it: 0.5 for 50%."""
+    noise_kind: Literal["multiplicative", "additive"] = "multiplicative"
+    """Noise in proportion to each sample's delight, or to the batch's standard deviation of it."""
+    lesson_every: int = 2
+    """Steps between lessons of --screen draft."""
+    draft_learning_rate: float = 3e-3
+    """Adam's learning rate for --screen draft."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "threads", "epochs"):
+        for name in ("steps", "evaluate_every", "threads", "epochs", "audit_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1.")
         for name in ("until_error", "target_error"):
@@ -84,8 +118,26 @@ class Settings:
             raise ValueError(f"--learning-rate {self.learning_rate}: expected a number above 0.")
         if not self.gated and (self.rate is not None or self.price is not None):
             raise ValueError(
-                f"--method {self.method} keeps every sample; --rate and --price go with kondo and uniform."
+                f"--method {self.method} keeps every sample; --rate and --price go with kondo, uniform and unbiased."
             )
+        if self.verify is not None and self.screen == "exact":
+            raise ValueError(f"--verify {self.verify:g} verifies a draft; --screen exact needs none.")
+        if self.method == "unbiased" and (self.price is not None or self.temperature or self.score != "delight"):
+            raise ValueError("--method unbiased goes by a score of its own, at a --rate; expected no other.")
+        if self.noise and not (self.method == "dg" or (self.method == "kondo" and self.unit == "sample")):
+            raise ValueError(f"--noise {self.noise}: goes with --method dg, or with kondo of whole samples.")
+        if self.speculates and (not self.gated or self.unit == "token"):
+            raise ValueError(
+                "--screen and --verify go with a gate of whole samples: --method kondo, uniform, unbiased."
+            )
+        ranks = self.method in ("kondo", "uniform") and self.price is None and self.temperature == 0
+        if self.price_kind != "batch" and (not ranks or self.speculates):
+            raise ValueError(
+                f"--price-kind {self.price_kind} goes with the --rate of kondo or uniform, without --price, "
+                "--temperature, --screen or --verify."
+            )
+        if self.negative_share and self.method != "kondo":
+            raise ValueError(f"--negative-share goes with --method kondo; --method {self.method} was given.")
         if self.unit == "token" and (self.method != "kondo" or self.score != "delight" or self.micro_batch_size):
             raise ValueError("--unit token goes with --method kondo, by delight, in one micro-batch.")
         self.step(torch.Generator(), trim=None)  # raises on a rate, price, temperature or alpha outside its range
@@ -93,7 +145,12 @@ class Settings:
     @property
     def gated(self) -> bool:
         """Whether samples are skipped at all."""
-        return self.method in ("kondo", "uniform")
+        return self.method in ("kondo", "uniform", "unbiased")
+
+    @property
+    def speculates(self) -> bool:
+        """Whether a draft decides, or proposes."""
+        return self.screen not in ("sampler", "exact") or self.verify is not None
 
     @property
     def updates(self) -> int:
@@ -110,50 +167,73 @@ class Settings:
         """A short name of the arm, without the seed: `kondo 3%`."""
         parts: list[str] = [self.method]
         if self.gate_rate is not None:
-            parts.append(f"{100 * self.gate_rate:g}%")
+            parts.append(f"{100 * self.gate_rate:g}%" + ("" if self.price_kind == "batch" else f" {self.price_kind}"))
         if self.price is not None:
             parts.append(f"price {self.price:g}")
         if self.unit == "token":
             parts.append("of tokens")
+        if self.negative_share:
+            parts.append(f"negative {100 * self.negative_share:g}%")
         if self.method == "kondo" and self.score != "delight":
             parts.append(f"by {self.score}" + (f" {self.alpha:g}" if self.score == "additive" else ""))
+        if self.noise:
+            parts.append(f"{self.noise_kind} noise {100 * self.noise:g}%")
+        if self.screen != "sampler":
+            parts.append(f"screened by {self.screen}")
+        if self.verify is not None:
+            parts.append(f"verified x{self.verify:g}")
         return " ".join(parts)
 
     def step(
         self,
         generator: torch.Generator,
         trim: Callable[[Any, int], Any] | None,
+        screen: Callable[[Any], Tensor] | None = None,
         share: Share = WHOLE,
         module: Any = None,
-    ) -> GatedBackward | TokenGatedBackward:
+    ) -> GatedBackward | SpeculativeBackward | TokenGatedBackward:
         """The engine's step of this method.
 
         Args:
             generator: source of the gate's draws.
             trim: shortens answers.
+            screen: the draft, where this run has one.
             share: this process's part of a batch.
             module: what averages the gradients of several processes.
         """
-        if share.count > 1 and self.unit == "token":
-            raise ValueError("--unit token runs in one process; start it without torchrun.")
+        if share.count > 1 and (self.unit == "token" or self.speculates or self.noise):
+            raise ValueError(
+                "--unit token, --screen, --verify and --noise run in one process; start it without torchrun."
+            )
         loss: Loss = reinforce
-        if self.method == "dg":
+        if self.method in ("dg", "unbiased"):
             loss = delightful(unit=self.dg_unit)
+            if self.noise:
+                loss = weighted_by(self._noisy(delight, generator))
         elif self.method in ("ppo", "grpo"):
             loss = clipped(self.clip)
-        gate = None
-        if self.gated:
-            gate = KondoGate(self.gate_rate, self.price, self.temperature, generator)
+        gate: KondoGate | UnbiasedGate | None = None
+        if self.method == "unbiased":
+            gate = UnbiasedGate(self.gate_rate or DEFAULT_RATE, generator=generator)
+        elif self.gated:
+            gate = self._gate(generator)
         if gate is not None and self.unit == "token":
             return TokenGatedBackward(gate, loss=loss, trim=trim)
-        return GatedBackward(
-            gate,
-            loss=loss,
-            score=self._score(generator, share),
-            micro_batch_size=self.micro_batch_size,
-            normalizer="batch",
-            module=module if share.count > 1 else None,
-        )
+        score, size = self._score(generator, share), self.micro_batch_size
+        if gate is not None and self.speculates:
+            audit = Audit(self.audit_every, floor=self.recall_floor)
+            options: dict[str, Any] = {"loss": loss, "score": score, "micro_batch_size": size}
+            noisy = self._noisy(score, generator)
+            return SpeculativeBackward(gate, screen, verify=self.verify, audit=audit, draft_score=noisy, **options)
+        score = self._noisy(score, generator) if gate is not None else score
+        module = module if share.count > 1 else None
+        return GatedBackward(gate, loss=loss, score=score, micro_batch_size=size, normalizer="batch", module=module)
+
+    def _gate(self, generator: torch.Generator) -> KondoGate:
+        if self.gate_rate is not None and self.price_kind != "batch":
+            price = RollingQuantile if self.price_kind == "rolling" else BackwardBudget
+            return KondoGate(price=price(self.gate_rate), negative_share=self.negative_share)
+        return KondoGate(self.gate_rate, self.price, self.temperature, generator, self.negative_share)
 
     def advantages(self, advantages: Tensor, group_size: int | None) -> Tensor:
         """What this method makes of advantages (B,) over their group's baseline."""
@@ -162,6 +242,9 @@ class Settings:
         if self.method == "pmpo":
             return good_and_bad_advantage(advantages)
         return advantages
+
+    def _noisy(self, score: ScoreFunction, generator: torch.Generator) -> ScoreFunction:
+        return noisy_score(score, self.noise, self.noise_kind, generator) if self.noise else score
 
     def _score(self, generator: torch.Generator, share: Share) -> ScoreFunction:
         draw = uniform_score(generator)
@@ -179,4 +262,6 @@ class Settings:
             "additive": additive_score(self.alpha),
             "uniform": uniform,
         }
+        if self.method == "unbiased":
+            return update_size
         return scores["uniform" if self.method == "uniform" else self.score]

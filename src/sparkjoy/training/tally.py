@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.report import BackwardReport
+from sparkjoy.engine.speculative import SpeculativeReport
+from sparkjoy.training.audits import AuditTally
 from sparkjoy.training.processes import Share
 
 COUNTED_BY_EACH = (
@@ -41,6 +43,7 @@ class Tally:
     priced_steps: int = 0
     reward_sum: float = 0.0
     steps_since: int = 0
+    audits: AuditTally = field(default_factory=AuditTally)
 
     def sampled(self, rows: int, tokens: int, flops: int, reward: Tensor) -> None:
         """Count a rollout of `rows`; its forward pass counts too."""
@@ -63,6 +66,8 @@ class Tally:
         self.backward_flops += report.backward_flops or 0
         self.seconds["screen"] += report.seconds["screen"]
         self.seconds["backward"] += sum(report.seconds[phase] for phase in ("gather", "forward", "backward"))
+        if isinstance(report, SpeculativeReport):
+            self.audits.stepped(report.screening)
         if report.decision.price is not None:
             self.price_sum += report.decision.price.item()
             self.priced_steps += 1
@@ -96,6 +101,7 @@ class Tally:
             "forward_flops": self.forward_flops,
             "backward_flops": self.backward_flops,
             "seconds": dict(self.seconds),
+            "screening": self.audits.record(),
         }
         self.price_sum, self.priced_steps, self.reward_sum, self.steps_since = 0.0, 0, 0.0, 0
         return record
@@ -105,4 +111,7 @@ class Tally:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, value)
+            if name == "audits":
+                self.audits.load_state_dict(value)
+            else:
+                setattr(self, name, value)

@@ -1,0 +1,176 @@
+"""CPU seconds of an update in TRL's GRPOTrainer, gated against TRL's own: screening, forward and backward passes.
+
+    python benchmarks/trl_step.py --out out/trl_step.json
+
+A Qwen2 of 2.9 million random parameters, 128 completions of 48 to 80 tokens, micro-batches of 16. All arms take turns
+within one process on one thread and see the same completions, so that their ratios compare; absolute times are this
+machine's. The update is what a step's training passes take, screening and packing included, generation and rewards
+not; the whole step is everything. "with log-probs": those that the sampler left decide, and no row is screened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl_task
+from transformers import TrainerCallback
+
+from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
+from sparkjoy.training.tracking import write_json
+
+SIZE = {"width": 192, "layers": 6, "heads": 4}
+PLAIN = "TRL's own"
+ARMS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "rate 1": {"gate_rate": 1.0},
+    "25%": {"gate_rate": 0.25},
+    "10%": {"gate_rate": 0.1},
+    "10% with log-probs": {"gate_rate": 0.1, "rollout_func": trl_task.rollout_with_log_probs},
+    "3%": {"gate_rate": 0.03},
+    "3% with log-probs": {"gate_rate": 0.03, "rollout_func": trl_task.rollout_with_log_probs},
+    "price 0": {"gate_price": 0.0},
+}
+
+
+class Timed(KondoGRPOTrainer):
+    """The trainer with clocks: of its training passes, and of the generation within them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.update_seconds: list[float] = []
+        self._passes = 0.0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        loss = super().training_step(*args, **kwargs)
+        self._passes += time.process_time() - start
+        if self.accelerator.sync_gradients:
+            self.update_seconds.append(self._passes)
+            self._passes = 0.0
+        return loss
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        start = time.process_time()
+        output = super()._generate_and_score_completions(inputs)
+        self._passes -= time.process_time() - start
+        return output
+
+    def _decide(self, *args: Any) -> Any:  # runs within the above, and is part of the update
+        start = time.process_time()
+        keep = super()._decide(*args)
+        self._passes += time.process_time() - start
+        return keep
+
+
+class StepSeconds(TrainerCallback):  # type: ignore[misc]  # transformers' is untyped
+    """The whole of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._start = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.process_time() - self._start)
+
+
+def high_digits(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """A reward that differs between random completions: how many of the digits are above 4, out of 64."""
+    return [sum(character in "56789" for character in completion) / 64 for completion in completions]
+
+
+def run(arm: dict[str, Any], steps: int, folder: str, **size: int) -> dict[str, list[float]]:
+    """Seconds of every step after the first, which warms up, and gate figures; the weights stand still."""
+    arm = dict(arm)
+    rollout = arm.pop("rollout_func", None)
+    clock = StepSeconds()
+    trainer = Timed(
+        model=trl_task.model(**(size or SIZE)),
+        reward_funcs=high_digits,
+        args=KondoGRPOConfig(
+            **trl_task.options(
+                output_dir=folder,
+                per_device_train_batch_size=16,
+                gradient_accumulation_steps=8,
+                num_generations=8,
+                max_completion_length=80,
+                generation_kwargs={"min_new_tokens": 48},
+                max_steps=steps + 1,
+                learning_rate=0.0,
+            ),
+            **arm,
+        ),
+        train_dataset=trl_task.prompts(256, 6, 10),
+        processing_class=trl_task.tokenizer(),
+        callbacks=[clock],
+        rollout_func=rollout,
+    )
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry][1:]
+    figures = {
+        name: [float(entry.get(f"gate/{name}", default)) for entry in logs]
+        for name, default in (("kept_rate", 1.0), ("micro_steps", 8.0), ("screen_seconds", 0.0), ("screened_rate", 0.0))
+    }
+    tokens = [entry["completions/mean_length"] for entry in logs]
+    return {"update": trainer.update_seconds[1:], "whole": clock.seconds[1:], "tokens": tokens} | figures
+
+
+def measure(rounds: int, steps: int) -> dict[str, dict[str, float]]:
+    """Medians of every arm over all rounds, and what TRL's own takes over them."""
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in ARMS}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            for name, arm in ARMS.items():
+                for figure, values in run(arm, steps, folder).items():
+                    samples[name].setdefault(figure, []).extend(values)
+                print(f"round {number + 1} of {rounds}: {name}: {samples[name]['update'][-1]:.3f} s", flush=True)
+    result = {
+        name: {figure: statistics.median(values) for figure, values in figures.items()}
+        for name, figures in samples.items()
+    }
+    for figures in result.values():
+        figures["update_speedup"] = result[PLAIN]["update"] / figures["update"]
+        figures["whole_speedup"] = result[PLAIN]["whole"] / figures["whole"]
+    return result
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/trl_step.json"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    parameters = trl_task.model(**SIZE).num_parameters()
+    print(f"{parameters:,} parameters")
+    result = measure(options.rounds, options.steps)
+    print(f"{'':20}{'kept':>7}{'passes':>8}{'update s':>10}{'×':>7}{'whole s':>10}{'×':>7}")
+    for name, row in result.items():
+        print(
+            f"{name:20}{row['kept_rate']:7.1%}{row['micro_steps']:8.0f}{row['update']:10.3f}"
+            f"{row['update_speedup']:7.2f}{row['whole']:10.3f}{row['whole_speedup']:7.2f}"
+        )
+    write_json(
+        options.out,
+        {"parameters": parameters, "machine": platform.processor(), "torch": torch.__version__, "arms": result},
+    )
+
+
+if __name__ == "__main__":
+    main()

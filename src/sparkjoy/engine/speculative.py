@@ -1,0 +1,349 @@
+"""A cheap draft proposes the samples worth a backward pass, and the policy itself decides among them.
+
+    draft every row -> propose the best of them -> exact log-probs of those -> gate -> backward on the survivors
+
+As speculative decoding drafts tokens. Now and then an audit compares draft and policy on the same rows; a draft that
+has gone bad is given up for exact screening.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sparkjoy.engine.audit import Audit, AuditResult, measured, recall, spearman
+from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.engine.deciding import row_scores
+from sparkjoy.engine.inputs import Inputs, check_inputs
+from sparkjoy.engine.ledger import KnownFlops, Ledger
+from sparkjoy.engine.packing import Packing
+from sparkjoy.engine.passes import Normalizer, Passes
+from sparkjoy.engine.report import BackwardReport
+from sparkjoy.engine.screening import LogProbFunction
+from sparkjoy.gates import Decision, Gate, KondoGate, StatefulGate, rate_count
+from sparkjoy.scores import ScoreFunction, delight
+from sparkjoy.unbiased import UnbiasedGate
+
+Seen = tuple[Any, Tensor]
+"""Rows, and their exact log-probs without a graph."""
+
+
+@runtime_checkable
+class LearningScreener(Protocol):
+    """A screener that is told, after every step, the exact log-probs that were computed in it anyway."""
+
+    def __call__(self, rows: Any) -> Tensor: ...
+
+    def learn(self, seen: Sequence[Seen]) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Screening:
+    """How one step's rows were screened.
+
+    Args:
+        proposed: rows that the draft let through to the gate; without verification these are the kept ones.
+        exact: whether the draft has been given up for exact screening.
+        learn_seconds: what teaching the screener took.
+        audit: of this step, if it was one to be audited.
+    """
+
+    proposed: int
+    exact: bool
+    learn_seconds: float
+    audit: AuditResult | None
+
+
+@dataclass(frozen=True)
+class SpeculativeReport(BackwardReport):
+    """A `BackwardReport`, and how the rows were screened.
+
+    Its `screened_rows` are those drafted, and those verified without a graph; its seconds of "screen" are those of
+    drafting, learning and auditing.
+    """
+
+    screening: Screening
+
+
+class SpeculativeBackward:
+    """`GatedBackward` with a draft that is verified, taught and audited.
+
+    With `verify=m` the draft proposes the ⌈m ρ N⌉ rows of highest drafted score, and the gate decides on the exact
+    scores of these alone: all others count as skipped. Their exact log-probs come from one forward pass over the
+    proposed rows, with a graph where that is cheaper. Without `verify` the gate decides on the drafted scores.
+
+    >>> import torch, sparkjoy as sj
+    >>> from sparkjoy.testing import TinyPolicy
+    >>> policy, draft = TinyPolicy(4, 3), TinyPolicy(4, 3, seed=1)
+    >>> batch = {"state": torch.randn(100, 4), "action": torch.randint(3, (100,))}
+    >>> step = sj.SpeculativeBackward(sj.KondoGate(rate=0.03), draft.log_probs, verify=4)
+    >>> report = step(policy.log_probs, batch, advantages=torch.randn(100))
+    >>> report.screening.proposed, report.kept, report.backward_rows
+    (12, 3, 3)
+
+    Args:
+        gate: as `GatedBackward`'s; with `verify` a hard `KondoGate`.
+        screen: `rows -> log-probs`, cheaper than the policy's; what has `learn` and a state is taught and saved.
+        verify: how many times the rate to propose, at least 1; with a price alone, rows whose drafted score is above it
+            are proposed. None: the draft decides.
+        audit: when to compare, and under what recall to give the draft up; None: never.
+        draft_score: the score of drafted log-probs; None: `score`.
+        score: of exact log-probs, as `GatedBackward`'s.
+        normalizer: likewise; "batch" and "samples" count the whole batch.
+        count_flops: likewise. Those of a screener whose cost varies, such as a cache, are those of its first pass.
+        options: the other options of `GatedBackward`.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        screen: LogProbFunction | None,
+        *,
+        verify: float | None = None,
+        audit: Audit | None = None,
+        draft_score: ScoreFunction | None = None,
+        score: ScoreFunction = delight,
+        normalizer: Normalizer = "batch",
+        count_flops: bool = True,
+        **options: Any,
+    ) -> None:
+        if screen is not None and not callable(screen):
+            raise ValueError(f"screen is {screen!r}; expected a function from rows to log-probs, or None.")
+        if verify is not None:
+            if not isinstance(verify, int | float) or not 1 <= verify < math.inf:
+                raise ValueError(f"verify is {verify!r}; expected how many times the rate to propose, at least 1.")
+            if type(gate) is not KondoGate or gate.temperature > 0:
+                raise ValueError(f"verify is given with {gate!r}; expected a hard KondoGate, which draws nothing.")
+        self.gate = gate
+        self.screen = screen
+        self.verify = verify
+        self.audit = audit
+        self.score = score
+        self.draft_score = draft_score or score
+        self.normalizer: Normalizer = normalizer
+        self.exact = False
+        self._step = GatedBackward(gate, score=score, normalizer=normalizer, count_flops=count_flops, **options)
+        self._micro_batch_size: int | None = options.get("micro_batch_size")
+        self._counts_flops = count_flops
+        self._known_flops: KnownFlops = {}
+        self._generator = torch.Generator().manual_seed(0)
+        self._steps = 0
+        self._kept_fraction = 1.0
+        self._recalls: list[float] = []
+
+    def __call__(
+        self,
+        log_prob_fn: LogProbFunction,
+        batch: Any,
+        advantages: Tensor,
+        *,
+        log_probs: Tensor | None = None,
+        behavior_log_probs: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SpeculativeReport:
+        """Add the gradient of the kept samples to `.grad`.
+
+        Args:
+            log_prob_fn: as `GatedBackward`'s, and so are the others.
+            batch: likewise.
+            advantages: likewise.
+            log_probs: drafted ones that are there already, such as an older sampler's; where there is no screen.
+            behavior_log_probs: the denominator of a loss's ratio; default `log_probs`, else the current ones, detached.
+            mask: likewise.
+
+        Raises:
+            ValueError: as `GatedBackward`, and where there is no draft, or two.
+        """
+        if (log_probs is None) == (self.screen is None):
+            raise ValueError("expected either a screen or log_probs to draft with, and not both.")
+        inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
+        seen: list[Seen] = []
+        screened = False
+
+        def watched(rows: Any) -> Tensor:
+            nonlocal screened
+            current, with_graph = log_prob_fn(rows), torch.is_grad_enabled()
+            if not (with_graph and screened):  # survivors of rows that were seen without a graph are seen already
+                seen.append((rows, current.detach()))
+            screened = screened or not with_graph
+            return current
+
+        began = time.perf_counter()
+        self._steps += 1
+        audited = None
+        if self.audit is not None and not self.exact and self._steps % self.audit.every == 0:
+            audited = self._audited(watched, inputs, self.audit)
+        audit_seconds = time.perf_counter() - began
+        verifies = self.verify is not None and not self.exact
+        report, proposed = self._verified(watched, inputs) if verifies else self._unverified(watched, inputs)
+        self._kept_fraction = report.kept / report.total
+        began = time.perf_counter()
+        if isinstance(self.screen, LearningScreener) and not self.exact:
+            self.screen.learn(seen)
+        learn_seconds = time.perf_counter() - began
+        seconds = {**report.seconds, "screen": report.seconds["screen"] + audit_seconds + learn_seconds}
+        screening = Screening(proposed, self.exact, learn_seconds, audited)
+        return SpeculativeReport(**{**vars(report), "seconds": seconds}, screening=screening)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to draft, audit and decide as an unbroken one would."""
+        return {
+            "step": {**self._step.state_dict(), "gate": {}},
+            "gate": self.gate.state_dict() if isinstance(self.gate, StatefulGate) else {},
+            "screen": self.screen.state_dict() if isinstance(self.screen, LearningScreener) else {},
+            "known_flops": dict(self._known_flops),
+            "generator": self._generator.get_state(),
+            "steps": self._steps,
+            "kept_fraction": self._kept_fraction,
+            "recalls": list(self._recalls),
+            "exact": self.exact,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self._step.gate = self.gate
+        self._step.load_state_dict({**state["step"], "gate": state["gate"]})
+        if isinstance(self.screen, LearningScreener):
+            self.screen.load_state_dict(state["screen"])
+        self._known_flops = dict(state["known_flops"])
+        self._generator.set_state(state["generator"])
+        self._steps = state["steps"]
+        self._kept_fraction = state["kept_fraction"]
+        self._recalls = list(state["recalls"])
+        self.exact = state["exact"]
+
+    def _unverified(self, log_prob_fn: LogProbFunction, inputs: Inputs) -> tuple[BackwardReport, int]:
+        """The step decided by the draft, or, where that is given up, by the policy."""
+        step = self._step
+        step.gate, step.normalizer = self.gate, self.normalizer
+        step.screen = None if self.exact else self.screen
+        step.score = self.score if self.exact else self.draft_score
+        behavior = inputs.log_probs if inputs.behavior_log_probs is None else inputs.behavior_log_probs
+        report = step(
+            log_prob_fn,
+            inputs.batch,
+            inputs.advantages,
+            log_probs=None if self.exact else inputs.log_probs,
+            behavior_log_probs=behavior,
+            mask=inputs.mask,
+        )
+        return report, report.kept
+
+    def _verified(self, log_prob_fn: LogProbFunction, inputs: Inputs) -> tuple[BackwardReport, int]:
+        """The step on the proposed rows alone, reported as of the whole batch, and how many were proposed."""
+        step, ledger = self._step, Ledger(self._known_flops if self._counts_flops else None)
+        drafted = self._drafted(inputs, ledger)
+        score = row_scores(self.draft_score, inputs, drafted)
+        among = _Among(self.gate, self._proposed(score), score, inputs.row_tokens)
+        step.gate, step.screen, step.score = among, None, self.score
+        step.normalizer = self.normalizer
+        if self.normalizer in ("batch", "samples"):
+            step.normalizer = max(1, inputs.tokens(drafted)) if self.normalizer == "batch" else inputs.total
+        ledger.lap("screen")
+        part = inputs.take(among.rows)
+        behavior = part.log_probs if part.behavior_log_probs is None else part.behavior_log_probs
+        report = step(log_prob_fn, part.batch, part.advantages, behavior_log_probs=behavior, mask=part.mask)
+        assert among.decision is not None  # every path of the engine asks its gate
+        forward_flops = None if report.forward_flops is None else report.forward_flops + ledger.forward_flops
+        seconds = {phase: report.seconds[phase] + ledger.seconds[phase] for phase in report.seconds}
+        report = replace(
+            report,
+            decision=among.decision,
+            total=inputs.total,
+            screened_rows=report.screened_rows + ledger.screened_rows,
+            screened_tokens=report.screened_tokens + ledger.screened_tokens,
+            forward_flops=forward_flops,
+            seconds=seconds,
+        )
+        return report, len(among.rows)
+
+    def _drafted(self, inputs: Inputs, ledger: Ledger) -> Tensor:
+        if self.screen is None:
+            assert inputs.log_probs is not None  # the call saw to it
+            return inputs.log_probs
+        return self._seen(inputs, ledger, self.screen)
+
+    def _seen(self, inputs: Inputs, ledger: Ledger, source: LogProbFunction) -> Tensor:
+        """Log-probs of all rows from `source`, without a graph."""
+        passes = Passes(source, inputs, ledger, packing=Packing(rows=self._micro_batch_size))
+        passes.screen(None, source)
+        assert passes.seen is not None  # all rows were
+        return passes.seen
+
+    def _proposed(self, score: Tensor) -> Tensor:
+        """(n,) the rows to verify, in the batch's order: at least one, so that there is something to decide on."""
+        assert isinstance(self.gate, KondoGate)  # the constructor saw to it, and the caller to `verify`
+        verify = self.verify or 1.0
+        if self.gate.rate is None:
+            before = self.gate.state_dict()
+            count = int(self.gate(score).keep.count_nonzero())
+            self.gate.load_state_dict(before)  # the exact scores are the ones to remember
+        else:
+            count = min(rate_count(self.gate.rate * verify, len(score)), int(score.count_nonzero()))
+        ranked = score.masked_fill(score == 0, -math.inf).sort(descending=True, stable=True).indices
+        return ranked[: max(1, count)].sort().values
+
+    def _audited(self, log_prob_fn: LogProbFunction, inputs: Inputs, audit: Audit) -> AuditResult:
+        """Compare the draft with the policy; gives the draft up, with a warning, if its recall has been too low."""
+        if audit.rows is not None and audit.rows < inputs.total:
+            drawn = torch.randperm(inputs.total, generator=self._generator)[: audit.rows].sort().values
+            inputs = inputs.take(drawn.to(inputs.advantages.device))
+        counts = self._counts_flops and self._steps // audit.every % 2 == 0
+        drafted, draft_seconds, draft_flops = measured(lambda: self._drafted(inputs, Ledger(None)), counts)
+        exact, exact_seconds, exact_flops = measured(lambda: self._seen(inputs, Ledger(None), log_prob_fn), counts)
+        true, guessed = row_scores(self.score, inputs, exact), row_scores(self.draft_score, inputs, drafted)
+        rate = self.gate.rate if isinstance(self.gate, KondoGate | UnbiasedGate) else None
+        rate = max(1 / inputs.total, self._kept_fraction) if rate is None else rate
+        found = recall(true, guessed, rate, min(self.verify or 1.0, 1 / rate))
+        self._recalls = [*self._recalls, found][-audit.window :]
+        mean = sum(self._recalls) / len(self._recalls)
+        if len(self._recalls) == audit.window and mean < audit.floor:
+            self.exact = True
+            warnings.warn(
+                f"the draft found {100 * mean:.0f}% of the rows to keep in the last {audit.window} audits, less than "
+                f"the {100 * audit.floor:g}% asked for: screening is exact from here on.",
+                stacklevel=3,
+            )
+        alone = recall(true, guessed, rate)
+        return AuditResult(
+            found, alone, spearman(true, guessed), draft_seconds, exact_seconds, draft_flops, exact_flops
+        )
+
+
+class _Among:
+    """A gate on the proposed rows that decides on the whole batch: no other row is kept.
+
+    Where the gate counts, the others stand aside with a score of 0; a price that looks at the batch's scores sees their
+    drafted ones.
+    """
+
+    def __init__(self, gate: Gate, rows: Tensor, drafted: Tensor, cost: Tensor | None) -> None:
+        counts = isinstance(gate, KondoGate) and gate.rate is not None
+        self.rows = rows
+        self.decision: Decision | None = None
+        self._gate = gate
+        self._others = torch.zeros_like(drafted) if counts else drafted
+        self._cost = None if cost is None else cost.to(drafted.device)
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
+        rows = self.rows
+        proposed = torch.zeros_like(self._others, dtype=torch.bool).index_fill_(0, rows, True)
+        decision = self._gate(self._others.index_copy(0, rows, score.to(self._others.dtype)), self._cost)
+        keep = decision.keep & proposed
+        price = decision.price if bool(keep.any()) else None
+        self.decision = replace(decision, keep=keep, price=price, probability=decision.probability.where(proposed, 0))
+        return Decision(keep[rows], price, self.decision.probability[rows], decision.weight[rows])

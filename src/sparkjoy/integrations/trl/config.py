@@ -1,0 +1,134 @@
+"""What TRL's GRPOConfig is asked besides, and which of its options the gate does not go with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import GRPOConfig
+
+from sparkjoy.gates import KondoGate
+
+UNCLIPPED_LOSSES = ("cispo", "sapo", "vespo")
+
+
+@dataclass
+class KondoGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` with the gate's options; with none of them set it is exactly TRL's.
+
+    >>> config = KondoGRPOConfig(gate_rate=0.1, report_to="none", use_cpu=True, bf16=False)
+    >>> config.gated
+    True
+
+    Raises:
+        ValueError: an option outside its range, or one of TRL's that the gate does not go with.
+    """
+
+    gate_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of the completions of a generation batch, over all processes, that get a backward pass: "
+            "those of greatest delight, negative ones too where positive ones are too few. 1 is TRL's own trainer."
+        },
+    )
+    gate_price: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep only completions whose delight, in units of the reward times nats, is above this. 0 keeps "
+            "what did better than its group and needs no log-probs. With `gate_rate`: first the price, then the rate."
+        },
+    )
+    gate_negative_share: float = field(
+        default=0.0,
+        metadata={"help": "Fraction of the kept completions reserved for the most negative delights."},
+    )
+    gate_score: Literal["delight", "advantage", "absolute-advantage", "uniform"] = field(
+        default="delight",
+        metadata={
+            "help": "What completions are ranked by. The others are there to compare with: 'uniform' keeps at random; "
+            "'absolute-advantage' with `gate_price=0` drops what has no advantage, and changes no gradient."
+        },
+    )
+    gate_advantages: Literal["centred", "trl"] = field(
+        default="centred",
+        metadata={
+            "help": "Advantage that the gate ranks by; the loss always has TRL's. 'centred': reward less its group's "
+            "mean. 'trl': TRL's own, divided by the group's standard deviation by default, which favours a lone "
+            "success in a homogeneous group."
+        },
+    )
+    gate_log_probs: Literal["auto", "exact"] = field(
+        default="auto",
+        metadata={
+            "help": "Where log-probs to decide on come from. 'auto': those TRL has at hand, of an earlier pass or of "
+            "the sampler, else a forward pass without a graph. 'exact': never the sampler's."
+        },
+    )
+    gate_empty_step: Literal["skip", "momentum"] = field(
+        default="skip",
+        metadata={
+            "help": "An optimizer step without any kept completion. 'skip': weights stay. 'momentum': a gradient of "
+            "zero, as TRL has with all advantages zero, so that Adam's momentum still moves them."
+        },
+    )
+    gate_dg: Literal["token", "sample"] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight kept terms by sigmoid(delight / gate_dg_temperature), as the Delightful Policy Gradient "
+            f"does, of the token or of the whole completion. For {', '.join(UNCLIPPED_LOSSES)} only."
+        },
+    )
+    gate_dg_temperature: float = field(default=1.0, metadata={"help": "Temperature of `gate_dg`."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in {
+            "gate_score": ("delight", "advantage", "absolute-advantage", "uniform"),
+            "gate_advantages": ("centred", "trl"),
+            "gate_log_probs": ("auto", "exact"),
+            "gate_empty_step": ("skip", "momentum"),
+            "gate_dg": (None, "token", "sample"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
+        gate = self.gate()
+        if gate is None and self.gate_negative_share:
+            raise ValueError("gate_negative_share is set without a gate; give gate_rate or gate_price too.")
+        if not self.gate_dg_temperature > 0:
+            raise ValueError(f"gate_dg_temperature is {self.gate_dg_temperature!r}; expected a number above 0.")
+        if self.gate_dg is not None and self.loss_type not in UNCLIPPED_LOSSES:
+            raise ValueError(
+                f"gate_dg weights the terms of an unclipped loss, and loss_type={self.loss_type!r} is clipped: choose "
+                f"one of {', '.join(UNCLIPPED_LOSSES)}, or leave gate_dg out and let the gate alone choose."
+            )
+        if self.gated:
+            self._refuse_what_needs_every_row()
+
+    def gate(self) -> KondoGate | None:
+        """The gate these options describe; None when none is asked for."""
+        if self.gate_rate is None and self.gate_price is None:
+            return None
+        return KondoGate(self.gate_rate, self.gate_price, negative_share=self.gate_negative_share)
+
+    @property
+    def gated(self) -> bool:
+        """Whether completions are skipped at all: not without a gate, nor at rate 1 without a price."""
+        gate = self.gate()
+        return gate is not None and not gate.keeps_everything
+
+    def _refuse_what_needs_every_row(self) -> None:
+        if self.beta != 0:
+            raise ValueError(
+                f"beta={self.beta}: the KL term needs the gradient of every completion, and the gate skips most. Set "
+                "beta=0 and take the KL off the reward, or train without the gate (gate_rate=None)."
+            )
+        if self.entropy_coef != 0 or self.use_adaptive_entropy:
+            raise ValueError(
+                "the entropy bonus needs the gradient of every completion, and the gate skips most. Set entropy_coef=0 "
+                "and use_adaptive_entropy=False, or train without the gate (gate_rate=None)."
+            )
+        if self.top_entropy_quantile < 1:
+            raise ValueError(
+                f"top_entropy_quantile={self.top_entropy_quantile}: its threshold is a quantile over the tokens of "
+                "every completion, and the gate skips most. Set top_entropy_quantile=1, or gate_rate=None."
+            )

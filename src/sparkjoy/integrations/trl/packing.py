@@ -1,0 +1,138 @@
+"""Kept completions of several micro-batches packed into few, with the same gradient.
+
+TRL divides a micro-batch's loss by something of that micro-batch. A kept row remembers what its own was divided by, and
+is scaled by what the packed one divides by over that. The scale goes on its advantage, which every policy loss of TRL
+is proportional to. A filler is a copy of a row at scale 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+Normalizer = Literal["constant", "rows", "tokens"]
+Rows = dict[str, Any]
+"""A micro-batch as TRL has it: tensors with the row as leading dimension, and 0-dim ones for the whole batch."""
+
+LOSS_NORMALIZERS: dict[str, Normalizer] = {
+    "dapo": "constant",  # the tokens of the generation batch, a number that packing does not change
+    "cispo": "constant",
+    "vespo": "constant",
+    "grpo": "rows",
+    "sapo": "rows",
+    "dr_grpo": "rows",
+    "luspo": "rows",
+    "bnpo": "tokens",
+}
+PROMPT = ("prompt_ids", "prompt_mask")
+COMPLETION = (
+    "advantages",  # where a trainer has them for each token
+    "completion_ids",
+    "completion_mask",
+    "tool_mask",
+    "old_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+)
+OWN = ("gate_keep", "gate_divisor", "gate_scale", "gate_idle")
+
+
+def loss_mask(rows: Rows) -> Tensor:
+    """(n, T), 1 for tokens that the loss counts."""
+    mask: Tensor = rows["completion_mask"]
+    return mask if rows.get("tool_mask") is None else mask * rows["tool_mask"]
+
+
+def pack(
+    window: Sequence[Rows],
+    normalizer: Normalizer,
+    pad_token_id: int,
+    *,
+    trim_prompts: bool,
+    share_out: Callable[[list[Rows]], tuple[list[Rows], int]],
+) -> list[Rows]:
+    """The micro-batches of a window, which one optimizer step sees together, with their kept rows in as few of them.
+
+    Those left without rows come first and hold one filler, with `gate_idle` set: they need not run.
+
+    Args:
+        window: micro-batches of equal size, with `gate_keep` (B,) bool.
+        normalizer: what TRL divides the loss of a micro-batch by.
+        pad_token_id: fills ids.
+        trim_prompts: cut the padding left of prompts, which shifts absolute positions.
+        share_out: `rows -> (rows of this process, rows that every process is to have)`.
+    """
+    size = len(window[0]["gate_keep"])
+    kept, each = share_out([row for rows in window for row in _kept_rows(rows, normalizer, trim_prompts)])
+    filler = min(kept, key=length) if kept else _any_row(window[0], trim_prompts)
+    filler = {**filler, "gate_scale": 0.0}
+    kept = sorted([{**row, "gate_scale": 1.0} for row in kept] + [filler] * (each - len(kept)), key=length)
+    batches = -(-each // size)
+    shared = {name: value for name, value in window[0].items() if isinstance(value, Tensor) and value.dim() == 0}
+    packed = [
+        _micro_batch(kept[each * i // batches : each * (i + 1) // batches], normalizer, pad_token_id) | shared
+        for i in range(batches)
+    ]
+    idle = _micro_batch([filler], normalizer, pad_token_id) | shared | {"gate_idle": True}
+    return [idle] * (len(window) - batches) + packed
+
+
+def _kept_rows(rows: Rows, normalizer: Normalizer, trim_prompts: bool) -> list[Rows]:
+    tokens = loss_mask(rows).sum(dim=1).tolist()
+    divisor = {"constant": 1.0, "rows": float(len(tokens)), "tokens": max(1.0, float(sum(tokens)))}[normalizer]
+    return [
+        {**_row(rows, index, trim_prompts), "gate_divisor": divisor}
+        for index in rows["gate_keep"].nonzero().flatten().tolist()
+    ]
+
+
+def _any_row(rows: Rows, trim_prompts: bool) -> Rows:
+    """A row to fill with where none is kept: the shortest that has a token, if there is one."""
+    tokens = loss_mask(rows).sum(dim=1)
+    index = int(tokens.masked_fill(tokens == 0, torch.iinfo(tokens.dtype).max).argmin())
+    return {**_row(rows, index, trim_prompts), "gate_divisor": 1.0}
+
+
+def _row(rows: Rows, index: int, trim_prompts: bool) -> Rows:
+    """One row without its padding."""
+    width = rows["completion_ids"].shape[1]
+    present = (rows["completion_mask"][index] != 0).nonzero()
+    length = int(present[-1]) + 1 if len(present) else 1
+    start = int(rows["prompt_mask"][index].argmax()) if trim_prompts else 0
+    row: Rows = {}
+    for name, value in rows.items():
+        if value is None or name in OWN or (isinstance(value, Tensor) and value.dim() == 0):
+            continue
+        of_row = value[index]
+        if name in PROMPT:
+            of_row = of_row[start:]
+        elif name in COMPLETION and of_row.dim() and len(of_row) == width:  # a ratio may be of the whole row, (B, 1)
+            of_row = of_row[:length]
+        row[name] = of_row
+    return row
+
+
+def length(row: Rows) -> int:
+    """Tokens of a row's prompt and completion, which is what it costs."""
+    return len(row["prompt_ids"]) + len(row["completion_ids"])
+
+
+def _micro_batch(rows: Sequence[Rows], normalizer: Normalizer, pad_token_id: int) -> Rows:
+    batch: Rows = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name in PROMPT:
+            batch[name] = pad_sequence(values, True, pad_token_id if name == "prompt_ids" else 0, padding_side="left")
+        elif name in COMPLETION and values[0].dim():
+            batch[name] = pad_sequence(values, True, pad_token_id if name == "completion_ids" else 0)
+        elif name in ("gate_scale", "gate_divisor"):
+            batch[name] = torch.tensor(values, device=rows[0]["advantages"].device)
+        else:
+            batch[name] = torch.stack(values) if isinstance(values[0], Tensor) else values
+    divides_by = {"constant": 1.0, "rows": float(len(rows)), "tokens": loss_mask(batch).sum()}[normalizer]
+    batch["gate_scale"] = batch["gate_scale"] * divides_by / batch.pop("gate_divisor")
+    return batch | {"gate_idle": False}

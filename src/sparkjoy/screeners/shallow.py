@@ -1,0 +1,61 @@
+"""Less of the policy: its first layers, or none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparkjoy.policies.transformer import Transformer
+
+
+class EarlyExit:
+    """Screen with a transformer's first layers, whose states the shared norm and output layer read as the last ones'.
+
+    >>> policy = Transformer(vocab_size=2, positions=7, layers=3)
+    >>> rows = {"prompts": torch.zeros(5, 4, dtype=torch.long), "answers": torch.ones(5, 4, dtype=torch.long)}
+    >>> EarlyExit(policy, layers=1)(rows).shape
+    torch.Size([5, 4])
+
+    Args:
+        policy: a `Transformer`.
+        layers: how many to read, fewer than it has.
+
+    Raises:
+        ValueError: another policy, or another number of layers.
+    """
+
+    def __init__(self, policy: nn.Module, layers: int) -> None:
+        if not isinstance(policy, Transformer):
+            raise ValueError(f"policy is a {type(policy).__name__}, which has no layers to exit early from.")
+        if not 1 <= layers < len(policy.layers):
+            raise ValueError(
+                f"layers is {layers}; expected at least 1 and fewer than the {len(policy.layers)} there are."
+            )
+        self.layers = layers
+        self._policy = policy
+
+    @torch.no_grad()
+    def __call__(self, rows: Any) -> Tensor:
+        """Log-probs (n, T)."""
+        return self._policy.log_probs(rows, layers=self.layers)
+
+
+class Flat:
+    """Screen as if all actions were equally likely: ranked by the advantage alone, for free. What a draft must beat.
+
+    >>> Flat(lambda rows: rows["action"])({"action": torch.tensor([0, 2])})
+    tensor([-1., -1.])
+
+    Args:
+        actions: gives the actions (n,) or (n, T) of `rows`.
+    """
+
+    def __init__(self, actions: Callable[[Any], Tensor]) -> None:
+        self._actions = actions
+
+    def __call__(self, rows: Any) -> Tensor:
+        """-1 for every action."""
+        return torch.full_like(self._actions(rows), -1, dtype=torch.float32)

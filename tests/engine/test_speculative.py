@@ -1,0 +1,242 @@
+"""A verified draft decides exactly among what it proposes, and a bad one is given up."""
+
+import pytest
+import torch
+from engine_cases import ACTIONS, ROWS, SHAPES, WIDTH, make_case
+
+from sparkjoy import GatedBackward, KondoGate, SpeculativeBackward, UnbiasedGate, clipped
+from sparkjoy.engine.audit import Audit, recall, spearman
+from sparkjoy.engine.deciding import row_scores
+from sparkjoy.scores import delight, surprisal_score
+from sparkjoy.testing import TinyPolicy
+
+
+def gradients(policy):
+    found = [parameter.grad.clone() for parameter in policy.parameters()]
+    policy.zero_grad()
+    return found
+
+
+def draft_of(policy, seed=7):
+    return TinyPolicy(WIDTH, ACTIONS, seed=seed, dtype=next(policy.parameters()).dtype)
+
+
+def scores_of(policy, batch, advantages, mask):
+    log_probs = policy.log_probs(batch).detach()
+    score = delight(advantages, log_probs)
+    if score.dim() == 2:
+        score = (score if mask is None else score.where(mask, 0)).sum(dim=1)
+    return score.masked_fill(score == 0, -torch.inf)  # never kept
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("normalizer", ["batch", "samples", "kept", 3.0])
+def test_proposing_everything_is_exact_screening(shape, normalizer):
+    policy, batch, advantages, mask = make_case(shape)
+    exact = GatedBackward(KondoGate(rate=0.3), normalizer=normalizer)
+    expected_report = exact(policy.log_probs, batch, advantages, mask=mask)
+    expected = gradients(policy)
+    step = SpeculativeBackward(KondoGate(rate=0.3), draft_of(policy).log_probs, verify=4, normalizer=normalizer)
+    report = step(policy.log_probs, batch, advantages, mask=mask)
+    assert report.screening.proposed == int((scores_of(policy, batch, advantages, mask) > -torch.inf).sum())
+    assert torch.equal(report.decision.keep, expected_report.decision.keep)
+    assert report.decision.price == expected_report.decision.price
+    for got, wanted in zip(gradients(policy), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("verify", [1, 1.5, 2])
+def test_the_gate_decides_exactly_among_the_proposed(shape, verify):
+    policy, batch, advantages, mask = make_case(shape)
+    draft = draft_of(policy)
+    report = SpeculativeBackward(KondoGate(rate=0.3), draft.log_probs, verify=verify)(
+        policy.log_probs, batch, advantages, mask=mask
+    )
+    count = {1: 4, 1.5: 6, 2: 8}[verify]
+    proposed = scores_of(draft, batch, advantages, mask).sort(descending=True).indices[:count]
+    exact = scores_of(policy, batch, advantages, mask)
+    best = proposed[exact[proposed].sort(descending=True).indices[:4]]
+    assert sorted(best.tolist()) == report.decision.keep.nonzero().squeeze(1).tolist()
+    count = min(count, int((scores_of(draft, batch, advantages, mask) > -torch.inf).sum()))
+    assert (report.screening.proposed, report.kept, report.total) == (count, 4, ROWS)
+    assert report.decision.price == pytest.approx(float(exact[best].min()))
+
+
+def test_rows_are_counted_as_they_ran():
+    policy, batch, advantages, _ = make_case("rows")
+    step = SpeculativeBackward(KondoGate(rate=0.3), draft_of(policy).log_probs, verify=2)
+    first, second = (step(policy.log_probs, batch, advantages) for _ in range(2))
+    # 13 drafted; of the 8 proposed 4 are kept: a screening pass and 4 again, until the share kept is known.
+    assert (first.plan, first.screened_rows, first.forward_rows, first.backward_rows) == ("screen", 13 + 8, 12, 4)
+    assert second.screened_rows + second.forward_rows > 13 + 8 - 1
+    one = 2 * WIDTH * ACTIONS
+    assert first.forward_flops == one * (13 + 12)
+
+
+def test_a_price_proposes_what_the_draft_puts_above_it():
+    policy, batch, advantages, _ = make_case("rows")
+    draft = draft_of(policy)
+    report = SpeculativeBackward(KondoGate(price=0.5), draft.log_probs, verify=1)(policy.log_probs, batch, advantages)
+    drafted, exact = (scores_of(p, batch, advantages, None) for p in (draft, policy))
+    assert torch.equal(report.decision.keep, (drafted > 0.5) & (exact > 0.5))
+    assert bool((drafted > 0.5).any() & (exact > 0.5).any())
+
+
+def test_nothing_worth_keeping_leaves_gradients_alone():
+    policy, batch, advantages, _ = make_case("rows")
+    step = SpeculativeBackward(KondoGate(price=1e6), draft_of(policy).log_probs, verify=2)
+    report = step(policy.log_probs, batch, advantages)
+    assert (report.kept, report.decision.price, report.loss) == (0, None, 0)
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    report = SpeculativeBackward(KondoGate(rate=0.3), draft_of(policy).log_probs, verify=2)(
+        policy.log_probs, batch, torch.zeros_like(advantages)
+    )
+    assert report.kept == 0
+
+
+def test_without_verification_the_draft_decides():
+    policy, batch, advantages, _ = make_case("rows")
+    draft = draft_of(policy)
+    report = SpeculativeBackward(KondoGate(rate=0.3), draft.log_probs)(policy.log_probs, batch, advantages)
+    expected = GatedBackward(KondoGate(rate=0.3), screen=draft.log_probs)(policy.log_probs, batch, advantages)
+    assert torch.equal(report.decision.keep, expected.decision.keep)
+    assert report.screening.proposed == report.kept == 4
+
+
+def test_known_log_probs_are_verified_and_the_ratio_is_over_them():
+    policy, batch, advantages, _ = make_case("rows")
+    older = draft_of(policy).log_probs(batch).detach()
+    dense = GatedBackward(None, loss=clipped(0.2), normalizer=1.0)
+    dense(policy.log_probs, batch, advantages, behavior_log_probs=older)
+    expected = gradients(policy)
+    step = SpeculativeBackward(KondoGate(rate=1, price=-100), None, verify=1, loss=clipped(0.2), normalizer=1.0)
+    report = step(policy.log_probs, batch, advantages, log_probs=older)
+    assert report.kept == ROWS - 1
+    for got, wanted in zip(gradients(policy), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_draft_may_be_ranked_by_another_score():
+    policy, batch, advantages, _ = make_case("rows")
+    step = SpeculativeBackward(KondoGate(rate=0.3), policy.log_probs, verify=1, draft_score=surprisal_score)
+    report = step(policy.log_probs, batch, advantages)
+    score = surprisal_score(advantages, policy.log_probs(batch)).where(advantages != 0, 0)
+    assert report.decision.keep.nonzero().squeeze(1).tolist() == sorted(
+        score.sort(descending=True).indices[:4].tolist()
+    )
+
+
+class Wrong:
+    """A draft that ranks the rows backwards, and counts its lessons."""
+
+    def __init__(self, policy):
+        self.policy, self.lessons, self.rows = policy, 0, 0
+
+    def __call__(self, rows):
+        return -1 / (self.policy.log_probs(rows) - 1e-3).abs()
+
+    def learn(self, seen):
+        self.lessons += 1
+        self.rows += sum(len(log_probs) for _, log_probs in seen)
+        assert not any(log_probs.requires_grad for _, log_probs in seen)
+
+    def state_dict(self):
+        return {"lessons": self.lessons}
+
+    def load_state_dict(self, state):
+        self.lessons = state["lessons"]
+
+
+def test_a_bad_draft_is_replaced_by_exact_screening_with_a_warning():
+    policy, batch, advantages, _ = make_case("rows")
+    advantages = torch.full_like(advantages, 1.0)
+    draft = Wrong(policy)
+    step = SpeculativeBackward(KondoGate(rate=0.3), draft, audit=Audit(every=2, floor=0.6, window=2))
+    reports = [step(policy.log_probs, batch, advantages) for _ in range(3)]
+    assert [report.screening.audit is not None for report in reports] == [False, True, False]
+    assert not any(report.screening.exact for report in reports)
+    with pytest.warns(UserWarning, match="less than the 60% asked for: screening is exact from here on"):
+        report = step(policy.log_probs, batch, advantages)
+    assert report.screening.exact
+    exact = GatedBackward(KondoGate(rate=0.3))(policy.log_probs, batch, advantages)
+    assert torch.equal(report.decision.keep, exact.decision.keep)
+    assert draft.lessons == 3  # nothing to teach once it is given up
+    fresh = SpeculativeBackward(KondoGate(rate=0.3), Wrong(policy), audit=Audit(every=2, floor=0.6, window=2))
+    fresh.load_state_dict(step.state_dict())
+    assert fresh(policy.log_probs, batch, advantages).screening.exact
+
+
+def test_a_good_draft_is_kept_and_taught_what_was_verified():
+    policy, batch, advantages, _ = make_case("rows")
+    draft = Wrong(policy)
+    step = SpeculativeBackward(KondoGate(rate=0.3), draft, verify=4, audit=Audit(every=1, floor=1.0, window=1, rows=5))
+    report = step(policy.log_probs, batch, advantages)
+    assert report.screening.audit.recall == 1.0  # everything is proposed
+    assert not report.screening.exact
+    assert draft.rows == 5 + 12  # the audited and the proposed, of which the kept are some
+
+
+def test_audits_time_and_count_by_turns():
+    policy, batch, advantages, _ = make_case("rows")
+    step = SpeculativeBackward(KondoGate(rate=0.3), policy.log_probs, audit=Audit(every=1))
+    timed, counted = (step(policy.log_probs, batch, advantages).screening.audit for _ in range(2))
+    assert timed.draft_flops is None
+    assert timed.exact_seconds > 0
+    assert counted.exact_seconds is None
+    assert counted.draft_flops == counted.exact_flops == 2 * WIDTH * ACTIONS * ROWS
+    assert (timed.recall, timed.spearman) == (1.0, pytest.approx(1.0))
+
+
+def test_recall_counts_ties_and_leaves_out_zeros():
+    exact = torch.tensor([5.0, 3.0, 3.0, 0.0, -1.0])
+    assert recall(exact, torch.tensor([5.0, 0.0, 3.0, 1.0, 2.0]), rate=0.4) == 1.0  # either of the tied is right
+    assert recall(exact, torch.tensor([0.0, 0.0, 1.0, 0.0, 2.0]), rate=0.4) == 0.5
+    assert recall(torch.zeros(5), exact, rate=0.4) == 1.0
+    assert recall(exact, -exact, rate=0.4) == 0.0
+
+
+def test_spearman_agrees_with_the_formula_for_distinct_ranks(generator):
+    left, right = torch.randperm(20, generator=generator), torch.randperm(20, generator=generator)
+    expected = 1 - 6 * float((left - right).square().sum()) / (20 * (20**2 - 1))
+    assert spearman(left.float(), right.float() ** 3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"verify": 0.5}, "verify is 0.5; expected how many times"),
+        ({"verify": float("nan")}, "verify is nan"),
+        ({"verify": 2, "gate": KondoGate(rate=0.1, temperature=1.0)}, "expected a hard KondoGate"),
+        ({"verify": 2, "gate": UnbiasedGate(rate=0.1)}, "expected a hard KondoGate"),
+        ({"screen": "draft"}, "screen is 'draft'; expected a function"),
+        ({"normalizer": "all"}, "normalizer is 'all'"),
+    ],
+)
+def test_wrong_options_are_refused(options, says):
+    options = {"gate": KondoGate(rate=0.1), "screen": TinyPolicy(2, 2).log_probs, **options}
+    with pytest.raises(ValueError, match=says):
+        SpeculativeBackward(**options)
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"rows": 0}, {"window": 0}, {"floor": 1.5}])
+def test_wrong_audits_are_refused(options):
+    with pytest.raises(ValueError, match=f"audit {next(iter(options))} is"):
+        Audit(**options)
+
+
+def test_there_is_one_draft():
+    policy, batch, advantages, _ = make_case("rows")
+    log_probs = policy.log_probs(batch).detach()
+    for screen, known in ((policy.log_probs, log_probs), (None, None)):
+        with pytest.raises(ValueError, match="either a screen or log_probs"):
+            SpeculativeBackward(KondoGate(rate=0.1), screen)(policy.log_probs, batch, advantages, log_probs=known)
+
+
+def test_row_scores_refuse_another_shape():
+    from sparkjoy.engine.inputs import check_inputs
+
+    _, batch, advantages, _ = make_case("rows")
+    inputs = check_inputs(batch, advantages, None, None, None)
+    with pytest.raises(ValueError, match="expected \\(13,\\), one per row"):
+        row_scores(lambda advantages, log_probs: advantages[:2], inputs, advantages)

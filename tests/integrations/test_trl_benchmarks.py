@@ -1,0 +1,37 @@
+import pytest
+import trl_learning
+import trl_step
+
+
+def records(rewards):
+    return [
+        {"step": step, "reward": reward, "backward_tokens": 100.0 * step, "seconds": 0.1 * step, "kept_rate": 0.25}
+        for step, reward in enumerate(rewards, start=1)
+    ]
+
+
+def test_the_learning_study_reports_what_was_reached_and_when():
+    runs = {"quick": [records([0.0] * 10 + [1.0] * 20)] * 2, "never": [records([0.0] * 30)]}
+    quick, never = trl_learning.table(runs, target=0.8)
+    assert quick["to_target"] == {"step": 18, "backward_tokens": 1800, "seconds": pytest.approx(1.8)}
+    assert (quick["reward"], quick["reached"], quick["kept"]) == (1.0, 2, 0.25)
+    assert never["to_target"]["step"] is None
+    assert len(trl_learning.figure(runs, 0.8).axes) == 3
+
+
+def test_a_gated_run_counts_fewer_tokens_differentiated():
+    gated = trl_learning.run(trl_learning.ARMS["gate 10%"], seed=0, steps=2)
+    plain = trl_learning.run(trl_learning.ARMS["TRL's own"], seed=0, steps=2)
+    assert gated[0]["reward"] == plain[0]["reward"]  # the same completions
+    assert 0 < gated[0]["backward_tokens"] < 0.15 * plain[0]["backward_tokens"]
+
+
+def test_the_step_benchmark_runs_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    size = {"width": 16, "layers": 1, "heads": 2}
+    gated = trl_step.run(trl_step.ARMS["10% with log-probs"], 1, str(tmp_path), **size)
+    assert gated["kept_rate"] == [13 / 128]
+    assert gated["micro_steps"] == [1]
+    assert gated["screened_rate"] == [0]
+    assert 48 <= gated["tokens"][0] <= 80
+    assert 0 < gated["update"][0] < gated["whole"][0]

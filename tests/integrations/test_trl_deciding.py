@@ -1,0 +1,93 @@
+"""What the gate decides from signs and few log-probs is what it decides from all of them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparkjoy as sj
+from sparkjoy.integrations.trl.deciding import Scored, centred_advantages, delight_score, in_doubt, other_score
+
+advantages = st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=30)
+shares = st.sampled_from([0.0, 0.25, 0.5])
+
+
+def with_surprisal(values, seed):
+    surprisal = torch.rand(len(values), generator=torch.Generator().manual_seed(seed)) * 3
+    surprisal[::5] = 0  # as certain as can be
+    return torch.tensor(values), -surprisal[:, None]
+
+
+@given(
+    advantages, st.floats(0.01, 0.99) | st.none(), st.sampled_from([None, -0.5, 0.0, 0.4]), shares, st.integers(0, 9)
+)
+def test_only_rows_in_doubt_need_log_probs(values, rate, price, share, seed):
+    if (rate is None and price is None) or (share and price is not None and price < 0):
+        return
+    gate = sj.KondoGate(rate, price, negative_share=share)
+    worth, log_probs = with_surprisal(values, seed)
+    full = delight_score(worth, log_probs, torch.ones_like(log_probs))
+    doubt = in_doubt(gate, worth)
+    known = Scored(worth, doubt, full.where(doubt, math.nan))
+    assert torch.equal(gate(known.score).keep, gate(full).keep)
+
+
+def test_signs_alone_settle_most_of_it():
+    worth = torch.tensor([1.0, 0.5, -1.0, -0.5, 0.0])
+    assert not in_doubt(sj.KondoGate(price=0), worth).any()
+    assert not in_doubt(sj.KondoGate(rate=0.4), worth).any()  # 2 are wanted, 2 are positive
+    assert in_doubt(sj.KondoGate(rate=0.2), worth).tolist() == [True, True, False, False, False]
+    assert in_doubt(sj.KondoGate(rate=0.6), worth).tolist() == [False, False, True, True, False]
+    assert in_doubt(sj.KondoGate(price=0.1), worth).tolist() == [True, True, False, False, False]
+    assert in_doubt(sj.KondoGate(price=-0.1), worth).tolist() == [True, True, True, True, False]
+
+
+def test_centred_advantages_are_exactly_zero_where_a_group_teaches_nothing():
+    rewards = torch.tensor([[0.1], [0.1], [0.1], [1.0], [0.0], [math.nan], [math.nan], [math.nan], [math.nan]])
+    centred = centred_advantages(rewards, torch.ones(1), group_size=3)
+    assert centred.tolist() == [0, 0, 0, 0.5, -0.5, 0, 0, 0, 0]
+
+
+def test_centred_advantages_weigh_several_rewards():
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert centred_advantages(rewards, torch.tensor([1.0, 3.0]), group_size=2).tolist() == [-1.0, 1.0]
+
+
+def test_a_lone_success_does_not_saturate_the_gate():
+    # Standardised, one success in 8 has an advantage of 7 / √8 = 2.5 and one in 2 of 0.7; centred, 0.875 and 0.5.
+    lone = torch.tensor([1.0] + [0.0] * 7)
+    even = torch.tensor([1.0] * 4 + [0.0] * 4)
+    rewards = torch.cat([lone, even])[:, None]
+    centred = centred_advantages(rewards, torch.ones(1), group_size=8)
+    assert centred[0] == 0.875
+    assert centred[8] == 0.5
+    # A success of the even group that surprises twice as much is worth more than the lone one, centred only.
+    log_probs = torch.full((16, 1), -1.0)
+    log_probs[8] = -2.0
+    assert delight_score(centred, log_probs, torch.ones(16, 1)).argmax() == 8
+    standardised = sj.group_standardised_advantage(rewards[:, 0], group_size=8)
+    assert delight_score(standardised, log_probs, torch.ones(16, 1)).argmax() == 0
+
+
+@pytest.mark.parametrize("name", ["advantage", "absolute-advantage", "uniform"])
+def test_other_scores_are_zero_where_nothing_is_taught(name):
+    score = other_score(name, torch.tensor([1.0, 0.0, -2.0]), (0, 1, 2))
+    assert score[1] == 0
+    assert (score[[0, 2]] != 0).all()
+    assert torch.equal(score, other_score(name, torch.tensor([1.0, 0.0, -2.0]), (0, 1, 2)))
+
+
+def test_figures_tell_what_was_kept():
+    worth = torch.tensor([1.0, 1.0, -1.0, 0.0])
+    delights = torch.tensor([2.0, 1.0, -3.0, 0.0])
+    scored = Scored(worth, worth != 0, delights)
+    figures = scored.figures(torch.tensor([True, False, False, False]))
+    assert figures["kept_rate"] == 0.25
+    assert figures["kept_rate_positive"] == 0.5
+    assert figures["kept_rate_negative"] == 0
+    assert figures["price"] == 2
+    assert figures["delight_p50"] == 1
+    assert figures["delight_std"] == pytest.approx(math.sqrt(14 / 3))
+    assert "price" not in scored.figures(torch.zeros(4, dtype=torch.bool))
