@@ -71,9 +71,9 @@ def main() -> None:
                         gate = UnbiasedGate(rate, sampling, generator)
                         drawn = [_error(gate(size).weight.double(), products) for _ in range(DRAWS)]
                         errors.setdefault((name, sampling, rate), []).append(sum(drawn) / DRAWS)
-        for (name, sampling, rate), values in errors.items():
+        for (name, drawn_how, rate), values in errors.items():
             mean = sum(values) / len(values)
-            print(f"step {steps}, rate {100 * rate:g}%: {name} {sampling}: {mean:.2f}")
+            print(f"step {steps}, rate {100 * rate:g}%: {name} {drawn_how}: {mean:.2f}")
 
 
 def _error(weight: Tensor, products: Tensor) -> float:

@@ -208,6 +208,7 @@ def test_spearman_agrees_with_the_formula_for_distinct_ranks(generator):
         ({"verify": 0.5}, "verify is 0.5; expected how many times"),
         ({"verify": float("nan")}, "verify is nan"),
         ({"verify": 2, "gate": KondoGate(rate=0.1, temperature=1.0)}, "expected a hard KondoGate"),
+        ({"verify": 2, "gate": KondoGate(rate=0.1, negative_share=0.5)}, "expected a hard KondoGate of no negative"),
         ({"verify": 2, "gate": UnbiasedGate(rate=0.1)}, "expected a hard KondoGate"),
         ({"screen": "draft"}, "screen is 'draft'; expected a function"),
         ({"normalizer": "all"}, "normalizer is 'all'"),

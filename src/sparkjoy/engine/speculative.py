@@ -126,8 +126,11 @@ class SpeculativeBackward:
         if verify is not None:
             if not isinstance(verify, int | float) or not 1 <= verify < math.inf:
                 raise ValueError(f"verify is {verify!r}; expected how many times the rate to propose, at least 1.")
-            if type(gate) is not KondoGate or gate.temperature > 0:
-                raise ValueError(f"verify is given with {gate!r}; expected a hard KondoGate, which draws nothing.")
+            if type(gate) is not KondoGate or gate.temperature > 0 or gate.negative_share > 0:
+                raise ValueError(
+                    f"verify is given with {gate!r}; expected a hard KondoGate of no negative share: "
+                    "proposed are the rows of highest drafted score, and nothing is drawn."
+                )
         self.gate = gate
         self.screen = screen
         self.verify = verify

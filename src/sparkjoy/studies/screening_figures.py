@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+FREE = 1e-3
+"""Where a cost of next to nothing stands on a logarithmic axis."""
 
 
 def plot(tables: dict[str, list[Row]]) -> dict[str, Figure]:
@@ -26,17 +28,19 @@ def _screeners(rows: list[Row]) -> Figure:
         for row in drafts:
             if row["task"] != task:
                 continue
-            cost = row["seconds_over_forward"] + (row["learn_over_forward"] or 0.0)
-            filled = row["verify"] is not None
-            colour = colours[row["screener"]]
-            axis.plot(cost, row["recall"], "o", color=colour, fillstyle="full" if filled else "none")
-            axis.annotate(row["screener"], (cost, row["recall"]), textcoords="offset points", xytext=(6, -3))
+            cost = max(FREE, row["seconds_over_forward"] + (row["learn_over_forward"] or 0.0))
+            style = {"color": colours[row["screener"]], "fillstyle": "none" if row["verify"] is None else "full"}
+            axis.plot(cost, row["recall"], "o", **style)
         axis.axvline(1, color="0.7", linewidth=1, zorder=0)
         axis.set_title(task)
-        axis.set_xscale("symlog", linthresh=0.01)
+        axis.set_xscale("log")
+        axis.set_xlim(FREE / 2, 20)
         axis.set_xlabel("seconds of drafting and learning\nover those of an exact forward pass")
         axis.set_ylim(0, 1.05)
     axes[0].set_ylabel("recall of the true survivors\n(filled: four times the rate proposed)")
+    for name, colour in colours.items():
+        axes[0].plot([], [], "o", color=colour, label=name)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(colours))
     return figure
 
 
