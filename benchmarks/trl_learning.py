@@ -2,8 +2,9 @@
 
     python benchmarks/trl_learning.py --out out/trl_learning
 
-Copy a few digits, with partial credit (benchmarks/trl_task.py). One file for each finished run, so that a study that
-was stopped goes on; then a table, and a figure of the reward against steps, tokens differentiated and seconds.
+Copy a few digits, with partial credit (benchmarks/trl_task.py). A run ends at the target reward, or after the steps.
+One file for each finished run, so that a study that was stopped goes on; then a table, and a figure of the reward
+against steps, tokens differentiated and seconds.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class Counting(KondoGRPOTrainer):
 
 
 class Record(TrainerCallback):  # type: ignore[misc]  # transformers' is untyped
-    """Reward, tokens differentiated and CPU seconds after every step."""
+    """Reward, tokens differentiated and CPU seconds after every step; stops the run at the target."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: float) -> None:
+        self.target = target
         self.trainer: Any = None
         self.rows: list[dict[str, float]] = []
         self.start = time.process_time()
@@ -70,11 +72,13 @@ class Record(TrainerCallback):  # type: ignore[misc]  # transformers' is untyped
                     "kept_rate": logs.get("gate/kept_rate", 1.0),
                 }
             )
+            if len(self.rows) >= WINDOW and smoothed(self.rows)[-1] >= self.target:
+                control.should_training_stop = True
 
 
-def run(arm: dict[str, Any], seed: int, steps: int) -> list[dict[str, float]]:
-    """The records of one training run."""
-    record = Record()
+def run(arm: dict[str, Any], seed: int, steps: int, target: float) -> list[dict[str, float]]:
+    """The records of one training run, until its reward is `target`, for at most `steps` steps."""
+    record = Record(target)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Counting(
             model=trl_task.model(width=64, layers=2, seed=seed, heads=4),
@@ -146,11 +150,11 @@ def figure(runs: dict[str, list[list[dict[str, float]]]], target: float) -> Any:
     for number, (name, seeds) in enumerate(runs.items()):
         color = f"C{number}"
         rewards = [smoothed(records) for records in seeds]
-        mean = [statistics.fmean(values) for values in zip(*rewards, strict=True)]
+        mean = [statistics.fmean(values) for values in zip(*rewards, strict=False)]  # as far as all seeds go
         for axis, cost in zip(axes, ("step", "backward_tokens", "seconds"), strict=True):
             for records, values in zip(seeds, rewards, strict=True):
                 axis.plot([record[cost] for record in records], values, color=color, alpha=0.25, linewidth=0.7)
-            costs = [statistics.fmean(record[cost] for record in at) for at in zip(*seeds, strict=True)]
+            costs = [statistics.fmean(record[cost] for record in at) for at in zip(*seeds, strict=False)]
             axis.plot(costs, mean, color=color, label=name)
     for axis, label in zip(axes, ("optimizer steps", "tokens differentiated", "CPU seconds, all of it"), strict=True):
         axis.set_xlabel(label)
@@ -167,7 +171,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/trl_learning"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--target", type=float, default=0.9)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -177,9 +181,9 @@ def main() -> None:
     runs: dict[str, list[list[dict[str, float]]]] = {name: [] for name in options.arms}
     for seed in options.seeds:
         for name in options.arms:
-            path = options.out / f"{name.replace(' ', '_')}-{options.steps}-{seed}.json"
+            path = options.out / f"{name.replace(' ', '_')}-{options.target}-{options.steps}-{seed}.json"
             if not path.exists():
-                write_json(path, run(ARMS[name], seed, options.steps))
+                write_json(path, run(ARMS[name], seed, options.steps, options.target))
             runs[name].append(read_json(path))
             print(f"seed {seed}: {name}: reward {smoothed(runs[name][-1])[-1]:.3f}", flush=True)
     rows = table(runs, options.target)

@@ -20,8 +20,8 @@ def test_the_learning_study_reports_what_was_reached_and_when():
 
 
 def test_a_gated_run_counts_fewer_tokens_differentiated():
-    gated = trl_learning.run(trl_learning.ARMS["gate 10%"], seed=0, steps=2)
-    plain = trl_learning.run(trl_learning.ARMS["TRL's own"], seed=0, steps=2)
+    gated = trl_learning.run(trl_learning.ARMS["gate 10%"], seed=0, steps=2, target=1.0)
+    plain = trl_learning.run(trl_learning.ARMS["TRL's own"], seed=0, steps=2, target=1.0)
     assert gated[0]["reward"] == plain[0]["reward"]  # the same completions
     assert 0 < gated[0]["backward_tokens"] < 0.15 * plain[0]["backward_tokens"]
 

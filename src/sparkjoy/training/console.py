@@ -161,12 +161,11 @@ def print_scaling(rows: list[dict[str, Any]]) -> None:
 
 def print_gains(records: list[dict[str, Any]]) -> None:
     """One row a size or body: milliseconds a step, and how many times the gate's DG's is."""
-    table = Table(title="milliseconds a step, medians; gain: DG's over the gate's, of the update and with sampling")
-    for column in ("changed", "to", "B/F", "sample", "dg", "kondo", "gain", "FLOPs", "gain, all", "FLOPs, all"):
+    table = Table(title="CPU milliseconds a step, medians; gain: DG's over the gate's, of the update and with sampling")
+    for column in ("changed", "to", "B/F", "sample", "dg", "kondo", "gain", "with sampling"):
         table.add_column(column, justify="left" if column in ("changed", "to") else "right", no_wrap=True)
     for record in records:
-        names = ("training_gain", "training_gain_flops", "total_gain", "total_gain_flops")
-        gains = (f"{record[name]:.1f}" for name in names)
+        gains = (f"{record[name]:.1f}" for name in ("training_gain", "total_gain"))
         times = (f"{record[name]:.2f}" for name in ("flops_ratio", "sample", "dg", "kondo"))
         table.add_row(record["changed"], str(record["value"]), *times, *gains)
     Console().print(table)
