@@ -211,8 +211,8 @@ def test_the_engine_passes_tokens_as_costs(generator):
         (lambda: sj.BackwardBudget(0.1)(torch.ones(2), torch.ones(3)), r"cost has shape \(3,\)"),
         (lambda: sj.BackwardBudget(0.1)(torch.ones(2), torch.tensor([1.0, -1.0])), "at least 0"),
         (lambda: sj.BackwardBudget(0.1)(torch.ones(2), torch.tensor([1.0, math.inf])), "finite"),
-        (lambda: sj.KondoGate(rate=0.1, price=sj.BackwardBudget(0.1)), "no rate or temperature"),
-        (lambda: sj.KondoGate(price=sj.BackwardBudget(0.1), temperature=1.0), "no rate or temperature"),
+        (lambda: sj.KondoGate(rate=0.1, price=sj.BackwardBudget(0.1)), "no rate, temperature or negative_share"),
+        (lambda: sj.KondoGate(price=sj.BackwardBudget(0.1), temperature=1.0), "no rate, temperature or negative_share"),
     ],
 )
 def test_wrong_settings_and_costs_are_refused(make, message):
