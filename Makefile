@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 # A worker per core, each with one thread of torch; a file's tests stay together, for what they share.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: help install demo test slow doctest lint types check clean
+.PHONY: help install demo test slow timing doctest lint types check clean
 
 help:  ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,10 +25,13 @@ demo: install  ## the main job: quality against cost on MNIST, in about two minu
 	$(BIN)/sparkjoy pareto mnist --out $(DEMO_OUT)
 
 test: install  ## the fast tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not timing"
 
 slow: install  ## the slow tests
 	$(PYTEST) -m slow
+
+timing: install  ## ratios of seconds within one run, with nothing else running
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing
 
 doctest: install  ## every example in the docstrings and the README
 	$(PYTEST) --doctest-modules src/sparkjoy
@@ -40,7 +43,7 @@ lint: install  ## ruff
 types: install  ## mypy
 	$(BIN)/mypy
 
-check: test slow doctest lint types  ## all of it
+check: test slow timing doctest lint types  ## all of it
 
 clean:  ## remove the environment and the outputs
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,7 @@ import torch
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_a_gated_mnist_step_costs_about_what_the_strongest_dense_loop_does():
     torch.set_num_threads(1)
     result = mnist_step.measure(MnistTask(MnistConfig()), rounds=15, steps_a_round=30)

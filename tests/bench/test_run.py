@@ -55,7 +55,7 @@ def test_memory_of_a_gated_step_is_a_fraction_of_the_dense_one(monkeypatch, tmp_
     assert known["peak_bytes"] < 0.3 * dense["peak_bytes"]
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_the_ratios_have_not_worsened(monkeypatch, tmp_path):
     """Ratios within one run, never seconds, against what they once were: with a margin for a busy machine."""
     baseline = json.loads(BASELINE.read_text())
