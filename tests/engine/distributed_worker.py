@@ -9,6 +9,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from engine_cases import ROWS, make_case
+from processes import leave
 from reference import masked_gradient
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -189,3 +190,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from distributed_worker import Policy, gradients, tell, wrap
 from engine_cases import ROWS, make_case
+from processes import leave
 from tensordict import TensorDict
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -223,3 +224,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from processes import leave
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl_cases import Masked, trained
 
@@ -110,3 +111,4 @@ def main(folder, only):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from processes import leave
 
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.training.loop import train
@@ -44,3 +45,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave()
