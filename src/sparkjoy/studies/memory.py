@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 Step = Callable[[], object]
 
 # glibc returns a freed block of this size to the system at once, so that what is resident is what is in use.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# The profiler would say on the terminal that it starts and stops.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "KINETO_LOG_LEVEL": "10"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def peak_memory(prepare: Callable[..., Step], *arguments: Any, threads: int = 1)
     Raises:
         Exception: what `prepare` or the step raises.
     """
-    before = {name: os.environ.get(name) for name in MALLOC}
-    os.environ.update(MALLOC)  # read when a process starts
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)  # read when a process starts
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
             return fresh.submit(_measure, prepare, arguments, threads).result()
