@@ -1,13 +1,14 @@
 """On real decoder shapes, every plan's gradient is the masked full batch's; and the rivals do what they say."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 from reference import masked_gradient
 
 import sparkjoy as sj
-from sparkjoy.bench.arms import MEANING, WITHOUT_RATE, greatest_variance, step_of
+from sparkjoy.bench.arms import WITHOUT_RATE, Arm, greatest_variance, step_of
 from sparkjoy.bench.models import Workload, build
 
 TINY = {"rows": 6, "length": 5, "vocabulary": 30}
@@ -73,7 +74,7 @@ def test_checkpointing_and_frozen_bodies_change_the_measured_ratio():
     assert ratios["lora"] < 1.3
 
 
-@pytest.mark.parametrize("arm", MEANING)
+@pytest.mark.parametrize("arm", get_args(Arm))
 def test_every_arm_passes_the_rows_it_says(arm):
     problem = build(Workload(zero=0.5, positive=1 / 3, **TINY))  # two successes, one failure, three of zero
     _, rows = step_of(arm, 0.25, 2, problem)()

@@ -174,7 +174,8 @@ def quick_equivalence():
     equivalence(("on one rank only",), divisions=(False,), dealing=(True,))
 
 
-def main():
+def main(scenarios):
+    """Join the others and run the scenarios named on the command line."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -183,11 +184,12 @@ def main():
         world_size=int(os.environ["WORLD_SIZE"]),
     )
     try:
-        globals()[sys.argv[1]]()
+        for name in sys.argv[1:]:
+            scenarios[name]()
     finally:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())
     leave()

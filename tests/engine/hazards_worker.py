@@ -1,12 +1,10 @@
 """A process of test_distributed_hazards.py: set-ups in which processes might wait for one another for good."""
 
 import copy
-import os
-import sys
 
 import torch
 import torch.distributed as dist
-from distributed_worker import Policy, gradients, tell, wrap
+from distributed_worker import Policy, gradients, main, tell, wrap
 from engine_cases import ROWS, make_case
 from processes import leave
 from tensordict import TensorDict
@@ -207,21 +205,6 @@ def shards_after_a_step_without_survivors():
         tell("shards", error=float((module(batch) - policy(batch)).abs().max()))
 
 
-def main():
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{os.environ['STORE']}",
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-    try:
-        for name in sys.argv[1:]:
-            globals()[name]()
-    finally:
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    main(globals())
     leave()

@@ -15,21 +15,18 @@ from sparkjoy.gates import KondoGate, rate_count
 from sparkjoy.scores import delight, uniform_score
 
 Arm = Literal["dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened"]
+"""Ways to take a step.
+
+dense: a plain loop over all rows. non-zero: over those of non-zero advantage (dynamic sampling's filter). positive:
+over those of positive advantage. uniform: rows at random, through the engine. pods: a plain loop over the subset of
+greatest reward variance (PODS, arXiv 2504.13818). kondo-gate: the PyPI package of that name, which multiplies the loss by the
+gate. known: sparkjoy's gate on log-probs that the sampler recorded. screened: on an exact forward pass without a graph.
+"""
 Seconds = dict[str, float]
 Step = Callable[[], tuple[Seconds, int]]
 """Adds one step's gradient to `.grad`; gives the seconds by phase, and the rows that passed backward."""
 
 WITHOUT_RATE: tuple[Arm, ...] = ("dense", "non-zero", "positive")
-MEANING: dict[str, str] = {
-    "dense": "plain loop over all rows",
-    "non-zero": "plain loop over the rows of non-zero advantage (dynamic sampling's filter)",
-    "positive": "plain loop over the rows of positive advantage",
-    "uniform": "rows at random, through the engine",
-    "pods": "plain loop over the subset of greatest reward variance (PODS, arXiv 2504.13818)",
-    "kondo-gate": "the PyPI package kondo-gate 0.1.0, which multiplies the loss by the gate",
-    "known": "sparkjoy's gate on log-probs that the sampler recorded",
-    "screened": "sparkjoy's gate on an exact forward pass without a graph",
-}
 
 
 def step_of(arm: Arm, rate: float, micro_batch_size: int, problem: Problem) -> Step:

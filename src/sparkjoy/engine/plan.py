@@ -82,22 +82,20 @@ def candidates(gate: Gate, signs_decide: bool, certain_first: bool, inputs: Inpu
     positive, negative = (inputs.advantages > 0), (inputs.advantages < 0)
     if positive.dim() == 2:
         positive, negative = positive.any(dim=1), negative.any(dim=1)
-    none = torch.zeros_like(positive)
-    hard = type(gate) is KondoGate and gate.temperature == 0 and gate.negative_share == 0
-    quota = (
-        rate_count(gate.rate, ranks.total(inputs.total)) if type(gate) is KondoGate and gate.rate is not None else None
-    )
-    fixed = type(gate) is KondoGate and (gate.price is None or type(gate.price) is FixedPrice)
+    none, teaching = torch.zeros_like(positive), positive | negative
+    if type(gate) is not KondoGate:
+        return Candidates(none, teaching, none, None)
+    quota = None if gate.rate is None else rate_count(gate.rate, ranks.total(inputs.total))
+    hard = gate.temperature == 0 and gate.negative_share == 0
+    fixed = gate.price is None or type(gate.price) is FixedPrice
     if not hard or not signs_decide or not fixed or ranks.sum(int((positive & negative).any())):
-        return Candidates(none, positive | negative, none, quota)
-    price = gate.price.value if type(gate) is KondoGate and type(gate.price) is FixedPrice else None
+        return Candidates(none, teaching, none, quota)
+    price = gate.price.value if type(gate.price) is FixedPrice else None
+    if price is None and quota is not None and certain_first and ranks.sum(int(teaching.count_nonzero())) <= quota:
+        return Candidates(teaching, none, none, quota)
     successes = ranks.sum(int(positive.count_nonzero()))
     fits = quota is None or successes <= quota
     fills = quota is not None and successes >= quota
-    if price is None and quota is not None and certain_first:
-        teaching = positive | negative
-        if ranks.sum(int(teaching.count_nonzero())) <= quota:
-            return Candidates(teaching, none, none, quota)
     losers = none if price is not None and price >= 0 else negative
     reserve, contested = (losers, none) if fills else (none, losers)
     if fits and (price is None or price <= 0) and certain_first:
