@@ -19,8 +19,9 @@ Arm = Literal["dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", 
 
 dense: a plain loop over all rows. non-zero: over those of non-zero advantage (dynamic sampling's filter). positive:
 over those of positive advantage. uniform: rows at random, through the engine. pods: a plain loop over the subset of
-greatest reward variance (PODS, arXiv 2504.13818). kondo-gate: the PyPI package of that name, which multiplies the loss by the
-gate. known: sparkjoy's gate on log-probs that the sampler recorded. screened: on an exact forward pass without a graph.
+greatest reward variance (PODS, arXiv 2504.13818). kondo-gate: the PyPI package of that name, which multiplies the loss
+by the gate. known: sparkjoy's gate on log-probs that the sampler recorded. screened: on an exact forward pass without a
+graph.
 """
 Seconds = dict[str, float]
 Step = Callable[[], tuple[Seconds, int]]
