@@ -4,8 +4,9 @@
 
 A Qwen2 of 2.9 million random parameters, 128 completions of 48 to 80 tokens, micro-batches of 16. All arms take turns
 within one process on one thread and see the same completions, so that their ratios compare; absolute times are this
-machine's. The update is what a step's training passes take, screening and packing included, generation and rewards
-not; the whole step is everything. "with log-probs": those that the sampler left decide, and no row is screened.
+machine's. The update is everything but generation and rewards; the whole step is everything. Log-probs to
+decide on are recorded while transformers generates; "screened": an exact forward pass makes them instead
+(`gate_log_probs="exact"`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 import trl_task
@@ -34,16 +36,18 @@ ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "rate 1": {"gate_rate": 1.0},
     "25%": {"gate_rate": 0.25},
+    "25% screened": {"gate_rate": 0.25, "gate_log_probs": "exact"},
     "10%": {"gate_rate": 0.1},
-    "10% with log-probs": {"gate_rate": 0.1, "rollout_func": trl_task.rollout_with_log_probs},
+    "10% screened": {"gate_rate": 0.1, "gate_log_probs": "exact"},
     "3%": {"gate_rate": 0.03},
-    "3% with log-probs": {"gate_rate": 0.03, "rollout_func": trl_task.rollout_with_log_probs},
+    "3% screened": {"gate_rate": 0.03, "gate_log_probs": "exact"},
+    "uniform 10%": {"gate_rate": 0.1, "gate_score": "uniform"},
     "price 0": {"gate_price": 0.0},
 }
 
 
 class Timed(KondoGRPOTrainer):
-    """The trainer with clocks: of its training passes, and of the generation within them."""
+    """The trainer with a clock of all that `training_step` does but generation and rewards."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,17 +63,17 @@ class Timed(KondoGRPOTrainer):
             self._passes = 0.0
         return loss
 
-    def _generate_and_score_completions(self, inputs: Any) -> Any:
+    def _generate(self, *args: Any) -> Any:
         start = time.process_time()
-        output = super()._generate_and_score_completions(inputs)
+        output = super()._generate(*args)
         self._passes -= time.process_time() - start
         return output
 
-    def _decide(self, *args: Any) -> Any:  # runs within the above, and is part of the update
+    def _calculate_rewards(self, *args: Any) -> Any:
         start = time.process_time()
-        keep = super()._decide(*args)
-        self._passes += time.process_time() - start
-        return keep
+        rewards = super()._calculate_rewards(*args)
+        self._passes -= time.process_time() - start
+        return rewards
 
 
 class StepSeconds(TrainerCallback):  # type: ignore[misc]  # transformers' is untyped
@@ -91,10 +95,8 @@ def high_digits(prompts: list[str], completions: list[str], **_: Any) -> list[fl
     return [sum(character in "56789" for character in completion) / 64 for completion in completions]
 
 
-def run(arm: dict[str, Any], steps: int, folder: str, **size: int) -> dict[str, list[float]]:
-    """Seconds of every step after the first, which warms up, and gate figures; the weights stand still."""
-    arm = dict(arm)
-    rollout = arm.pop("rollout_func", None)
+def run(arm: dict[str, Any], steps: int, folder: str, updates: int = 1, **size: int) -> dict[str, list[float]]:
+    """Seconds of every step after the first generation's, which warm up, and gate figures; the weights stand still."""
     clock = StepSeconds()
     trainer = Timed(
         model=trl_task.model(**(size or SIZE)),
@@ -103,11 +105,12 @@ def run(arm: dict[str, Any], steps: int, folder: str, **size: int) -> dict[str, 
             **trl_task.options(
                 output_dir=folder,
                 per_device_train_batch_size=16,
-                gradient_accumulation_steps=8,
+                gradient_accumulation_steps=8 // updates,
+                steps_per_generation=8,
                 num_generations=8,
                 max_completion_length=80,
                 generation_kwargs={"min_new_tokens": 48},
-                max_steps=steps + 1,
+                max_steps=updates * (steps + 1),
                 learning_rate=0.0,
             ),
             **arm,
@@ -115,7 +118,6 @@ def run(arm: dict[str, Any], steps: int, folder: str, **size: int) -> dict[str, 
         train_dataset=trl_task.prompts(256, 6, 10),
         processing_class=trl_task.tokenizer(),
         callbacks=[clock],
-        rollout_func=rollout,
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     trainer.train()
@@ -125,16 +127,20 @@ def run(arm: dict[str, Any], steps: int, folder: str, **size: int) -> dict[str, 
         for name, default in (("kept_rate", 1.0), ("micro_steps", 8.0), ("screen_seconds", 0.0), ("screened_rate", 0.0))
     }
     tokens = [entry["completions/mean_length"] for entry in logs]
-    return {"update": trainer.update_seconds[1:], "whole": clock.seconds[1:], "tokens": tokens} | figures
+    update, whole = (
+        np.reshape(seconds, (-1, updates)).sum(axis=1).tolist()[1:]
+        for seconds in (trainer.update_seconds, clock.seconds)
+    )
+    return {"update": update, "whole": whole, "tokens": tokens} | figures
 
 
-def measure(rounds: int, steps: int) -> dict[str, dict[str, float]]:
+def measure(rounds: int, steps: int, updates: int) -> dict[str, dict[str, float]]:
     """Medians of every arm over all rounds, and what TRL's own takes over them."""
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in ARMS}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             for name, arm in ARMS.items():
-                for figure, values in run(arm, steps, folder).items():
+                for figure, values in run(arm, steps, folder, updates).items():
                     samples[name].setdefault(figure, []).extend(values)
                 print(f"round {number + 1} of {rounds}: {name}: {samples[name]['update'][-1]:.3f} s", flush=True)
     result = {
@@ -152,24 +158,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/trl_step.json"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="generations measured a round")
+    parser.add_argument("--updates", type=int, default=1, choices=(1, 2, 4), help="optimizer steps a generation")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     parameters = trl_task.model(**SIZE).num_parameters()
     print(f"{parameters:,} parameters")
-    result = measure(options.rounds, options.steps)
+    result = measure(options.rounds, options.steps, options.updates)
     print(f"{'':20}{'kept':>7}{'passes':>8}{'update s':>10}{'×':>7}{'whole s':>10}{'×':>7}")
     for name, row in result.items():
         print(
             f"{name:20}{row['kept_rate']:7.1%}{row['micro_steps']:8.0f}{row['update']:10.3f}"
             f"{row['update_speedup']:7.2f}{row['whole']:10.3f}{row['whole_speedup']:7.2f}"
         )
-    write_json(
-        options.out,
-        {"parameters": parameters, "machine": platform.processor(), "torch": torch.__version__, "arms": result},
-    )
+    setup = {"parameters": parameters, "machine": platform.processor(), "torch": torch.__version__}
+    write_json(options.out, setup | {"updates": options.updates, "arms": result})
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def trainer(
     gradients = Gradients()
     made = cls(
         model=model or trl_task.model(),
-        reward_funcs=trl_task.copied,
+        reward_funcs=(arguments or {}).pop("reward_funcs", trl_task.copied),
         args=config(**options),
         train_dataset=trl_task.prompts(train_rows, 2, 5),
         processing_class=trl_task.tokenizer(),

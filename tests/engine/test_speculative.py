@@ -21,12 +21,14 @@ def draft_of(policy, seed=7):
     return TinyPolicy(WIDTH, ACTIONS, seed=seed, dtype=next(policy.parameters()).dtype)
 
 
-def scores_of(policy, batch, advantages, mask):
+def scores_of(policy, batch, advantages, mask, kept=4):
+    """Delights (B,), minus infinity where the sign of the advantage, or a delight of 0, rules a row out."""
     log_probs = policy.log_probs(batch).detach()
     score = delight(advantages, log_probs)
     if score.dim() == 2:
         score = (score if mask is None else score.where(mask, 0)).sum(dim=1)
-    return score.masked_fill(score == 0, -torch.inf)  # never kept
+    enough = advantages.dim() == 1 and int((advantages > 0).sum()) >= kept
+    return score.masked_fill((score <= 0) if enough else (score == 0), -torch.inf)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -40,7 +42,7 @@ def test_proposing_everything_is_exact_screening(shape, normalizer):
     report = step(policy.log_probs, batch, advantages, mask=mask)
     assert report.screening.proposed == int((scores_of(policy, batch, advantages, mask) > -torch.inf).sum())
     assert torch.equal(report.decision.keep, expected_report.decision.keep)
-    assert report.decision.price == expected_report.decision.price
+    assert float(report.decision.price) == pytest.approx(float(expected_report.decision.price))
     for got, wanted in zip(gradients(policy), expected, strict=True):
         torch.testing.assert_close(got, wanted)
 
@@ -60,6 +62,7 @@ def test_the_gate_decides_exactly_among_the_proposed(shape, verify):
     assert sorted(best.tolist()) == report.decision.keep.nonzero().squeeze(1).tolist()
     count = min(count, int((scores_of(draft, batch, advantages, mask) > -torch.inf).sum()))
     assert (report.screening.proposed, report.kept, report.total) == (count, 4, ROWS)
+    assert bool((exact[report.decision.keep] > -torch.inf).all())
     assert report.decision.price == pytest.approx(float(exact[best].min()))
 
 
@@ -67,11 +70,32 @@ def test_rows_are_counted_as_they_ran():
     policy, batch, advantages, _ = make_case("rows")
     step = SpeculativeBackward(KondoGate(rate=0.3), draft_of(policy).log_probs, verify=2)
     first, second = (step(policy.log_probs, batch, advantages) for _ in range(2))
-    # 13 drafted; of the 8 proposed 4 are kept: a screening pass and 4 again, until the share kept is known.
-    assert (first.plan, first.screened_rows, first.forward_rows, first.backward_rows) == ("screen", 13 + 8, 12, 4)
-    assert second.screened_rows + second.forward_rows > 13 + 8 - 1
+    # The 7 of positive advantage are drafted; of these, all proposed, 4 are kept: a screening pass and 4 again, until
+    # the share kept is known.
+    assert int((advantages > 0).sum()) == 7
+    assert (first.plan, first.screened_rows, first.forward_rows, first.backward_rows) == ("screen", 7 + 7, 11, 4)
+    assert (second.screened_rows, second.forward_rows) == (7, 7)
     one = 2 * WIDTH * ACTIONS
-    assert first.forward_flops == one * (13 + 12)
+    assert first.forward_flops == one * (7 + 11)
+
+
+def test_rows_that_signs_rule_out_are_not_drafted():
+    policy, batch, advantages, _ = make_case("rows")
+    draft, drafted = draft_of(policy), []
+
+    def watched(rows):
+        drafted.append(rows["state"])
+        return draft.log_probs(rows)
+
+    for gate in (KondoGate(rate=0.3), KondoGate(price=0.5)):
+        SpeculativeBackward(gate, watched, verify=1)(policy.log_probs, batch, advantages)
+        assert torch.equal(drafted.pop(), batch["state"][advantages > 0])
+    few = KondoGate(rate=0.9)  # the 7 of positive advantage are fewer than the rate keeps
+    SpeculativeBackward(few, watched, verify=1)(policy.log_probs, batch, advantages)
+    assert torch.equal(drafted.pop(), batch["state"][advantages != 0])
+    own = SpeculativeBackward(KondoGate(rate=0.3), watched, verify=1, draft_score=surprisal_score)
+    own(policy.log_probs, batch, advantages)
+    assert len(drafted.pop()) == ROWS - 1  # a score of one's own may have any sign; row 2 teaches nothing
 
 
 def test_a_price_proposes_what_the_draft_puts_above_it():
@@ -174,7 +198,7 @@ def test_a_good_draft_is_kept_and_taught_what_was_verified():
     report = step(policy.log_probs, batch, advantages)
     assert report.screening.audit.recall == 1.0  # everything is proposed
     assert not report.screening.exact
-    assert draft.rows == 5 + 12  # the audited and the proposed, of which the kept are some
+    assert draft.rows == 5 + 7  # the audited and the proposed, of which the kept are some
 
 
 def test_audits_time_and_count_by_turns():

@@ -86,7 +86,7 @@ def test_screening_is_exact_where_dropout_is_on(tmp_path):
             states.append((torch.equal(before, torch.get_rng_state()), self.model.training))
             return result
 
-    trained(tmp_path, cls=Watching, gate_rate=0.3, model=model)
+    trained(tmp_path, cls=Watching, gate_rate=0.3, gate_log_probs="exact", model=model)
     assert states == [(True, True)]
 
 

@@ -46,7 +46,7 @@ def test_a_run_leaves_tables_and_figures_and_is_not_run_twice(tmp_path, monkeypa
     assert all(set(row) >= COLUMNS for row in on_disk["screeners"])
     drafts = [row for row in on_disk["screeners"] if row["screener"] != "exact"]
     assert {row["screener"] for row in drafts} == {"stale", "bfloat16", "draft", "cached", "flat"}
-    assert all(0 <= row["recall"] <= 1 and row["proposed"] == 12 for row in drafts)
+    assert all(0 <= row["recall"] <= 1 and 0 < row["proposed"] <= 12 for row in drafts)
     exact = {row["task"]: row["error"] for row in on_disk["screeners"] if row["screener"] == "exact"}
     assert len(exact) == 2
     assert all(row["error_exact"] == exact[row["task"]] for row in drafts)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparkjoy.policies.adapters import LowRankAdapter
+
 Model = Literal["gpt2-2m", "gpt2-14m", "gpt2-60m", "llama-2m", "llama-14m", "llama-60m", "qwen-0.5b"]
 
 SIZES: dict[str, tuple[int, int, int]] = {"2m": (128, 4, 4), "14m": (384, 6, 6), "60m": (704, 9, 11)}
@@ -142,28 +144,12 @@ def _module(workload: Workload) -> Any:
     return transformers.LlamaForCausalLM(llama)
 
 
-class _Adapted(nn.Module):
-    """A frozen projection with a rank-8 adapter beside it."""
-
-    def __init__(self, frozen: nn.Module, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.frozen = frozen
-        self.down = nn.Linear(inputs, 8, bias=False)
-        self.up = nn.Linear(8, outputs, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.frozen(hidden) + self.up(self.down(hidden))  # type: ignore[no-any-return]
-
-
 def _freeze_all_but_adapters(module: nn.Module) -> None:
     reference = next(module.parameters())
     module.requires_grad_(False)
     names = [name for name, _ in module.named_modules() if name.endswith(("c_attn", "q_proj", "v_proj"))]
     for name in names:
         parent_name, _, own_name = name.rpartition(".")
-        parent, projection = module.get_submodule(parent_name), module.get_submodule(name)
-        weight = projection.weight
-        assert isinstance(weight, Tensor)
-        # GPT-2's projections hold their weight the other way round than nn.Linear.
-        outputs, inputs = weight.shape if isinstance(projection, nn.Linear) else (weight.shape[1], weight.shape[0])
-        setattr(parent, own_name, _Adapted(projection, inputs, outputs).to(reference))
+        adapted = LowRankAdapter(module.get_submodule(name), rank=8)
+        nn.init.normal_(adapted.up, std=0.02)  # as after some steps: at zero, half of the gradients would be
+        setattr(module.get_submodule(parent_name), own_name, adapted.to(reference))

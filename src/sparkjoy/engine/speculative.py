@@ -1,6 +1,6 @@
 """A cheap draft proposes the samples worth a backward pass, and the policy itself decides among them.
 
-    draft every row -> propose the best of them -> exact log-probs of those -> gate -> backward on the survivors
+    draft the rows in doubt -> propose the best of them -> exact log-probs of those -> gate -> backward on the survivors
 
 As speculative decoding drafts tokens. Now and then an audit compares draft and policy on the same rows; a draft that
 has gone bad is given up for exact screening.
@@ -25,6 +25,7 @@ from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import KnownFlops, Ledger
 from sparkjoy.engine.packing import Packing
 from sparkjoy.engine.passes import Normalizer, Passes
+from sparkjoy.engine.plan import candidates
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Decision, Gate, KondoGate, StatefulGate, rate_count
@@ -81,7 +82,8 @@ class SpeculativeBackward:
 
     With `verify=m` the draft proposes the ⌈m ρ N⌉ rows of highest drafted score, and the gate decides on the exact
     scores of these alone: all others count as skipped. Their exact log-probs come from one forward pass over the
-    proposed rows, with a graph where that is cheaper. Without `verify` the gate decides on the drafted scores.
+    proposed rows, with a graph where that is cheaper. Without `verify` the gate decides on the drafted scores. Rows
+    that the signs of the advantages already rule out are not drafted, where score and draft score are delight.
 
     >>> import torch, sparkjoy as sj
     >>> from sparkjoy.testing import TinyPolicy
@@ -249,7 +251,7 @@ class SpeculativeBackward:
     def _verified(self, log_prob_fn: LogProbFunction, inputs: Inputs) -> tuple[BackwardReport, int]:
         """The step on the proposed rows alone, reported as of the whole batch, and how many were proposed."""
         step, ledger = self._step, Ledger(self._known_flops if self._counts_flops else None)
-        drafted = self._drafted(inputs, ledger)
+        drafted = self._drafted(inputs, ledger, self._in_doubt(inputs))
         score = row_scores(self.draft_score, inputs, drafted)
         among = _Among(self.gate, self._proposed(score), score, inputs.row_tokens)
         step.gate, step.screen, step.score = among, None, self.score
@@ -274,17 +276,23 @@ class SpeculativeBackward:
         )
         return report, len(among.rows)
 
-    def _drafted(self, inputs: Inputs, ledger: Ledger) -> Tensor:
+    def _in_doubt(self, inputs: Inputs) -> Tensor | None:
+        """(n,) the rows that the signs of the advantages leave in the running, None for all: only those are drafted."""
+        signs_decide = self.score is delight and self.draft_score is delight
+        contested = candidates(self.gate, signs_decide, False, inputs).contested
+        return None if bool(contested.all() | ~contested.any()) else contested.nonzero().squeeze(1)
+
+    def _drafted(self, inputs: Inputs, ledger: Ledger, rows: Tensor | None = None) -> Tensor:
         if self.screen is None:
             assert inputs.log_probs is not None  # the call saw to it
             return inputs.log_probs
-        return self._seen(inputs, ledger, self.screen)
+        return self._seen(inputs, ledger, self.screen, rows)
 
-    def _seen(self, inputs: Inputs, ledger: Ledger, source: LogProbFunction) -> Tensor:
-        """Log-probs of all rows from `source`, without a graph."""
+    def _seen(self, inputs: Inputs, ledger: Ledger, source: LogProbFunction, rows: Tensor | None = None) -> Tensor:
+        """Log-probs of `rows` (None: all) from `source`, without a graph; 0 for the others."""
         passes = Passes(source, inputs, ledger, packing=Packing(rows=self._micro_batch_size))
-        passes.screen(None, source)
-        assert passes.seen is not None  # all rows were
+        passes.screen(rows, source)
+        assert passes.seen is not None  # some rows were
         return passes.seen
 
     def _proposed(self, score: Tensor) -> Tensor:

@@ -20,20 +20,23 @@ class LowRankAdapter(nn.Module):
     ['down', 'up']
 
     Args:
-        linear: the layer; its weights are frozen.
+        linear: the layer, whose weights are frozen: an `nn.Linear`, or one that holds its weight (inputs, outputs), as
+            GPT-2's do in transformers.
         rank: width in between.
 
     Raises:
         ValueError: a rank below 1.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
+    def __init__(self, linear: nn.Module, rank: int) -> None:
         if rank < 1:
             raise ValueError(f"rank is {rank}; expected at least 1.")
         super().__init__()
         self.linear = linear.requires_grad_(False)
-        self.down = nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features**-0.5)
-        self.up = nn.Parameter(torch.zeros(linear.out_features, rank))
+        weight = linear.get_parameter("weight")
+        outputs, inputs = weight.shape if isinstance(linear, nn.Linear) else weight.t().shape
+        self.down = nn.Parameter(torch.randn(rank, inputs) * inputs**-0.5)
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., outputs) of (..., inputs)."""

@@ -25,6 +25,7 @@ from sparkjoy.training.loop import OnStep, Record
 from sparkjoy.training.settings import Settings
 
 REFRESH_SECONDS = 0.2
+WIDTH_OF_FILES = 160
 
 
 class LiveRuns:
@@ -72,7 +73,8 @@ class LiveRuns:
             if done:
                 self._progress.advance(self._all)
                 if not self._progress.console.is_terminal and record is not None:
-                    self._progress.console.print(f"{name}: {_state(record, settings.updates)}", highlight=False)
+                    line = f"{name}: {_state(record, settings.updates)}"
+                    self._progress.console.print(line, highlight=False, soft_wrap=True)
             self._progress.refresh()
 
         return on_step
@@ -97,7 +99,7 @@ def print_runs(summaries: list[Record], target_error: float) -> None:
     seeds = len({run["seed"] for run in summaries})
     table = Table(title=f"mean ± sd over {seeds} seeds; on the right, when {100 * target_error:g}% was reached")
     for column in ("arm", "error %", "backward", "ms/step", "steps", "backward", "seconds"):
-        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column != "arm")
     for arm in dict.fromkeys(run["arm"] for run in summaries):
         runs = [run for run in summaries if run["arm"] == arm]
         table.add_row(
@@ -107,7 +109,7 @@ def print_runs(summaries: list[Record], target_error: float) -> None:
             f"{1000 * np.mean([run['seconds']['total'] / run['step'] for run in runs]):.2f}",
             *_to_target(runs),
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def print_scores(rows: list[dict[str, Any]]) -> None:
@@ -119,7 +121,7 @@ def print_scores(rows: list[dict[str, Any]]) -> None:
         spread = "" if row["error_sd"] is None else f" ± {100 * row['error_sd']:.2f}"
         error = f"{100 * row['error']:.2f}{spread}"
         table.add_row(row["baseline"], row["score"], error, str(row["seeds"]), f"{row['backward_samples']:,.0f}")
-    Console().print(table)
+    _console().print(table)
 
 
 def print_screening(tables: dict[str, list[dict[str, Any]]]) -> None:
@@ -132,18 +134,19 @@ def print_screening(tables: dict[str, list[dict[str, Any]]]) -> None:
             continue
         table = Table(title=f"{part}: means over {max(row['seeds'] for row in rows)} seeds")
         for column in columns[part]:
-            table.add_column(column.replace("_", " "), justify="left" if column in ("task", "arm") else "right")
+            words = column in ("task", "arm")
+            table.add_column(column.replace("_", " "), justify="left" if words else "right", no_wrap=not words)
         for row in rows:
             values = [row[column] for column in columns[part]]
-            table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
-        Console().print(table)
+            table.add_row(*("" if value is None else _short(value) for value in values))
+        _console().print(table)
 
 
 def print_scaling(rows: list[dict[str, Any]]) -> None:
     """One row a method and prompt length: means over the seeds that reached the target."""
     table = Table(title="to the target error, means over seeds")
     for column in ("H", "arm", "learning rate", "solved", "answers", "backward tokens", "seconds"):
-        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column != "arm")
     for length, arm in dict.fromkeys((row["prompt_length"], row["arm"]) for row in rows):
         of_arm = [row for row in rows if (row["prompt_length"], row["arm"]) == (length, arm)]
         solved = [row for row in of_arm if row["answers"] is not None]
@@ -156,7 +159,7 @@ def print_scaling(rows: list[dict[str, Any]]) -> None:
             *(f"{mean:,.0f}" for mean in means[:2]),
             *(f"{mean:.1f}" for mean in means[2:]),
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def print_gains(records: list[dict[str, Any]]) -> None:
@@ -168,7 +171,7 @@ def print_gains(records: list[dict[str, Any]]) -> None:
         gains = (f"{record[name]:.1f}" for name in ("training_gain", "total_gain"))
         times = (f"{record[name]:.2f}" for name in ("flops_ratio", "sample", "dg", "kondo"))
         table.add_row(record["changed"], str(record["value"]), *times, *gains)
-    Console().print(table)
+    _console().print(table)
 
 
 def print_bench(result: dict[str, Any]) -> None:
@@ -179,18 +182,18 @@ def print_bench(result: dict[str, Any]) -> None:
         f"backward over forward {ratio['seconds']:.2f} in seconds, {ratio['flops']:.2f} in FLOPs"
     )
     for column in ("arm", "rate", "rows", "size", "p20 ms", "p50 ms", "p80 ms", "speed-up"):
-        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column != "arm")
     for row in result["arms"]:
         milliseconds = [f"{1000 * value:,.1f}" for value in row["seconds"]["total"].values()]
         rate = "" if row["rate"] is None else f"{row['rate']:g}"
         sizes = (str(row["backward_rows"]), str(row["micro_batch_size"]))
         table.add_row(row["arm"], rate, *sizes, *milliseconds, f"{row['speedup']:.2f}")
-    Console().print(table)
+    _console().print(table)
     if not result.get("memory"):
         return
     table = Table(title="peak memory of the step above weights, gradients and optimizer state")
     for column in ("arm", "rate", "size", "MB in tensors", "MB resident", "of undivided"):
-        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column != "arm")
     undivided = result["memory"][0]["peak_bytes"]
     for row in result["memory"]:
         rate = "" if row["rate"] is None else f"{row['rate']:g}"
@@ -199,7 +202,7 @@ def print_bench(result: dict[str, Any]) -> None:
         table.add_row(
             row["arm"], rate, str(row["micro_batch_size"]), f"{peak / 1e6:,.1f}", resident, f"{peak / undivided:.1%}"
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def print_slopes(rows: list[dict[str, Any]]) -> None:
@@ -209,7 +212,13 @@ def print_slopes(rows: list[dict[str, Any]]) -> None:
         table.add_column(column.replace("_", " "), justify="right")
     for row in rows:
         table.add_row(*("" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for any table where there is none, such as in a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH_OF_FILES)
 
 
 def _to_target(runs: list[Record]) -> list[str]:
@@ -218,6 +227,12 @@ def _to_target(runs: list[Record]) -> list[str]:
         return [f"{len(reached)} of {len(runs)}", "", ""]
     means = [np.mean([first[key] for first in reached]) for key in ("step", "backward_samples", "seconds")]
     return [f"{means[0]:,.0f}", f"{means[1]:,.0f}", f"{means[2]:.2f}"]
+
+
+def _short(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _mean_sd(values: list[float]) -> str:

@@ -101,7 +101,7 @@ class Settings:
     """Gaussian noise on the delight that kondo ranks by, or that weights dg, relative to it: 0.5 for 50%."""
     noise_kind: Literal["multiplicative", "additive"] = "multiplicative"
     """Noise in proportion to each sample's delight, or to the batch's standard deviation of it."""
-    lesson_every: int = 2
+    lesson_every: int = 1
     """Steps between lessons of --screen draft."""
     draft_learning_rate: float = 3e-3
     """Adam's learning rate for --screen draft."""

@@ -60,8 +60,9 @@ class KondoGRPOConfig(GRPOConfig):
     gate_log_probs: Literal["auto", "exact"] = field(
         default="auto",
         metadata={
-            "help": "Where log-probs to decide on come from. 'auto': those TRL has at hand, of an earlier pass or of "
-            "the sampler, else a forward pass without a graph. 'exact': never the sampler's."
+            "help": "Where log-probs to decide on come from. 'auto': those at hand, of the sampler (recorded while "
+            "transformers generates) or of the pass that corrects vLLM's, else a pass without a graph. 'exact': "
+            "never the sampler's."
         },
     )
     gate_empty_step: Literal["skip", "momentum"] = field(

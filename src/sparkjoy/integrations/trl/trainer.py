@@ -1,5 +1,6 @@
 """TRL's GRPOTrainer with the gate: decide where the whole generation batch is known, pack, and let TRL do the loss.
 
+_generate_single_turn             TRL's, watched for the log-probs of what it samples
 _generate_and_score_completions   TRL's, then: delight, one decision over all processes, a column `gate_keep`
 _prepare_inputs                   TRL's, then: the kept rows of an optimizer step packed into few micro-batches
 _compute_loss                     TRL's on a packed micro-batch; nothing on one left without rows
@@ -20,6 +21,7 @@ from sparkjoy.gates import KondoGate
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
 from sparkjoy.integrations.trl.deciding import Scored, centred_advantages, delight_score, in_doubt, other_score, worth
 from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, length, loss_mask, pack
+from sparkjoy.integrations.trl.recording import recording
 from sparkjoy.losses import delightful_weight
 from sparkjoy.scores import per_row
 
@@ -47,6 +49,7 @@ class KondoGRPOMixin(GRPOTrainer):
         self._gate_dg = None if config is None else config.gate_dg
         self._gate_rewards: Tensor | None = None  # (N, F), of all processes
         self._gate_reweighs: tuple[Rows, Tensor] | None = None  # a micro-batch that DG is to weight, its own advantages
+        self._gate_postpones = False  # whether the old log-probs wait until it is decided whose are needed
         self._gate_micro_steps = 0  # run since the last optimizer step
         if self._gate is not None:
             self._refuse_unproven_setups()
@@ -73,20 +76,46 @@ class KondoGRPOMixin(GRPOTrainer):
 
     # Deciding
 
+    @property
+    def _reads_generation(self) -> bool:
+        """Whether log-probs are to be recorded while transformers generates: nothing else will leave them for free."""
+        generates = not (self.use_vllm or self.use_transformers_continuous_batching or self.tools)
+        if self._gate is None or not generates or not self.model.training:
+            return False
+        by_sign = self.args.gate_rate is None and self.args.gate_price == 0 and self.args.gate_negative_share == 0
+        return self.args.gate_score == "delight" and self.args.gate_log_probs == "auto" and not by_sign
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
+        if not self._reads_generation:
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[no-any-return]  # TRL is untyped
+        with recording(self.accelerator.unwrap_model(self.model_wrapped), self.temperature) as recorder:
+            completions, log_probs = super()._generate_single_turn(*args, **kwargs)
+        return completions, recorder.log_probs(completions) if log_probs is None else log_probs
+
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._gate_rewards = super()._calculate_rewards(*args, **kwargs)
         return self._gate_rewards
 
     def _generate_and_score_completions(self, inputs: list[Rows]) -> Rows:
-        output: Rows = super()._generate_and_score_completions(inputs)
         if self._gate is None or not self.model.training:
-            return output
+            return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]  # TRL is untyped
+        postpones = not (self.use_vllm and self.vllm_importance_sampling_correction)  # TRL reads those of all rows then
+        self._gate_postpones = postpones
+        try:
+            output: Rows = super()._generate_and_score_completions(inputs)
+        finally:
+            self._gate_postpones = False
         if output.get("num_images") is not None or output.get("pixel_values") is not None:
             raise ValueError(
                 "the gate packs text only, and these completions come with images. Train without the gate "
                 "(gate_rate=None), or leave the images out."
             )
-        return {**output, "gate_keep": self._decide(self._gate, output)}
+        old = output.pop("old_per_token_logps", None) if postpones else None
+        keep = self._decide(self._gate, output)
+        if old is not None:
+            rows = keep.nonzero().flatten()
+            output["old_per_token_logps"] = old.index_copy(0, rows, self._screen(output, rows))
+        return {**output, "gate_keep": keep}
 
     def _decide(self, gate: KondoGate, output: Rows) -> Tensor:
         """(B,) bool: which rows of this process the gate keeps, out of those of all processes."""
@@ -114,6 +143,9 @@ class KondoGRPOMixin(GRPOTrainer):
         """The delights that the decision needs, of all processes, and how many rows had to be screened for them."""
         mask = loss_mask(output)
         log_probs = self._log_probs_at_hand(output)
+        if self.accelerator.num_processes > 1:  # all screen or none: they decide alike
+            at_hand = torch.tensor([log_probs is not None], device=mask.device)
+            log_probs = log_probs if bool(self.accelerator.gather(at_hand).all()) else None
         known = in_doubt(gate, of_all) if log_probs is None and advantages.dim() == 1 else of_all != 0
         rows = known[mine].nonzero().flatten().to(mask.device)
         of_rows = self._screen(output, rows) if log_probs is None else log_probs[rows]
@@ -134,7 +166,7 @@ class KondoGRPOMixin(GRPOTrainer):
         return centred[first : first + len(advantages)].to(advantages)
 
     def _log_probs_at_hand(self, output: Rows) -> Tensor | None:
-        """(B, T) log-probs that TRL left, of the policy's own earlier pass if there was one, else of the sampler."""
+        """(B, T) log-probs that are at hand: of the pass that corrects vLLM's if there was one, else the sampler's."""
         if output.get("old_per_token_logps") is not None:
             return output["old_per_token_logps"]  # type: ignore[no-any-return]  # TRL's dicts are untyped
         sampled: Tensor | None = output.get("sampling_per_token_logps")
@@ -257,6 +289,9 @@ class KondoGRPOMixin(GRPOTrainer):
         return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if self._gate_postpones:  # of all rows; those of the kept ones are computed when these are known
+            ids, logits_to_keep = args[1], args[3]
+            return torch.zeros(len(ids), logits_to_keep, device=ids.device), None, None
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if (
             self._gate_reweighs is not None and self._gate_dg is not None
