@@ -26,6 +26,21 @@ def test_scaling_tunes_runs_and_stops_where_a_method_fails(tmp_path):
     scaling.plot(rows)
 
 
+def test_a_learning_rate_that_is_losing_is_not_run_to_the_end(tmp_path):
+    study = ScalingStudy(prompt_lengths=(3,), arms=("dg",), learning_rates=(3e-3, 1e-5), seeds=(0,), answers=6000)
+    row = scaling.run(study, tmp_path)[0]
+    assert row["learning_rate"] == 3e-3
+    tuned = {
+        rate: json.loads(
+            (tmp_path / "length-3" / f"learning-rate-{rate:g}" / "dg-seed-100" / "summary.json").read_text()
+        )
+        for rate in study.learning_rates
+    }
+    best, losing = (tuned[rate]["runs"][0] for rate in study.learning_rates)
+    assert best["to_target"] is not None
+    assert best["samples"] == losing["samples"] < 6000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

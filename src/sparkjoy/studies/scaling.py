@@ -6,7 +6,8 @@ brings to the target at one length is not tried at longer ones.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,9 +104,13 @@ def run(study: ScalingStudy, out: Path, on_run: OnRun | None = None) -> list[Rec
     open_run(out, asdict(study))
     rows: list[Record] = []
     solving = dict.fromkeys(study.arms, True)
+    best: dict[str, float] = {}
     for length in study.prompt_lengths:
         for arm in [name for name in study.arms if solving[name]]:
-            of_arm = _arm_at_length(study, arm, length, out, on_run)
+            # The best of the length before comes first: the sooner one is good, the sooner the others have lost.
+            rates = _first(study.learning_rates, best.get(arm))
+            of_arm = _arm_at_length(study, arm, length, rates, out, on_run)
+            best[arm] = of_arm[0]["learning_rate"]
             solving[arm] = any(row["answers"] is not None for row in of_arm)
             rows += of_arm
             write_json(out / "summary.json", {"runs": rows, "longest": longest(rows)})
@@ -152,25 +157,37 @@ def plot(rows: list[Record]) -> Figure:
     return figure
 
 
-def _arm_at_length(study: ScalingStudy, arm: str, length: int, out: Path, on_run: OnRun | None) -> list[Record]:
+def _arm_at_length(
+    study: ScalingStudy, arm: str, length: int, rates: list[float], out: Path, on_run: OnRun | None
+) -> list[Record]:
+    """The rows of one method at one length, at the best of `rates`; among equals the earlier one."""
     config = study.task(length)
     task = ReversalTask(config)
+    batch = config.prompts * config.answers
 
-    def runs(learning_rate: float, seeds: tuple[int, ...]) -> list[Record]:
+    def run_one(learning_rate: float, seed: int, answers: int) -> Record:
+        settings = replace(study.settings(arm, learning_rate, seed), steps=max(1, answers // batch))
         folder = out / f"length-{length}" / f"learning-rate-{learning_rate:g}"
-        last = []
-        for seed in seeds:
-            settings = study.settings(arm, learning_rate, seed)
-            named = None if on_run is None else _named(on_run, f"H={length} lr={learning_rate:g} ")
-            last.append(summary(train_one(settings, task, folder, asdict(config), named), study.target_error))
-        return last
+        named = None if on_run is None else _named(on_run, f"H={length} lr={learning_rate:g} ")
+        return summary(train_one(settings, task, folder, asdict(config), named), study.target_error)
 
-    def cost(learning_rate: float) -> tuple[float, float]:
-        """Unsolved seeds first, then answers."""
-        tuned = runs(learning_rate, study.tuning_seeds)
-        return sum(record["error"] for record in tuned if record["to_target"] is None), sum(r["samples"] for r in tuned)
+    def cost(learning_rate: float, least: float) -> tuple[float, float]:
+        """Errors of unsolved seeds, then answers; needing more than `least` is losing."""
+        missed, answers = 0.0, 0
+        for seed in study.tuning_seeds:
+            allowed = min(study.answers, least - answers)
+            if allowed < batch:
+                return math.inf, math.inf
+            record = run_one(learning_rate, seed, int(allowed))
+            missed += record["error"] if record["to_target"] is None else 0.0
+            answers += record["samples"]
+        return missed, answers
 
-    best = min(study.learning_rates, key=cost)
+    best, least = rates[0], (math.inf, math.inf)
+    for rate in rates:
+        of_rate = cost(rate, math.inf if least[0] else least[1])
+        if of_rate < least:
+            best, least = rate, of_rate
     return [
         {
             "arm": arm,
@@ -182,8 +199,12 @@ def _arm_at_length(study: ScalingStudy, arm: str, length: int, out: Path, on_run
             "backward_tokens": record["backward_tokens"] if record["to_target"] else None,
             "seconds": record["seconds"]["total"] if record["to_target"] else None,
         }
-        for record in runs(best, study.seeds)
+        for record in (run_one(best, seed, study.answers) for seed in study.seeds)
     ]
+
+
+def _first(rates: tuple[float, ...], chosen: float | None) -> list[float]:
+    return sorted(rates, key=lambda rate: rate != chosen)
 
 
 def _named(on_run: OnRun, prefix: str) -> OnRun:
