@@ -2,8 +2,9 @@
 
     python benchmarks/reversal_jax.py --jax-python VENV/bin/python --out out/reversal_jax.json
 
-100 answers (10 prompts x 10 answers), papers' size. JAX reads prompt and answer of every row, as plain code would;
-torch is our policy as `sparkjoy train` runs it. Two processes take turns on one core, some seconds each.
+100 answers (10 prompts x 10 answers), papers' size. The JAX side is made like the author's published code (flax layers,
+optax, prompt and whole answer of every row read, no norm before the output layer), without its logging; torch is our
+policy as `sparkjoy train` runs it. Two processes take turns on one core, some seconds each.
 """
 
 from __future__ import annotations
@@ -52,87 +53,54 @@ def torch_update(length: int) -> Callable[[], float]:
 
 
 def jax_update(length: int) -> Callable[[], float]:
-    """The same, one jitted function from weights to weights."""
+    """An update as the author's code makes it: his network's layers in flax, his loss, optax, all jitted."""
     try:
+        import flax.linen as nn
         import jax
         import jax.numpy as jnp
-    except ImportError:
-        sys.exit(f"{sys.executable} has no jax; run `pip install jax` there, or name another one by --jax-python.")
+        import optax
+    except ImportError as error:
+        sys.exit(f"{error}: run `pip install flax` for {sys.executable}, or name another Python by --jax-python.")
 
-    def weights(key: Any) -> dict[str, Any]:
-        keys = iter(jax.random.split(key, 3 + 4 * LAYERS))
+    class Network(nn.Module):  # type: ignore[misc]
+        @nn.compact  # type: ignore[untyped-decorator]
+        def __call__(self, tokens: Any) -> Any:
+            hidden = nn.Embed(VOCABULARY, WIDTH)(tokens) + nn.Embed(2 * length, WIDTH)(jnp.arange(tokens.shape[1]))
+            causal = nn.make_causal_mask(tokens)
+            for _ in range(LAYERS):
+                normed = nn.LayerNorm(use_bias=False)(hidden)
+                attention = nn.MultiHeadDotProductAttention(num_heads=HEADS, use_bias=False)
+                hidden = hidden + attention(normed, normed, normed, mask=causal)
+                active = nn.relu(nn.Dense(FEED_FORWARD, use_bias=False)(nn.LayerNorm(use_bias=False)(hidden)))
+                hidden = hidden + nn.Dense(WIDTH, use_bias=False)(active)
+            return nn.Dense(VOCABULARY, use_bias=False)(hidden)
 
-        def matrix(rows: int, columns: int) -> Any:
-            return jax.random.normal(next(keys), (rows, columns)) * rows**-0.5
+    network, optimizer = Network(), optax.adam(LEARNING_RATE)
 
-        def block() -> dict[str, Any]:
-            return {
-                "attention_norm": jnp.ones(WIDTH),
-                "qkv": matrix(WIDTH, 3 * WIDTH),
-                "out": matrix(WIDTH, WIDTH),
-                "feed_forward_norm": jnp.ones(WIDTH),
-                "up": matrix(WIDTH, FEED_FORWARD),
-                "down": matrix(FEED_FORWARD, WIDTH),
-            }
+    def dg_loss(model: Any, prompts: Any, answers: Any, rewards: Any) -> Any:
+        sequence = jnp.concatenate([prompts, answers], axis=1)
+        every = jax.nn.log_softmax(network.apply(model, sequence)[:, length - 1 : -1])
+        taken = jnp.take_along_axis(every, answers[:, :, None], axis=2)[:, :, 0]
+        of_prompt = rewards.reshape(PROMPTS, ANSWERS)
+        advantages = (of_prompt - of_prompt.mean(1, keepdims=True)).reshape(-1, 1)
+        weight = jax.nn.sigmoid(jax.lax.stop_gradient(-taken) * advantages)
+        return -(weight * advantages * taken).mean()
 
-        return {
-            "tokens": matrix(VOCABULARY, WIDTH),
-            "positions": matrix(2 * length - 1, WIDTH),
-            "blocks": [block() for _ in range(LAYERS)],
-            "norm": jnp.ones(WIDTH),
-            "head": matrix(WIDTH, VOCABULARY),
-        }
+    def step(model: Any, state: Any, *batch: Any) -> tuple[Any, Any, Any]:
+        loss, gradient = jax.value_and_grad(dg_loss)(model, *batch)
+        change, state = optimizer.update(gradient, state)
+        return optax.apply_updates(model, change), state, loss
 
-    def normed(hidden: Any, weight: Any) -> Any:
-        centred = hidden - hidden.mean(-1, keepdims=True)
-        return centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight
-
-    def log_probs(model: dict[str, Any], prompts: Any, answers: Any) -> Any:
-        sequence = jnp.concatenate([prompts, answers[:, :-1]], axis=1)
-        count, slots = sequence.shape
-        hidden = model["tokens"][sequence] + model["positions"][:slots]
-        causal = jnp.tril(jnp.ones((slots, slots), bool))
-        for block in model["blocks"]:
-            qkv = (normed(hidden, block["attention_norm"]) @ block["qkv"]).reshape(count, slots, 3, HEADS, -1)
-            queries, keys, values = (qkv[:, :, part].transpose(0, 2, 1, 3) for part in range(3))
-            scores = queries @ keys.transpose(0, 1, 3, 2) * (WIDTH // HEADS) ** -0.5
-            seen = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)) @ values
-            hidden = hidden + seen.transpose(0, 2, 1, 3).reshape(count, slots, WIDTH) @ block["out"]
-            active = jax.nn.relu(normed(hidden, block["feed_forward_norm"]) @ block["up"])
-            hidden = hidden + active @ block["down"]
-        every = jax.nn.log_softmax(normed(hidden, model["norm"]) @ model["head"])[:, prompts.shape[1] - 1 :]
-        return jnp.take_along_axis(every, answers[:, :, None], axis=2)[:, :, 0]
-
-    def dg_loss(model: dict[str, Any], prompts: Any, answers: Any, advantages: Any) -> Any:
-        taken = log_probs(model, prompts, answers)
-        weight = jax.nn.sigmoid(jax.lax.stop_gradient(-taken) * advantages[:, None])
-        return -(weight * advantages[:, None] * taken).mean()
-
-    def step(state: Any, prompts: Any, answers: Any, advantages: Any) -> tuple[Any, Any]:
-        model, first, second, count = state
-        loss, gradient = jax.value_and_grad(dg_loss)(model, prompts, answers, advantages)
-        count = count + 1
-        first = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, first, gradient)
-        second = jax.tree.map(lambda old, new: 0.999 * old + 0.001 * new**2, second, gradient)
-
-        def moved(weight: Any, mean: Any, square: Any) -> Any:
-            root = jnp.sqrt(square / (1 - 0.999**count)) + 1e-8
-            return weight - LEARNING_RATE * (mean / (1 - 0.9**count)) / root
-
-        return (jax.tree.map(moved, model, first, second), first, second, count), loss
-
-    keys = jax.random.split(jax.random.PRNGKey(0), 4)
-    model = weights(keys[0])
-    prompts = jax.random.randint(keys[1], (PROMPTS, length), 0, VOCABULARY).repeat(ANSWERS, axis=0)
-    answers = jax.random.randint(keys[2], (PROMPTS * ANSWERS, length), 0, VOCABULARY)
-    rewards = (answers == prompts[:, ::-1]).mean(1).reshape(PROMPTS, ANSWERS)
-    advantages = (rewards - rewards.mean(1, keepdims=True)).reshape(-1)
-    zeros = jax.tree.map(jnp.zeros_like, model)
-    held = [(model, zeros, jax.tree.map(jnp.zeros_like, model), jnp.zeros(()))]
-    jitted = jax.jit(step, donate_argnums=0)
+    keys = jax.random.split(jax.random.PRNGKey(0), 3)
+    prompts = jax.random.randint(keys[0], (PROMPTS, length), 0, VOCABULARY).repeat(ANSWERS, axis=0)
+    answers = jax.random.randint(keys[1], (PROMPTS * ANSWERS, length), 0, VOCABULARY)
+    rewards = (answers == prompts[:, ::-1]).mean(1)
+    model = network.init(keys[2], jnp.concatenate([prompts, answers], axis=1))
+    held = [model, optimizer.init(model)]
+    jitted = jax.jit(step, donate_argnums=(0, 1))
 
     def update() -> float:
-        held[0], loss = jitted(held[0], prompts, answers, advantages)
+        held[0], held[1], loss = jitted(*held, prompts, answers, rewards)
         return float(loss)  # waits for it
 
     return update
@@ -175,7 +143,7 @@ def turn(process: subprocess.Popen[str], seconds: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jax-python", default=sys.executable, help="a Python with jax; it needs no torch")
+    parser.add_argument("--jax-python", default=sys.executable, help="a Python with flax; it needs no torch")
     parser.add_argument("--prompt-length", type=int, default=10, help="H")
     parser.add_argument("--turns", type=int, default=6, help="turns of either side")
     parser.add_argument("--seconds", type=float, default=5, help="seconds a turn")

@@ -188,19 +188,26 @@ def _arm_at_length(
         of_rate = cost(rate, math.inf if least[0] else least[1])
         if of_rate < least:
             best, least = rate, of_rate
-    return [
-        {
-            "arm": arm,
-            "prompt_length": length,
-            "learning_rate": best,
-            "seed": record["seed"],
-            "error": record["error"],
-            "answers": record["samples"] if record["to_target"] else None,
-            "backward_tokens": record["backward_tokens"] if record["to_target"] else None,
-            "seconds": record["seconds"]["total"] if record["to_target"] else None,
-        }
-        for record in (run_one(best, seed, study.answers) for seed in study.seeds)
-    ]
+    of_arm = {"arm": arm, "prompt_length": length, "learning_rate": best}
+    return [{**of_arm, **_row(run_one(best, seed, study.answers))} for seed in study.seeds]
+
+
+def _row(record: Record) -> Record:
+    """What a run that counts spent, and what the target took: the same, or null where it was not reached."""
+    seconds = record["seconds"]
+    spent = {
+        "answers": record["samples"],
+        "backward_tokens": record["backward_tokens"],
+        "training_seconds": seconds["screen"] + seconds["backward"] + seconds["optimizer"],
+        "seconds": seconds["total"],
+    }
+    solved = record["to_target"] is not None
+    return {
+        "seed": record["seed"],
+        "error": record["error"],
+        **{name: value if solved else None for name, value in spent.items()},
+        "spent": spent,
+    }
 
 
 def _first(rates: tuple[float, ...], chosen: float | None) -> list[float]:

@@ -143,21 +143,28 @@ def print_screening(tables: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def print_scaling(rows: list[dict[str, Any]]) -> None:
-    """One row a method and prompt length: means over the seeds that reached the target."""
-    table = Table(title="to the target error, means over seeds")
-    for column in ("H", "arm", "learning rate", "solved", "answers", "backward tokens", "seconds"):
+    """One row a method and prompt length: what all seeds spent, for each that reached the target, and over DG's."""
+    table = Table(title="spent by all seeds, for each that reached the target error; on the right, as a part of dg's")
+    for column in ("H", "arm", "learning rate", "solved", "answers", "tokens", "training s", "total s"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column != "arm")
+    for column in ("tokens", "training", "total"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def of(length: int, arm: str) -> list[dict[str, Any]]:
+        return [row for row in rows if (row["prompt_length"], row["arm"]) == (length, arm)]
+
     for length, arm in dict.fromkeys((row["prompt_length"], row["arm"]) for row in rows):
-        of_arm = [row for row in rows if (row["prompt_length"], row["arm"]) == (length, arm)]
-        solved = [row for row in of_arm if row["answers"] is not None]
-        means = [np.mean([row[key] for row in solved]) for key in ("answers", "backward_tokens", "seconds") if solved]
+        of_arm = of(length, arm)
+        costs, of_dg = _spent_per_solved(of_arm), _spent_per_solved(of(length, "dg"))
+        solved = sum(row["answers"] is not None for row in of_arm)
         table.add_row(
             str(length),
             arm,
             f"{of_arm[0]['learning_rate']:g}",
-            f"{len(solved)} of {len(of_arm)}",
-            *(f"{mean:,.0f}" for mean in means[:2]),
-            *(f"{mean:.1f}" for mean in means[2:]),
+            f"{solved} of {len(of_arm)}",
+            *(f"{cost:,.0f}" if cost >= 1000 else f"{cost:.2f}" for cost in costs),
+            *([""] * (4 - len(costs))),
+            *(f"{cost / other:.3f}" for cost, other in zip(costs[1:], of_dg[1:], strict=False)),
         )
     _console().print(table)
 
@@ -227,6 +234,13 @@ def _to_target(runs: list[Record]) -> list[str]:
         return [f"{len(reached)} of {len(runs)}", "", ""]
     means = [np.mean([first[key] for first in reached]) for key in ("step", "backward_samples", "seconds")]
     return [f"{means[0]:,.0f}", f"{means[1]:,.0f}", f"{means[2]:.2f}"]
+
+
+def _spent_per_solved(rows: list[dict[str, Any]]) -> list[float]:
+    """Answers, tokens, training and total seconds of all seeds over those that reached the target; none: nothing."""
+    solved = sum(row["answers"] is not None for row in rows)
+    names = ("answers", "backward_tokens", "training_seconds", "seconds")
+    return [sum(row["spent"][name] for row in rows) / solved for name in names] if solved else []
 
 
 def _short(value: float | str) -> str:
