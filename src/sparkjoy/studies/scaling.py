@@ -144,14 +144,16 @@ def plot(rows: list[Record]) -> Figure:
     for axis, (kind, label) in zip(axes, BUDGETS.items(), strict=True):
         for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
             solved = [row for row in rows if row["arm"] == arm and row[kind] is not None]
-            lengths = sorted({row["prompt_length"] for row in solved})
+            failed = {row["prompt_length"] for row in rows if row["arm"] == arm and row[kind] is None}
+            lengths = sorted({row["prompt_length"] for row in solved} - failed)
             means = [np.mean([row[kind] for row in solved if row["prompt_length"] == length]) for length in lengths]
             axis.plot(lengths, means, "-", color=f"C{number}", label=arm)
             axis.plot([row["prompt_length"] for row in solved], [row[kind] for row in solved], ".", color=f"C{number}")
         axis.set(xlabel="prompt length H", ylabel=label, yscale="log")
         axis.grid(alpha=0.3, which="both")
     figure.suptitle(
-        "token reversal: what 1% error takes, each method at its best learning rate; a line ends where it fails"
+        "token reversal: what 1% error takes, each method at its best learning rate. "
+        "Dots: seeds that got there; lines: means where all did"
     )
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
