@@ -14,12 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ScoreFunction = Callable[..., Tensor]
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row.
 
 What a function may say of itself, as an attribute: `reads_log_probs = False`, so that none are computed for it;
-`sign_of_advantage = True`, so that signs may decide without them; `is_size = True`, for the size of a gradient;
-`reads_behavior = True`, to be given the behaviour's log-probs as a third argument.
+`sign_of_advantage = True`, so that signs may decide without them; `is_size = True`, for the size of a gradient.
 """
 
 

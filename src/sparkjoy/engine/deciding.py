@@ -22,11 +22,7 @@ def row_scores(score_function: ScoreFunction, inputs: Inputs, log_probs: Tensor)
 
     A score that has the sign of the advantage is 0 for no other row; sizes add up whatever their signs.
     """
-    given = [at_least_float32(inputs.advantages), at_least_float32(log_probs)]
-    if getattr(score_function, "reads_behavior", False):
-        behavior = inputs.log_probs if inputs.behavior_log_probs is None else inputs.behavior_log_probs
-        given += [] if behavior is None else [at_least_float32(behavior)]
-    score = score_function(*given)
+    score = score_function(at_least_float32(inputs.advantages), at_least_float32(log_probs))
     if score.dim() == 2:
         score = score if inputs.mask is None else score.where(inputs.mask, 0)
         total = score.sum(dim=1)
