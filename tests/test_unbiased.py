@@ -83,7 +83,7 @@ def test_with_noise_so_small_that_all_are_kept_it_is_the_dense_step_to_the_bit(s
     mask = None if mask is None else mask[keep]
     log_probs = policy.log_probs(batch).detach() if known else None
     gradients = []
-    for gate in (None, UnbiasedGate(noise=1e-12)):
+    for gate in (None, UnbiasedGate(noise=1e-30)):
         report = GatedBackward(gate, loss=delightful())(
             policy.log_probs, batch, advantages, log_probs=log_probs, mask=mask
         )
