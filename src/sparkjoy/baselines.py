@@ -190,8 +190,8 @@ def centred(groups: Tensor, rounding: float, size: Tensor | None = None) -> Tens
         size: (G, n) what that is relative to, for sums of larger terms; None: the values themselves.
     """
     least, most = groups.aminmax(dim=1, keepdim=True)
-    largest = torch.maximum(-least, most) if size is None else size.amax(dim=1, keepdim=True)
-    equal = most - least <= 4 * rounding * largest.abs()
+    largest = most.abs() if size is None else size.amax(dim=1, keepdim=True)  # the least's too, where they are equal
+    equal = most - least <= largest * (4 * rounding)
     return (groups - groups.mean(dim=1, keepdim=True)).masked_fill(equal, 0)
 
 

@@ -44,22 +44,25 @@ def surprisal(log_probs: Tensor) -> Tensor:
         log_probs: log-probabilities of the actions taken, any shape.
 
     Returns:
-        The same shape, detached, never negative: what rounding lifts above a log-probability of 0 counts as 0.
+        The same shape, detached, at least in float32, never negative: what rounding lifts above a log-probability of 0
+        counts as 0.
 
     Raises:
-        ValueError: a log-probability above 0 (beyond rounding), which no discrete action has. For densities give
-            `GatedBackward(score=...)` a function of your own, for instance `lambda U, logp: -(U * logp).detach()`.
+        ValueError: a log-probability above 0 beyond the rounding of its dtype, which no discrete action has. The
+            surprisal of a density has no zero, so that its sign tells nothing: decide by another score, such as
+            `advantage_score`.
     """
     log_probs = without_graph(log_probs)
     greatest = log_probs.max().item() if log_probs.numel() else 0.0
-    if not greatest > 0:  # NaN passes, for the caller to find
-        return -log_probs
     if greatest > 16 * max(torch.finfo(log_probs.dtype).eps, 1e-5):
         raise ValueError(
-            f"log_probs has a value of {greatest:g}; the log-probability of a discrete action is at most "
-            "0. If these are densities, pass a score of your own: score=lambda U, logp: -(U * logp).detach()."
+            f"log_probs has a value of {greatest:g}; the log-probability of a discrete action is at most 0. If these "
+            "are densities, whose surprisal is below 0 where the policy is sharp and would then rank failures above "
+            "successes: decide by the advantage alone, score=sparkjoy.scores.advantage_score, or by a score of your "
+            "own that is at least 0 for any action, times the advantage."
         )
-    return -log_probs.clamp(max=0)
+    log_probs = at_least_float32(log_probs)
+    return -log_probs.clamp(max=0) if greatest > 0 else -log_probs  # NaN passes, for the caller to find
 
 
 def delight(advantages: Tensor, log_probs: Tensor) -> Tensor:
@@ -103,7 +106,6 @@ def sequence_delight(advantages: Tensor, log_probs: Tensor, mask: Tensor | None 
     """
     if log_probs.dim() != 2:
         raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}; a sequence delight needs (B, T).")
-    log_probs = at_least_float32(log_probs)
     advantages = at_least_float32(per_row(advantages, log_probs)).expand_as(log_probs)
     if mask is not None:
         if mask.shape != log_probs.shape:

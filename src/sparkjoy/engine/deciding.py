@@ -16,7 +16,8 @@ from sparkjoy.scores import ScoreFunction, at_least_float32, delight, without_gr
 
 def row_scores(score_function: ScoreFunction, inputs: Inputs, log_probs: Tensor) -> Tensor:
     """(B,) scores, summed over valid tokens; 0 for rows whose advantage is 0 at every one."""
-    score = score_function(at_least_float32(inputs.advantages), at_least_float32(log_probs))
+    # Log-probs stay in their dtype, which says how far above 0 their rounding reaches; `surprisal` makes them float32.
+    score = at_least_float32(score_function(at_least_float32(inputs.advantages), log_probs))
     if score.dim() == 2:
         score = (score if inputs.mask is None else score.where(inputs.mask, 0)).sum(dim=1)
     if score.shape != (inputs.total,):

@@ -131,8 +131,7 @@ class Passes:
                     part, part_weight = self._filler(), self.inputs.advantages.new_zeros(1)
                 else:
                     part_rows = parts[number - 1]
-                    everything = len(parts) == 1 and rows is None and self.packing.trim is None
-                    part, columns = self.packing.trimmed(inputs if everything else inputs.take(part_rows))
+                    part, columns = self.packing.trimmed(inputs.take(part_rows))
                     part_weight = None if weight is None else weight[part_rows]
                 self.ledger.lap("gather")
                 log_probs = self.ranks.forward(partial(self.ledger.forward, self.log_prob_fn, part))
