@@ -57,9 +57,9 @@ def surprisal(log_probs: Tensor) -> Tensor:
     if greatest > 16 * max(torch.finfo(log_probs.dtype).eps, 1e-5):
         raise ValueError(
             f"log_probs has a value of {greatest:g}; the log-probability of a discrete action is at most 0. If these "
-            "are densities, whose surprisal is below 0 where the policy is sharp and would then rank failures above "
-            "successes: decide by the advantage alone, score=sparkjoy.scores.advantage_score, or by a score of your "
-            "own that is at least 0 for any action, times the advantage."
+            "are densities: their surprisal is below 0 where the policy is sharp, and delight would rank failures "
+            "above successes. Decide by the advantage, score=sparkjoy.scores.advantage_score, or by a score of your "
+            "own, for instance the advantage times log π(mode) - log π(a), which is never below 0."
         )
     log_probs = at_least_float32(log_probs)
     return -log_probs.clamp(max=0) if greatest > 0 else -log_probs  # NaN passes, for the caller to find

@@ -67,7 +67,8 @@ class GatedBackward:
             then one decision is made about the rows of all processes. "local": this process decides for itself.
         deal_survivors: let kept rows move to another process, so that each differentiates as many; for batches that
             mean the same in every process. Off, they stay, and processes with fewer run rows of weight 0.
-        backward: called on each micro-batch's loss, for instance `accelerator.backward`.
+        backward: called on each micro-batch's loss, for instance `accelerator.backward`, whose division by accelerate's
+            gradient_accumulation_steps is undone: a call is normalised as `normalizer` says, and calls add up.
         count_flops: measure FLOPs on the first pass over rows of a new shape. Off, the report has None; turn it off for
             a compiled `log_prob_fn`, which a counting pass would run uncompiled.
         backward_over_forward: r, what a backward pass costs in forward passes, for the choice of a plan; None: measured
@@ -158,7 +159,17 @@ class GatedBackward:
         score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
         score_tells = score_tells and type(self.gate) is KondoGate and behavior_log_probs is None
         inputs = ranks.open(lambda: check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells))
-        passes = Passes(log_prob_fn, inputs, ledger, self.loss, self.normalizer, self._packing, self.backward, ranks)
+        passes = Passes(
+            log_prob_fn,
+            inputs,
+            ledger,
+            self.loss,
+            self.normalizer,
+            self._packing,
+            self.backward,
+            ranks,
+            discrete=self.score is delight and self.gate is not None and (log_probs is None or self._keeps_everything),
+        )
         choice, decision = self._run(passes, inputs)
         kept, total = int(decision.keep.count_nonzero()), ranks.total(inputs.total)
         loss = passes.close()

@@ -17,9 +17,10 @@ from sparkjoy.scores import ScoreFunction, at_least_float32, delight, without_gr
 def row_scores(score_function: ScoreFunction, inputs: Inputs, log_probs: Tensor) -> Tensor:
     """(B,) scores, summed over valid tokens; 0 for rows whose advantage is 0 at every one."""
     # Log-probs stay in their dtype, which says how far above 0 their rounding reaches; `surprisal` makes them float32.
-    score = at_least_float32(score_function(at_least_float32(inputs.advantages), log_probs))
+    score = score_function(at_least_float32(inputs.advantages), log_probs)
     if score.dim() == 2:
-        score = (score if inputs.mask is None else score.where(inputs.mask, 0)).sum(dim=1)
+        valid = score if inputs.mask is None else score.where(inputs.mask, 0)
+        score = valid.sum(dim=1, dtype=torch.promote_types(valid.dtype, torch.float32))
     if score.shape != (inputs.total,):
         raise ValueError(f"the score has shape {tuple(score.shape)}; expected ({inputs.total},), one per row.")
     return score if score_function is delight else score.where(inputs.teaches(), 0)  # delight is 0 there already
