@@ -160,7 +160,9 @@ def _rebuild(batch: Any, change: Callable[[Any], Any]) -> Any:
         return changed
     if isinstance(batch, Mapping):
         return type(batch)({key: change(value) for key, value in batch.items()})  # type: ignore[call-arg]
-    changed = copy.copy(batch)
+    changed = object.__new__(type(batch))
+    if hasattr(batch, "__dict__"):
+        vars(changed).update(vars(batch))
     for field in _field_names(batch):
         object.__setattr__(changed, field, change(getattr(batch, field)))  # frozen ones too
     return changed
