@@ -154,7 +154,7 @@ def test_a_call_is_right_or_refused(data):
     known = call["known"]
     if fault is None and data.draw(st.booleans()):
         known = FORMS[pick(["inference", "with a graph", str(dtype)])](
-            log_prob_fn(make(state.clone(), action)).detach()
+            log_prob_fn(make(state.clone(), action.clone())).detach()
         )
     given_known = {} if known is None else {"log_probs": known}
     if call["mask"] is not None:

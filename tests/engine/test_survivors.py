@@ -192,6 +192,9 @@ def test_text_beside_tensors_goes_along():
     assert row_shapes(batch, 5) == ((),)
     assert take(batch, torch.tensor([4, 1]))["prompt"] == ["e", "b"]
     assert take(batch, slice(1, 3))["prompt"] == ["b", "c"]
+    stack = lazy_stack([TensorDict(tokens=part, prompt=name) for part, name in zip(PARTS, "abcd", strict=True)])
+    assert row_shapes(stack, 4) == ((-1, 3),)
+    assert take(stack, torch.tensor([3, 0]))["prompt"] == ["d", "a"]
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
@@ -226,6 +229,6 @@ def test_tensors_on_another_device_are_named():
         row_shapes(batch, 5, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"batch\['x'\] is on meta"):
         row_shapes(TensorDict(x=X, batch_size=[5], device="meta"), 5, torch.device("cpu"))
-    stack = lazy_stack([TensorDict(x=torch.empty(n, device="meta"), device="meta") for n in (1, 2)])
+    stack = lazy_stack([TensorDict(x=torch.empty(n, device="meta")) for n in (1, 2)])
     with pytest.raises(ValueError, match=r"batch\['x'\] is on meta"):
         row_shapes(stack, 2, torch.device("cpu"))

@@ -126,8 +126,9 @@ def _shapes_of_collection(batch: Any, name: str) -> Iterator[tuple[str, tuple[in
     if not batch.batch_size:
         raise ValueError(f"{name} is a {type(batch).__name__} of no batch_size; expected batch_size=[B].")
     if _is_lazy(batch):
-        for key in batch.keys(include_nested=True, leaves_only=True):
-            yield f"{name}[{key!r}]", tuple(batch.get_item_shape(key)), batch.device
+        for key, value in batch[0].items(include_nested=True, leaves_only=True):
+            if isinstance(value, Tensor):
+                yield f"{name}[{key!r}]", tuple(batch.get_item_shape(key)), value.device
     else:
         for key, value in batch.items():
             yield from _shapes(value, f"{name}[{key!r}]")
