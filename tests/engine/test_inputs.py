@@ -97,7 +97,7 @@ FAULTS = {
     "an advantage of no kind": lambda call: {**call, "advantages": ["good"] * call["total"]},
     "complex advantages": lambda call: {**call, "advantages": torch.ones(call["total"]) * 1j},
     "advantages elsewhere": lambda call: {**call, "advantages": torch.ones(call["total"], device="meta")},
-    "log-probs above 0": lambda call: {**call, "above": 3.0},
+    "log-probs above 0": lambda call: {**call, "above": 30.0},
     "log-probs elsewhere": lambda call: {**call, "known": torch.zeros(call["shape"], device="meta")},
     "integer log-probs": lambda call: {**call, "known": torch.zeros(call["shape"], dtype=torch.int64)},
     "NaN log-probs": lambda call: {**call, "known": torch.full(call["shape"], math.nan)},

@@ -82,9 +82,20 @@ def test_log_probs_are_above_zero_by_the_rounding_of_their_own_dtype(dtype, kind
     known = {"log_probs": values.to(dtype)} if kind == "given" else {}
     with pytest.raises(ValueError, match="discrete action"):
         sj.gated_backward(log_prob_fn, torch.arange(4), torch.ones(4), gate, **known)
-    # The same values in float32 are no rounding.
-    with pytest.raises(ValueError, match="discrete action"):
-        sj.gated_backward(lambda rows: rounding + weights[rows], torch.arange(4), torch.ones(4), gate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_log_probs_may_have_been_converted_from_a_coarser_dtype(dtype):
+    log_probs = torch.linspace(-3, 0, 64).to(dtype)
+    log_probs[3] = rounding = 8 * torch.finfo(dtype).eps
+    converted = log_probs.to(torch.float32)
+    assert torch.equal(sj.surprisal(converted), -converted.clamp(max=0))
+    assert torch.equal(sj.surprisal(log_probs.double()), -log_probs.double().clamp(max=0))
+    converted[5] += 1e-5  # now they were computed in float32, whose rounding does not reach as far
+    with pytest.raises(ValueError, match=f"a value of {rounding:g}"):
+        sj.surprisal(converted)
+    with pytest.raises(ValueError, match=r"a value of 0\.5"):
+        sj.surprisal(torch.tensor([0.5, -1.0]))
 
 
 class Gaussian(torch.nn.Module):
