@@ -119,9 +119,9 @@ def good_and_bad_advantage(advantages: Rewards, alpha: float = 0.5) -> Tensor:
         raise ValueError(f"alpha is {alpha}; expected a number in [0, 1].")
     if not bool(given.isfinite().all()):
         raise ValueError("advantages has a value that is NaN or infinite; expected finite numbers.")
-    good, bad = (given > 0).double(), (given < 0).double()
+    good, bad = (given > 0).to(_dtype(given)), (given < 0).to(_dtype(given))
     of_good, of_bad = good / good.sum().clamp(min=1), bad / bad.sum().clamp(min=1)
-    return _advantages(len(given) * (alpha * of_good - (1 - alpha) * of_bad), given)
+    return len(given) * (alpha * of_good - (1 - alpha) * of_bad)
 
 
 def expected_confidence_advantage(rewards: Rewards, probabilities: Tensor) -> Tensor:
@@ -177,6 +177,11 @@ def as_tensor(name: str, values: Any) -> Tensor:
     return without_graph(tensor)
 
 
+def precise(values: Tensor) -> Tensor:
+    """`values` in float64, or in float32 on Apple's GPUs, which have no float64."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
 def centred(groups: Tensor, rounding: float, size: Tensor | None = None) -> Tensor:
     """Each row of `groups` less its mean; exactly 0 where its values are equal up to rounding.
 
@@ -185,7 +190,7 @@ def centred(groups: Tensor, rounding: float, size: Tensor | None = None) -> Tens
             [ 0.0000,  0.0000]], dtype=torch.float64)
 
     Args:
-        groups: (G, n), in float64 where the device has it.
+        groups: (G, n), as `precise` gives them.
         rounding: relative size of the last digit that values were computed to; four of them make no difference.
         size: (G, n) what that is relative to, for sums of larger terms; None: the values themselves.
     """
@@ -202,7 +207,7 @@ def _groups(rewards: Tensor, group_size: int | None) -> Tensor:
     size = len(rewards) if group_size is None else group_size
     if size < 1 or len(rewards) % size:
         raise ValueError(f"group_size is {size}, which does not divide the {len(rewards)} rewards into whole groups.")
-    groups = rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64)  # which has no float64
+    groups = precise(rewards)
     # The sum is finite unless a value is not (or it overflows): one cheap pass, and the exact one only in doubt.
     if not math.isfinite(groups.sum().item()) and not bool(groups.isfinite().all()):
         bad = (~groups.isfinite()).nonzero().flatten()

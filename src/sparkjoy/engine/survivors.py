@@ -77,7 +77,7 @@ def row_shapes(batch: Any, total: int, device: torch.device | None = None) -> tu
     for name, shape, where in _shapes(batch, "batch"):
         if not shape or shape[0] != total:
             raise ValueError(f"{name} has shape {shape}; expected a leading dimension of {total}, as advantages.")
-        if device is not None and where is not None and where != device:
+        if device is not None and where != device:
             raise devices_differ(name, where, device)
         shapes.append(shape[1:])
     return tuple(shapes)
@@ -91,7 +91,7 @@ def devices_differ(name: str, where: torch.device, device: torch.device) -> Valu
     )
 
 
-def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], torch.device | None]]:
+def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], torch.device]]:
     if isinstance(batch, Tensor):
         yield name, _shape(batch, name), batch.device
     elif _is_tensor_collection(batch):
@@ -121,7 +121,7 @@ def _size(nested: Tensor, dim: int) -> int:
     return size if isinstance(size, int) else -1
 
 
-def _shapes_of_collection(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], torch.device | None]]:
+def _shapes_of_collection(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], torch.device]]:
     """Of a TensorDict or tensorclass; entries of a lazy stack are not put together, since they may be ragged."""
     if not batch.batch_size:
         raise ValueError(f"{name} is a {type(batch).__name__} of no batch_size; expected batch_size=[B].")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparkjoy.baselines import centred
+from sparkjoy.baselines import centred, precise
 from sparkjoy.gates import KondoGate
 from sparkjoy.prices import FixedPrice
 from sparkjoy.scores import sequence_delight
@@ -31,7 +31,7 @@ def centred_advantages(rewards_per_func: Tensor, weights: Tensor, group_size: in
     Returns:
         (N,)
     """
-    terms = rewards_per_func.double() * weights.double()
+    terms = precise(rewards_per_func) * precise(weights)
     unscored = terms.isnan().all(dim=1).view(-1, group_size)
     groups = terms.nansum(dim=1).view(-1, group_size).masked_fill(unscored, torch.nan)
     scored = groups.where(~unscored, groups.nanmean(dim=1, keepdim=True))
