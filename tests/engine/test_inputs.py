@@ -81,7 +81,7 @@ GATES = {
     "rate 1": lambda: sj.KondoGate(rate=1),
     "price": lambda: sj.KondoGate(price=0),
     "both signs": lambda: sj.KondoGate(rate=0.5, negative_share=0.5),
-    "soft": lambda: sj.KondoGate(rate=0.5, temperature=1.0, generator=torch.Generator().manual_seed(0)),
+    "soft": lambda: sj.SoftGate(1.0, rate=0.5, generator=torch.Generator().manual_seed(0)),
     "unbiased": lambda: sj.UnbiasedGate(rate=0.5, generator=torch.Generator().manual_seed(0)),
 }
 

@@ -115,6 +115,7 @@ DENSITY_CASES = {
     "signs": (sj.KondoGate(price=0), lambda policy, actions: {}),
     "signs, in micro-batches": (sj.KondoGate(price=0), lambda policy, actions: {"micro_batch_size": 5}),
     "signs, of kept": (sj.KondoGate(price=0), lambda policy, actions: {"normalizer": "kept"}),
+    "signs, of some": (sj.KondoGate(rate=0.75), lambda policy, actions: {}),
     "everything": (sj.KondoGate(rate=1), lambda policy, actions: {}),
     "everything, known": (sj.KondoGate(rate=1), lambda policy, actions: {"log_probs": policy(actions).detach()}),
     "sampled": (sj.UnbiasedGate(rate=0.25), lambda policy, actions: {"score": sj.update_size}),

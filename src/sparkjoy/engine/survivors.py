@@ -40,24 +40,6 @@ def take(batch: Any, rows: Rows) -> Any:
     return _rebuild(batch, lambda part: take(part, rows))
 
 
-def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with every tensor changed; `change` gives all of them the same number of rows.
-
-    >>> map_tensors({"x": torch.arange(4)}, lambda rows: rows[:1])
-    {'x': tensor([0])}
-
-    Raises:
-        ValueError: ragged rows.
-    """
-    if batch.is_nested if isinstance(batch, Tensor) else _is_lazy(batch):
-        raise ValueError("ragged rows cannot move between processes; leave deal_survivors off, or pad them.")
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if _is_tensor_collection(batch):
-        return batch.apply(change, batch_size=[]).auto_batch_size_(batch_dims=1)
-    return _rebuild(batch, lambda part: map_tensors(part, change))
-
-
 def row_shapes(batch: Any, total: int, device: torch.device | None = None) -> tuple[tuple[int, ...], ...]:
     """The shape of one row of every tensor: what a row costs depends on it, and on nothing else of the batch.
 
@@ -192,5 +174,4 @@ def _is_tensor_collection(batch: Any) -> bool:
 
 def _is_lazy(collection: Any) -> bool:
     """Whether this is a lazy stack, which holds its rows one by one."""
-    tensordict = sys.modules.get("tensordict")
-    return tensordict is not None and isinstance(collection, tensordict.LazyStackedTensorDict)
+    return isinstance(collection, sys.modules["tensordict"].LazyStackedTensorDict)
