@@ -36,6 +36,8 @@ def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_pa
         "0.1",
         "--uniform-rates",
         "0.1",
+        "--noises",
+        "0.3",
         "--seeds",
         0,
         1,
@@ -46,10 +48,10 @@ def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_pa
     assert sparkjoy(monkeypatch, capsys, *arguments)[0] == 0
     runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
     assert [(run["arm"], run["seed"]) for run in runs] == [
-        (arm, seed) for arm in ("dg", "kondo 10%", "uniform 10%") for seed in (0, 1)
+        (arm, seed) for arm in ("dg", "kondo 10%", "uniform 10%", "unbiased noise 0.3") for seed in (0, 1)
     ]
     assert all("to_target" in run for run in runs)
-    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 12
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 16
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     assert (tmp_path / "pareto.svg").exists()
 
