@@ -15,7 +15,8 @@ import numpy as np
 
 from sparkjoy.studies.pareto import OnRun, train_one
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.training.loop import Record, open_run, summary
+from sparkjoy.training.folder import opened
+from sparkjoy.training.loop import Record, summary
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import write_json
 
@@ -71,10 +72,13 @@ class ScalingStudy:
             raise ValueError(f"--prompt-lengths {self.prompt_lengths}: expected different lengths in rising order.")
         if set(self.tuning_seeds) & set(self.seeds):
             raise ValueError("--tuning-seeds and --seeds share one; the learning rate is chosen on seeds of its own.")
+        if len({f"{rate:g}" for rate in self.learning_rates}) < len(self.learning_rates):
+            raise ValueError(f"--learning-rates {self.learning_rates}: two have one name; give others.")
         for length in self.prompt_lengths:
             self.task(length)
         for arm in self.arms:
-            self.settings(arm, self.learning_rates[0], 0)
+            for rate in self.learning_rates:
+                self.settings(arm, rate, 0)
 
     def task(self, length: int) -> ReversalConfig:
         """The task at one length."""
@@ -101,7 +105,11 @@ def run(study: ScalingStudy, out: Path, on_run: OnRun | None = None) -> list[Rec
     Returns:
         One record per method, length and seed that counts: what the target took, or null where it was not reached.
     """
-    open_run(out, asdict(study))
+    with opened(out, asdict(study)):
+        return _run(study, out, on_run)
+
+
+def _run(study: ScalingStudy, out: Path, on_run: OnRun | None) -> list[Record]:
     rows: list[Record] = []
     solving = dict.fromkeys(study.arms, True)
     best: dict[str, float] = {}
