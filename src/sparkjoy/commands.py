@@ -283,9 +283,14 @@ def _parse(command: Callable[..., Any], flags: list[str], program: str) -> Calla
     except SystemExit as stop:
         if not stop.code:
             raise
-        body = itertools.takewhile(lambda line: "────" not in line, said.getvalue().splitlines()[1:])
-        sentence = " ".join(line.strip(" │") for line in body)
+        lines = [line.strip(" │|") for line in said.getvalue().splitlines()]
+        words = itertools.dropwhile(_is_rule, lines[1:])  # after the box's own upper edge
+        sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), words))
         raise ValueError(f"{sentence.rstrip('.')}. See {program} --help.") from None
+
+
+def _is_rule(line: str) -> bool:
+    return "────" in line or "----" in line
 
 
 def _train(task: Task, task_config: Any, settings: Settings, target: float, out: Path, share: Share = WHOLE) -> None:

@@ -65,6 +65,8 @@ class ScalingStudy:
         for name in ("prompt_lengths", "arms", "learning_rates", "tuning_seeds", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least one.")
+        if self.answers < 1:
+            raise ValueError(f"--answers {self.answers}: expected at least 1.")
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
             raise ValueError(f"--arms {unknown[0]!r}: expected some of {', '.join(ARMS)}.")

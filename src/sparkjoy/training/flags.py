@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+SMALLEST = 1e-12
 LARGEST = 1_000_000_000
 LARGEST_SEED = 2**63 - 1
 
@@ -25,7 +25,7 @@ def checked(command: Any) -> Any:
     """A command's dataclass with ~ in --out read as the user's home folder.
 
     Raises:
-        ValueError: a number that is not finite or beyond all bounds, a value twice in a list, no such home folder.
+        ValueError: a number that is not finite or out of all proportion, a value twice in a list, no such home folder.
     """
     for name, value in _flags(command):
         several = value if isinstance(value, tuple) else (value,)
@@ -57,10 +57,10 @@ def _flags(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, float) and not abs(value) < math.inf:
-        raise ValueError(f"--{name} {value}: expected a finite number.")
+    if isinstance(value, float) and value != 0 and not SMALLEST <= abs(value) <= 1 / SMALLEST:
+        raise ValueError(f"--{name} {value}: expected 0, or a number from {SMALLEST:g} to {1 / SMALLEST:g} in size.")
     if isinstance(value, int):
         most = LARGEST_SEED if "seed" in name else LARGEST
         most = max(64, os.cpu_count() or 1) if name == "threads" else most
         if abs(value) > most:
-            raise ValueError(f"--{name} {value}: expected at most {most:,}.")
+            raise ValueError(f"--{name} {value}: expected a number of at most {most:,} in size.")

@@ -62,6 +62,9 @@ def opened(out: Path, config: Mapping[str, Any], from_checkpoint: bool = False) 
 def _check(out: Path, config: dict[str, Any], found: list[str], from_checkpoint: bool) -> bool:
     """Whether this config is new here, and now written."""
     path = out / "config.json"
+    odd = [name for name in found if Path(name).suffix in (".json", ".jsonl", ".pt") and not (out / name).is_file()]
+    if odd:
+        raise ValueError(f"{out / odd[0]} is not a file; give another --out.")
     if not path.exists():
         if found and not (from_checkpoint and "checkpoint.pt" in found):
             raise ValueError(
