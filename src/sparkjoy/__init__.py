@@ -1,6 +1,6 @@
 """sparkjoy: policy gradients that pay for a backward pass only where a sample is worth it."""
 
-from sparkjoy.interrupts import quiet_if_command as _quiet_if_command
+from sparkjoy.starting import quiet_if_command as _quiet_if_command
 
 _quiet_if_command()  # first: the rest takes a second
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from sparkjoy.interrupts import ready
 from sparkjoy.output import Output
+from sparkjoy.starting import ready
 from sparkjoy.training.memory import within_machine_memory
 from sparkjoy.training.stopping import Terminated, end_on_sigterm
 
@@ -72,7 +72,7 @@ def _line(error: Exception) -> str | None:
     """What went wrong, in one line; None for what is nobody's fault but the program's."""
     said = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
-        return f'{error.name} is missing; the command line needs: pip install "sparkjoy[cli]"'
+        return f'{str(error.name).partition(".")[0]} is missing; the command line needs: pip install "sparkjoy[cli]"'
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in said for word in NO_MEMORY)):
         return "this takes more memory than there is; give smaller sizes."
     if isinstance(error, OSError) and error.filename is not None:
