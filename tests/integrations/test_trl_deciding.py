@@ -41,7 +41,7 @@ def test_signs_alone_settle_most_of_it():
     assert in_doubt(sj.KondoGate(rate=0.2), worth).tolist() == [True, True, False, False, False]
     assert in_doubt(sj.KondoGate(rate=0.6), worth).tolist() == [False, False, True, True, False]
     assert in_doubt(sj.KondoGate(price=0.1), worth).tolist() == [True, True, False, False, False]
-    assert in_doubt(sj.KondoGate(price=-0.1), worth).tolist() == [True, True, True, True, False]
+    assert in_doubt(sj.KondoGate(price=-0.1), worth).tolist() == [False, False, True, True, False]
 
 
 def test_centred_advantages_are_exactly_zero_where_a_group_teaches_nothing():

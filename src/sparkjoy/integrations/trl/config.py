@@ -115,7 +115,7 @@ class KondoGRPOConfig(GRPOConfig):
     def gated(self) -> bool:
         """Whether completions are skipped at all: not without a gate, nor at rate 1 without a price."""
         gate = self.gate()
-        return gate is not None and not gate.keeps_everything
+        return gate is not None and not (gate.rule is not None and gate.rule.keeps_everything)
 
     def _refuse_what_needs_every_row(self) -> None:
         if self.beta != 0:

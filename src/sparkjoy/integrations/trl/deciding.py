@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparkjoy.gates import KondoGate
-from sparkjoy.prices import FixedPrice
 from sparkjoy.scores import sequence_delight
+from sparkjoy.signs import undecided
 
 LEAST_SURPRISAL = 1e-30
 """Stands for a surprisal of 0, so that a delight's sign is its advantage's and signs alone can settle a decision."""
@@ -65,18 +65,7 @@ def in_doubt(gate: KondoGate, advantages: Tensor) -> Tensor:
     Args:
         advantages: (N,), 0 where a row teaches nothing.
     """
-    good, bad = advantages > 0, advantages < 0
-    price = gate.price.value if isinstance(gate.price, FixedPrice) else 0.0
-    if price != 0:  # how many pass depends on the scores
-        return good | bad if price < 0 or gate.negative_share > 0 else good
-    goods, bads = int(good.count_nonzero()), int(bad.count_nonzero())
-    of_good, of_bad = gate.kept_by_sign(goods, bads, len(advantages))
-    doubt = torch.zeros_like(good)
-    if 0 < of_good < goods:
-        doubt |= good
-    if 0 < of_bad < bads:
-        doubt |= bad
-    return doubt
+    return undecided(gate.rule, advantages).open
 
 
 def delight_score(advantages: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
