@@ -157,7 +157,8 @@ def test_a_config_gone_or_edited_beside_a_checkpoint_of_other_settings_is_refuse
     [
         *({"price_kind": kind, "rate": 0.3} for kind in ("rolling", "budget")),
         *({"method": method} for method in ("dg", "unbiased", "ppo")),
-        *({"price": 0.0, "temperature": 0.5}, {"unit": "token"}, {"noise": 0.5}),
+        *({"price": 0.0, "temperature": 0.5}, {"unit": "token"}, {"score_noise": 0.5}),
+        *({"method": "unbiased", "noise": 0.5}, {"price_kind": "nucleus"}, {"price_kind": "effective"}),
         *({"screen": "draft"}, {"screen": "stale", "verify": 3}),
     ],
 )

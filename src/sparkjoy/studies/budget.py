@@ -16,7 +16,8 @@ from sparkjoy.studies.pareto import OnRun, train_one
 from sparkjoy.studies.tuning import most_accurate, soonest
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.training.loop import Record, open_run, summary
+from sparkjoy.training.folder import opened
+from sparkjoy.training.loop import Record, summary
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import write_json
 
@@ -105,7 +106,11 @@ def run(study: BudgetStudy, out: Path, on_run: OnRun | None = None) -> list[Reco
     Returns:
         One record per task, arm and seed that counts.
     """
-    open_run(out, asdict(study))
+    with opened(out, asdict(study)):
+        return _run(study, out, on_run)
+
+
+def _run(study: BudgetStudy, out: Path, on_run: OnRun | None) -> list[Record]:
     rows: list[Record] = []
     for name in study.tasks:
         for arm in study.arms:

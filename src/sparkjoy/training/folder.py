@@ -18,8 +18,8 @@ if sys.platform != "win32":
     import fcntl
 
 LOCK = ".sparkjoy-lock"
-RESULTS = ("records.jsonl", "summary.json", "checkpoint.pt", "*.png", "*.svg", "runs", "length-*", "*-confidence")
-"""What tells a folder with results from one with only a config.json, or with files of the user's own."""
+RESULTS = ("records.jsonl", "summary.json", "checkpoint.pt", "*.png", "*.svg")
+"""What would be written over."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system says that has no locks; there, nobody can be kept out."""
 TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{16}")
@@ -44,12 +44,12 @@ def opened(out: Path, config: Mapping[str, Any], from_checkpoint: bool = False) 
     try:
         with _locked(out):
             _remove_temporaries(out)
-            before = _results(out)
-            new = _check(out, as_json(config), before, from_checkpoint)
+            before = _others(out)
+            new = _check(out, as_json(config), from_checkpoint)
             try:
                 yield
             except BaseException:
-                if new and _results(out) == before:
+                if new and _others(out) == before:
                     (out / "config.json").unlink(missing_ok=True)
                 raise
     except BaseException:
@@ -59,9 +59,10 @@ def opened(out: Path, config: Mapping[str, Any], from_checkpoint: bool = False) 
         raise
 
 
-def _check(out: Path, config: dict[str, Any], found: list[str], from_checkpoint: bool) -> bool:
+def _check(out: Path, config: dict[str, Any], from_checkpoint: bool) -> bool:
     """Whether this config is new here, and now written."""
     path = out / "config.json"
+    found = sorted(result.name for pattern in RESULTS for result in out.glob(pattern))
     odd = [name for name in found if Path(name).suffix in (".json", ".jsonl", ".pt") and not (out / name).is_file()]
     if odd:
         raise ValueError(f"{out / odd[0]} is not a file; give another --out.")
@@ -80,15 +81,16 @@ def _check(out: Path, config: dict[str, Any], found: list[str], from_checkpoint:
         return False
     if earlier.keys() != config.keys():
         raise ValueError(f"--out {out} holds results of another command, or of another version; give another folder.")
-    if found:
+    if _others(out):
         differing = ", ".join(key for key in sorted(config) if earlier[key] != config[key])
         raise ValueError(f"--out {out} holds results with other settings ({differing}); give another folder.")
     write_json(path, config)  # an earlier start left its config, and nothing else
     return True
 
 
-def _results(out: Path) -> list[str]:
-    return sorted(path.name for pattern in RESULTS for path in out.glob(pattern))
+def _others(out: Path) -> list[str]:
+    """What there is beside the config and the lock."""
+    return sorted(path.name for path in out.iterdir() if path.name not in ("config.json", LOCK))
 
 
 def _remove_temporaries(out: Path) -> None:
