@@ -40,6 +40,21 @@ def test_a_reader_that_leaves_does_not_end_the_work():
 
 
 @pytest.mark.slow
+def test_nor_does_it_where_errors_go_the_same_way(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [
+        sys.executable,
+        "-c",
+        RUN.replace("'done', file=sys.stderr", f"'done', file=open({str(tmp_path / 'x')!r}, 'w')"),
+    ]
+    finished = subprocess.run(command, stdout=write, stderr=write, check=False)
+    os.close(write)
+    assert finished.returncode == 0
+    assert (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_an_output_that_is_full_does_not_end_the_work():
     with open("/dev/full", "w") as full:

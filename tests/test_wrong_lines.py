@@ -76,6 +76,12 @@ WRONG = {
         --answers -5 ; --answers 100000000000000000000 ; --target-error nan ; --evaluate-every 0 ;
         --vocab-size 0 ; --width 5 ; --width 10000000
     """,
+    "study budget": """
+        --tasks ; --tasks chess ; --tasks mnist mnist ; --arms ; --arms dg dg ; --arms all ; --learning-rates nan ;
+        --learning-rates 1e-3 1.00000001e-3 ; --learning-rates 0 ; --seeds 100 ; --seeds 1 1 ; --tuning-seeds ;
+        --reversal-steps 0 ; --reversal-steps 100000000000000000000000 ; --target-error nan ;
+        --tasks "mnist, full" ; --tasks "mnist, full" --data /no/such
+    """,
     "study gain": """
         --rounds 0 ; --rounds 100000000000000000000000 ; --rate 0 ; --rate nan ; --bodies half ;
         --bodies plain plain ; --prompt-lengths 0 ; --prompt-lengths 5 5 ; --vocab-sizes 1 ;

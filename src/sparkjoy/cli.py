@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from sparkjoy.output import Output
+from sparkjoy.output import lasting_output
 from sparkjoy.starting import ready
 from sparkjoy.training.memory import within_machine_memory
 from sparkjoy.training.stopping import Terminated, end_on_sigterm
@@ -33,7 +33,7 @@ NO_MEMORY = ("allocate memory", "std::bad_alloc", "out of memory", "calculation 
 
 def main() -> None:
     """Run one command; exit status 2 and one line for what the user got wrong or the machine could not do."""
-    with Output.in_place_of_stdout(), within_machine_memory():
+    with lasting_output(), within_machine_memory():
         try:
             _run(sys.argv[1:])
         except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Standard output that may be closed, full or ASCII only, without the work ending for it."""
+"""Standard output and error that may be closed, full or ASCII only, without the work ending for it."""
 
 from __future__ import annotations
 
@@ -45,22 +45,23 @@ class Output:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
-            print(f"sparkjoy: nobody takes the output any more ({error.strerror}); the work goes on", file=sys.stderr)
+            said = f"sparkjoy: nobody takes the output any more ({error.strerror}); the work goes on"
+            print(said, file=sys.stderr)  # which may be this very stream
 
-    @classmethod
-    @contextmanager
-    def in_place_of_stdout(cls) -> Iterator[None]:
-        """Stand in for sys.stdout, which from now on replaces what its encoding lacks."""
-        before = sys.stdout
-        if before is None:  # closed before Python began
-            yield
-            return
-        if isinstance(before, io.TextIOWrapper):
-            before.reconfigure(errors="replace")
-        sys.stdout = cls(before)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(ValueError):
-                sys.stdout.flush()
-            sys.stdout = before
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Have sys.stdout and sys.stderr outlast their readers, and replace what their encodings lack."""
+    before = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if None not in before:  # closed before Python began
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                with contextlib.suppress(ValueError):  # closed
+                    stream.flush()
+        sys.stdout, sys.stderr = before

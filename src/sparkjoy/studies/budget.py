@@ -85,6 +85,8 @@ class BudgetStudy:
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise ValueError(f"--{flag} {unknown[0]!r}: expected some of {'; '.join(known)}.")
+        if self.reversal_steps < 1:
+            raise ValueError(f"--reversal-steps {self.reversal_steps}: expected at least 1.")
         if "mnist, full" in self.tasks and self.data is None:
             raise ValueError("--tasks 'mnist, full' needs --data: openml, or a folder of IDX files.")
         if set(self.tuning_seeds) & set(self.seeds):

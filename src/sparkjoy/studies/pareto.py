@@ -99,15 +99,7 @@ def run(
 def train_all(
     runs: list[Settings], task: Task, out: Path, task_config: dict[str, Any], on_run: OnRun | None
 ) -> list[Record]:
-    """Train each of `runs` in its folder, and merge what they leave into `out`.
-
-    Raises:
-        ValueError: two runs would have one name, and so one folder.
-    """
-    names = [(settings.label, settings.seed) for settings in runs]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"two runs are named {twice[0][0]!r}, seed {twice[0][1]}; give values that differ by more.")
+    """Train each of `runs` in its folder, and merge what they leave into `out`."""
     records: list[Record] = []
     for settings in runs:
         records += train_one(settings, task, out / "runs", task_config, on_run)

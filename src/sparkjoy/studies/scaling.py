@@ -74,8 +74,6 @@ class ScalingStudy:
             raise ValueError(f"--prompt-lengths {self.prompt_lengths}: expected different lengths in rising order.")
         if set(self.tuning_seeds) & set(self.seeds):
             raise ValueError("--tuning-seeds and --seeds share one; the learning rate is chosen on seeds of its own.")
-        if len({f"{rate:g}" for rate in self.learning_rates}) < len(self.learning_rates):
-            raise ValueError(f"--learning-rates {self.learning_rates}: two have one name; give others.")
         for length in self.prompt_lengths:
             self.task(length)
         for arm in self.arms:

@@ -17,8 +17,9 @@ LARGEST_SEED = 2**63 - 1
 def refuse_empty(flags: Sequence[str]) -> None:
     """Raise a ValueError where a flag was given nothing at all, which would be read as this folder, or as zero."""
     for before, flag in zip(("", *flags), flags, strict=False):
-        if not flag or (flag.startswith("--") and flag.endswith("=")):
-            raise ValueError(f"{before if not flag else flag.rstrip('=')} has an empty value; give one.")
+        name, equals, value = flag.partition("=")
+        if not flag or (name.startswith("--") and equals and not value):
+            raise ValueError(f"{name or before} has an empty value; give one.")
 
 
 def checked(command: Any) -> Any:
@@ -29,8 +30,9 @@ def checked(command: Any) -> Any:
     """
     for name, value in _flags(command):
         several = value if isinstance(value, tuple) else (value,)
-        if len(set(several)) < len(several):
-            twice = next(item for item in several if several.count(item) > 1)
+        called = [f"{item:g}" if isinstance(item, float) else item for item in several]  # as runs are named
+        if len(set(called)) < len(called):
+            twice = next(item for item in called if called.count(item) > 1)
             raise ValueError(f"--{name} has {twice} twice; give each value once.")
         for item in several:
             _check_number(name, item)

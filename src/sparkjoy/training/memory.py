@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 if sys.platform != "win32":
     import resource
 
@@ -45,7 +47,7 @@ def check_memory(needed: int, flags: str) -> None:
 def within_machine_memory() -> Iterator[None]:
     """Have what does not fit fail with an error, rather than the system end the process."""
     there = machine_memory()
-    if sys.platform != "linux" or there is None:
+    if sys.platform != "linux" or there is None or torch.cuda.is_available():  # CUDA's own mappings are no measure
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
