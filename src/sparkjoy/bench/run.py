@@ -51,6 +51,8 @@ class BenchConfig:
     """Threads of torch."""
 
     def __post_init__(self) -> None:
+        if not self.arms or not self.rates:
+            raise ValueError("--arms and --rates: expected at least one of each.")
         for rate in (*self.rates, *self.memory_rates):
             checked_rate(rate)
         if self.rounds < 1 or self.threads < 1 or not self.micro_batch_sizes or min(self.micro_batch_sizes) < 1:

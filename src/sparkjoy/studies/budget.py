@@ -16,7 +16,8 @@ from sparkjoy.studies.pareto import OnRun, train_one
 from sparkjoy.studies.tuning import most_accurate, soonest
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.training.loop import Record, open_run, summary
+from sparkjoy.training.folder import opened
+from sparkjoy.training.loop import Record, summary
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import write_json
 
@@ -85,6 +86,8 @@ class BudgetStudy:
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise ValueError(f"--{flag} {unknown[0]!r}: expected some of {'; '.join(known)}.")
+        if self.reversal_steps < 1:
+            raise ValueError(f"--reversal-steps {self.reversal_steps}: expected at least 1.")
         if "mnist, full" in self.tasks and self.data is None:
             raise ValueError("--tasks 'mnist, full' needs --data: openml, or a folder of IDX files.")
         if set(self.tuning_seeds) & set(self.seeds):
@@ -106,7 +109,11 @@ def run(study: BudgetStudy, out: Path, on_run: OnRun | None = None) -> list[Reco
     Returns:
         One record per task, arm and seed that counts.
     """
-    open_run(out, asdict(study))
+    with opened(out, asdict(study)):
+        return _run(study, out, on_run)
+
+
+def _run(study: BudgetStudy, out: Path, on_run: OnRun | None) -> list[Record]:
     rows: list[Record] = []
     for name in study.tasks:
         for arm in study.arms:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparkjoy.tasks.rollouts import Task
-from sparkjoy.training.loop import OnStep, Record, open_run, summary, train
+from sparkjoy.training.folder import opened
+from sparkjoy.training.loop import OnStep, Record, summary, train
 from sparkjoy.training.settings import Method, Settings
 from sparkjoy.training.tracking import save_figure, write_json, write_json_lines
 
@@ -92,9 +93,10 @@ def run(
     Raises:
         ValueError: the folder cannot be written, or holds results with other settings.
     """
-    open_run(out, {"task": task.name, **task_config, **asdict(config)})
     arms = [(arm, seed) for arm in config.arms() for seed in config.seeds]
-    return train_all([Settings(**{**asdict(arm), "seed": seed}) for arm, seed in arms], task, out, task_config, on_run)
+    runs = [Settings(**{**asdict(arm), "seed": seed}) for arm, seed in arms]
+    with opened(out, {"task": task.name, **task_config, **asdict(config)}):
+        return train_all(runs, task, out, task_config, on_run)
 
 
 def train_all(

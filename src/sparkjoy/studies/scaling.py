@@ -15,7 +15,8 @@ import numpy as np
 from sparkjoy.studies.pareto import OnRun, train_one
 from sparkjoy.studies.tuning import soonest
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.training.loop import Record, open_run, summary
+from sparkjoy.training.folder import opened
+from sparkjoy.training.loop import Record, summary
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import write_json
 
@@ -64,6 +65,8 @@ class ScalingStudy:
         for name in ("prompt_lengths", "arms", "learning_rates", "tuning_seeds", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least one.")
+        if self.answers < 1:
+            raise ValueError(f"--answers {self.answers}: expected at least 1.")
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
             raise ValueError(f"--arms {unknown[0]!r}: expected some of {', '.join(ARMS)}.")
@@ -74,7 +77,8 @@ class ScalingStudy:
         for length in self.prompt_lengths:
             self.task(length)
         for arm in self.arms:
-            self.settings(arm, self.learning_rates[0], 0)
+            for rate in self.learning_rates:
+                self.settings(arm, rate, 0)
 
     def task(self, length: int) -> ReversalConfig:
         """The task at one length."""
@@ -101,7 +105,11 @@ def run(study: ScalingStudy, out: Path, on_run: OnRun | None = None) -> list[Rec
     Returns:
         One record per method, length and seed that counts: what the target took, or null where it was not reached.
     """
-    open_run(out, asdict(study))
+    with opened(out, asdict(study)):
+        return _run(study, out, on_run)
+
+
+def _run(study: ScalingStudy, out: Path, on_run: OnRun | None) -> list[Record]:
     rows: list[Record] = []
     solving = dict.fromkeys(study.arms, True)
     best: dict[str, float] = {}

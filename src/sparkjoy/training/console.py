@@ -49,15 +49,16 @@ class LiveRuns:
         self._all = self._progress.add_task("all runs", total=runs, state="", visible=runs > 1)
         self._current = self._progress.add_task("", total=1, state="")
         self._drawn_at = 0.0
+        self._started = False
 
     def __enter__(self) -> LiveRuns:
-        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._started:
+            self._progress.stop()
 
     def start(self, name: str, settings: Settings) -> OnStep:
         """Show a new run; what comes back is called after each of its steps."""
@@ -69,6 +70,9 @@ class LiveRuns:
             if not done and now - self._drawn_at < REFRESH_SECONDS:
                 return
             self._drawn_at = now
+            if not self._started:  # only now: a run that is refused says nothing else
+                self._progress.start()
+                self._started = True
             self._progress.update(self._current, completed=step, state=_state(record, settings.updates))
             if done:
                 self._progress.advance(self._all)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,8 +118,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a fraction, such as 0.05 for 5%.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning-rate {self.learning_rate}: expected a number above 0.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate {self.learning_rate}: expected a finite number above 0.")
         if not self.gated and (self.rate is not None or self.price is not None):
             raise ValueError(
                 f"--method {self.method} keeps every sample; --rate and --price go with kondo, uniform and unbiased."
