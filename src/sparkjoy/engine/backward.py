@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sparkjoy.engine.deciding import decide, row_scores, scored_rows
 from sparkjoy.engine.distributed import ranks_of
-from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.flops import KnownFlops
+from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.packing import Packing, Trim
 from sparkjoy.engine.passes import Normalizer, Passes

@@ -12,7 +12,7 @@ from sparkjoy.engine.inputs import Inputs
 
 Direction = Literal["screen", "forward", "backward"]
 
-SHAPES_MEASURED = 32
+SHAPES_MEASURED = 8
 CALLS_TO_A_CHECK = 100
 
 
@@ -55,7 +55,7 @@ class FlopCount(TorchDispatchMode):
 class KnownFlops:
     """FLOPs of passes by direction, number of rows and shape of a row, kept from call to call.
 
-    Of every direction the first 32 shapes are measured. What a pass of another shape does is taken from the one of
+    Of every direction the first 8 shapes are measured. What a pass of another shape does is taken from the one of
     nearest size among them, in proportion to the sizes: exact where FLOPs are proportional to rows, near where they
     are not. A counted pass runs uncompiled and takes longer, so what is differentiated is measured both ways at once
     or not at all.

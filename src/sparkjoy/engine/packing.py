@@ -108,7 +108,7 @@ class Packing:
         batch, columns = self.trim(part.batch, part.mask)
         if int(part.mask[:, columns].count_nonzero()) != int(part.mask.count_nonzero()):
             raise ValueError(f"trim left the columns {columns} of the mask, without some that count; expected all.")
-        return part.with_columns(batch, columns, row_shapes(batch, part.total)), columns
+        return part.with_columns(batch, columns, row_shapes(batch, part.total, own_graphs=True)), columns
 
     def _limit(self, inputs: Inputs) -> int | None:
         """Rows of full length in one micro-batch."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparkjoy.engine.hooks import check_nothing_steps
 from sparkjoy.engine.inputs import Inputs, finite_where_valid
 from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.packing import AT_ONCE, Packing
@@ -107,6 +108,7 @@ class Passes:
     def differentiate_graph(self, graph: Graph, weight: Tensor, keep: Tensor) -> None:
         """Add the gradient of a forward pass made before, each row times its weight (B,)."""
         self._rounds += 1
+        self._check_hooks(graph.log_probs, 1)
         self._add(graph.log_probs, graph.part, weight[graph.rows], self._divide_by(self.inputs, keep, graph.log_probs))
 
     def differentiate(
@@ -144,6 +146,8 @@ class Passes:
                     values = _valid(log_probs.detach(), part.mask)
                     self.differentiated = self._placed(self.differentiated, part_rows, columns, values, part.total)
                 divisor = self._divide_by(inputs, keep, log_probs)
+                if number == 1:
+                    self._check_hooks(log_probs, rounds)
                 self._add(log_probs, part, part_weight, divisor, f"micro-batch {number} of {rounds}")
         self._rounds += rounds
 
@@ -163,6 +167,11 @@ class Passes:
         self.ledger.backward(self.backward, loss, part)
         self.ledger.lap("backward")
         self._losses.append(loss.detach())
+
+    def _check_hooks(self, log_probs: Tensor, rounds: int) -> None:
+        """Refuse what steps within a backward pass, at once where a batch of this size may take several."""
+        if rounds > 1 or (self.ranks.size == 1 and not self.packing.holds(self.inputs, self.inputs.total)):
+            check_nothing_steps(log_probs)
 
     def _filler(self) -> Inputs:
         """A row to run at weight zero."""

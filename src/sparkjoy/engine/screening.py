@@ -25,8 +25,10 @@ def screening(device: torch.device) -> Iterator[None]:
     devices = [] if device.type == "cpu" else [device]
     device_type = "cuda" if device.type == "cpu" else device.type
     with torch.no_grad(), torch.random.fork_rng(devices, device_type=device_type):
-        yield
-        torch.clear_autocast_cache()  # torch before 2.13 reads weights cast without a graph in passes that have one
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()  # torch before 2.13 reads weights cast without a graph in passes that have one
 
 
 def uncached(source: LogProbFunction, rows: Any) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor
 from sparkjoy.engine.audit import Audit, AuditResult, measured, recall, spearman
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.deciding import row_scores
-from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.flops import KnownFlops
+from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.packing import Packing
 from sparkjoy.engine.passes import Normalizer, Passes

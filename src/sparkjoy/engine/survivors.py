@@ -45,28 +45,38 @@ def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return _rebuild(batch, lambda part: map_tensors(part, change))
 
 
-def row_shapes(batch: Any, total: int) -> tuple[tuple[int, ...], ...]:
+def row_shapes(batch: Any, total: int, own_graphs: bool = False) -> tuple[tuple[int, ...], ...]:
     """The shape of one row of every tensor: what a row costs depends on it, and on nothing else of the batch.
 
+    Args:
+        batch: of tensors.
+        total: the rows it has to have.
+        own_graphs: tensors may have a graph, which is then of this pass alone.
+
     Raises:
-        ValueError: the leading dimension of a tensor, which is named, is not `total`.
+        ValueError: the leading dimension of a tensor, which is named, is not `total`, or it was computed with a graph.
     """
     shapes = []
-    for name, shape in _shapes(batch, "batch"):
+    for name, shape, has_graph in _shapes(batch, "batch"):
+        if has_graph and not own_graphs:
+            raise ValueError(
+                f"{name} has a graph, which the first of several backward passes would free; compute it inside the "
+                "log-prob function, from rows without one, or give it detached where nothing is to learn from it."
+            )
         if not shape or shape[0] != total:
             raise ValueError(f"{name} has shape {shape}; expected a leading dimension of {total}, as advantages.")
         shapes.append(shape[1:])
     return tuple(shapes)
 
 
-def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     if isinstance(batch, Tensor):
-        yield name, tuple(batch.shape)
+        yield name, tuple(batch.shape), batch.grad_fn is not None
     elif _is_tensor_collection(batch):
         if not batch.batch_size:
             raise ValueError(f"{name} is a {type(batch).__name__} of no batch_size; expected batch_size=[B].")
         for key, value in batch.items(include_nested=True, leaves_only=True):
-            yield f"{name}[{key!r}]", tuple(value.shape)
+            yield f"{name}[{key!r}]", tuple(value.shape), getattr(value, "grad_fn", None) is not None
     else:
         for key, value in _parts(batch, name):
             yield from _shapes(value, key)
