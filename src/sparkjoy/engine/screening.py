@@ -28,7 +28,8 @@ def screening(device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.clear_autocast_cache()  # torch before 2.13 reads weights cast without a graph in passes that have one
+            # Older versions of torch keep weights that were cast in here, without a graph, for passes that want one.
+            torch.clear_autocast_cache()
 
 
 def uncached(source: LogProbFunction, rows: Any) -> Tensor:
