@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import LazyStackedTensorDict, TensorDict
 from torch import nn
 
 import sparkjoy as sj
@@ -73,6 +73,16 @@ def test_a_draft_gets_no_graph_either():
     step = sj.SpeculativeBackward(sj.KondoGate(rate=0.2), log_prob_fn, verify=2)
     with pytest.raises(ValueError, match="has a graph"):
         step(log_prob_fn, batch(trunk(states)), torch.randn(ROWS))
+
+
+def test_ragged_rows_with_a_graph_are_refused():
+    weight = torch.ones(3, requires_grad=True)
+    rows = [torch.randn(length, 3) * weight for length in range(1, 5)]
+    nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    lazy = LazyStackedTensorDict(*(TensorDict({"h": row}) for row in rows))
+    for batch in (nested, {"h": nested}, lazy):
+        with pytest.raises(ValueError, match=r"^batch.* has a graph"):
+            sj.gated_backward(lambda _: pytest.fail("called"), batch, torch.ones(4), None)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
@@ -180,3 +190,22 @@ def test_statistics_updated_once_beforehand_are_right_in_every_plan(case):
     head.zero_grad()
     (-(advantages * report.decision.keep) * log_prob_fn({"s": states, "a": actions})).mean().backward()
     assert torch.allclose(torch.zeros(2, 1) if found is None else found, head.weight.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "known"])
+def test_a_function_may_write_into_its_rows(case):
+    """Screened rows are written into too, and are as they were when they come again."""
+    torch.manual_seed(0)
+    head, states = nn.Linear(3, 2), torch.randn(ROWS, 3)
+    before, advantages = states.clone(), torch.randn(ROWS)
+
+    def log_prob_fn(rows):
+        rows.sub_(1).mul_(2)
+        return head(rows).log_softmax(1)[:, 0]
+
+    report = sj.gated_backward(log_prob_fn, states, advantages, **CASES[case])
+    assert torch.equal(states, before)
+    found = head.weight.grad
+    head.zero_grad()
+    (-(advantages * report.decision.keep) * log_prob_fn(before.clone())).mean().backward()
+    assert torch.allclose(torch.zeros(2, 3) if found is None else found, head.weight.grad, atol=1e-6)

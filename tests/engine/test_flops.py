@@ -152,6 +152,16 @@ def test_ragged_batches_measure_few_shapes_and_estimate_the_others(attends):
     }
 
 
+def test_ragged_rows_of_one_shape_are_measured_each_time():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    step = sj.GatedBackward(None, count_flops=True)
+    for lengths in ((1, 2, 3), (5, 5, 5)):
+        rows = torch.nested.as_nested_tensor([torch.randn(length, 3) for length in lengths], layout=torch.jagged)
+        report = step(lambda r: torch.stack([layer(row).sum() for row in r.unbind()]), rows, torch.ones(3))
+        assert report.forward_flops == 2 * 3 * 2 * sum(lengths)
+
+
 def body_and_head():
     body, head = nn.Linear(6, 16), nn.Linear(16, 4)
 

@@ -57,8 +57,8 @@ class KnownFlops:
 
     Of every direction the first 8 shapes are measured. What a pass of another shape does is taken from the one of
     nearest size among them, in proportion to the sizes: exact where FLOPs are proportional to rows, near where they
-    are not. A counted pass runs uncompiled and takes longer, so what is differentiated is measured both ways at once
-    or not at all.
+    are not. Of ragged rows no shape says what they cost, so their passes are all measured. A counted pass runs
+    uncompiled and takes longer; what is differentiated is measured both ways at once or not at all.
 
     Freezing or thawing parameters changes what a backward pass does. So in every hundredth call or soon after, one
     pass of a known shape is measured again; where it disagrees, everything is forgotten.
@@ -74,6 +74,8 @@ class KnownFlops:
 
     def of(self, direction: Direction, part: Inputs) -> int | None:
         """FLOPs of a pass over `part`; None where it has to be measured."""
+        if _is_ragged(part):
+            return None
         known = self._passes.get(direction, {})
         found = known.get(_key(part))
         if found is not None:
@@ -95,6 +97,8 @@ class KnownFlops:
 
     def learn(self, direction: Direction, part: Inputs, flops: int) -> None:
         """Remember what was measured, and nothing else where it contradicts what was known of that shape."""
+        if _is_ragged(part):
+            return
         known = self._passes.get(direction, {}).get(_key(part))
         if known is not None and known[1] != flops:
             self._passes = {}
@@ -116,12 +120,16 @@ def _key(part: Inputs) -> tuple[Any, ...]:
     return (part.total, *part.row_shapes)
 
 
+def _is_ragged(part: Inputs) -> bool:
+    return any(-1 in shape for shape in part.row_shapes)
+
+
 def _size(part: Inputs) -> int:
     """Numbers in the tensors of `part`, at least one a row."""
     a_row = 0
     for shape in part.row_shapes:
         numbers = 1
         for length in shape:
-            numbers *= abs(length)
+            numbers *= length
         a_row += numbers
     return part.total * max(1, a_row)

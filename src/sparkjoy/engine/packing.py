@@ -48,6 +48,12 @@ class TrimRight:
 
     def __call__(self, batch: Any, mask: Tensor) -> tuple[Any, slice]:
         """The batch, and the columns of the mask, without the shared padding."""
+        absent = [name for name in self.names if not hasattr(batch, "keys") or name not in batch.keys()]  # noqa: SIM118
+        if absent:
+            raise ValueError(
+                f"TrimRight finds no {absent[0]!r} in a {type(batch).__name__}; expected names of tensors in a Mapping "
+                "or TensorDict. Trim other batches by a function of your own."
+            )
         width = mask.shape[1]
         used = mask.any(dim=0).nonzero()
         length = 1 + int(used[-1]) if len(used) else 1
@@ -108,7 +114,7 @@ class Packing:
         batch, columns = self.trim(part.batch, part.mask)
         if int(part.mask[:, columns].count_nonzero()) != int(part.mask.count_nonzero()):
             raise ValueError(f"trim left the columns {columns} of the mask, without some that count; expected all.")
-        return part.with_columns(batch, columns, row_shapes(batch, part.total, own_graphs=True)), columns
+        return part.with_columns(batch, columns, row_shapes(batch, part.total)), columns
 
     def _limit(self, inputs: Inputs) -> int | None:
         """Rows of full length in one micro-batch."""
