@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparkjoy.engine.ledger import FlopCount
+from sparkjoy.engine.flops import FlopCount
 from sparkjoy.losses import delightful
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.training.tracking import write_json

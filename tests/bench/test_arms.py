@@ -66,7 +66,7 @@ def test_checkpointing_and_frozen_bodies_change_the_measured_ratio():
         "lora": {"train_only": "lora"},
     }.items():
         problem = build(Workload(**TINY, **options))
-        step = sj.GatedBackward(sj.KondoGate(rate=0.2))
+        step = sj.GatedBackward(sj.KondoGate(rate=0.2), count_flops=True)
         step(problem.log_prob_fn, problem.batch, problem.advantages)
         ratios[name] = step.state_dict()["backward_over_forward"]
     assert ratios["plain"] == pytest.approx(2, abs=0.1)

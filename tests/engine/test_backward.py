@@ -264,7 +264,7 @@ def test_gradients_add_up_and_a_backward_of_ones_own_is_called():
 
 def test_flops_count_what_ran():
     policy, batch, advantages, _ = make_case("rows")
-    step = sj.GatedBackward(sj.KondoGate(rate=0.1))
+    step = sj.GatedBackward(sj.KondoGate(rate=0.1), count_flops=True)
     successes = int((advantages > 0).sum())  # the others cannot be among the 2 kept
     linear = 2 * WIDTH * ACTIONS  # one matrix product a row forward; the input needs no gradient, so one back
     for _ in range(2):
@@ -277,9 +277,9 @@ def test_flops_count_what_ran():
 
 def test_a_resumed_step_plans_as_an_unbroken_one():
     policy, batch, _, _ = make_case("rows")
-    step = sj.GatedBackward(sj.KondoGate(price=1e-3))
+    step = sj.GatedBackward(sj.KondoGate(price=1e-3), count_flops=True)
     step(policy.log_probs, batch, torch.ones(ROWS, dtype=torch.float64))
-    resumed = sj.GatedBackward(sj.KondoGate(price=1e-3))
+    resumed = sj.GatedBackward(sj.KondoGate(price=1e-3), count_flops=True)
     resumed.load_state_dict(step.state_dict())
     assert step.state_dict()["backward_over_forward"] == 1  # a single layer: its input needs no gradient
     plans = [s(policy.log_probs, batch, torch.ones(ROWS, dtype=torch.float64)).plan for s in (step, resumed)]

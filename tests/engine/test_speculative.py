@@ -69,7 +69,7 @@ def test_the_gate_decides_exactly_among_the_proposed(shape, verify):
 
 def test_rows_are_counted_as_they_ran():
     policy, batch, advantages, _ = make_case("rows")
-    step = SpeculativeBackward(KondoGate(rate=0.3), draft_of(policy).log_probs, verify=2)
+    step = SpeculativeBackward(KondoGate(rate=0.3), draft_of(policy).log_probs, verify=2, count_flops=True)
     first, second = (step(policy.log_probs, batch, advantages) for _ in range(2))
     # The 7 of positive advantage are drafted; of these, all proposed, 4 are kept: a screening pass and 4 again, until
     # the share kept is known.
@@ -204,7 +204,7 @@ def test_a_good_draft_is_kept_and_taught_what_was_verified():
 
 def test_audits_time_and_count_by_turns():
     policy, batch, advantages, _ = make_case("rows")
-    step = SpeculativeBackward(KondoGate(rate=0.3), policy.log_probs, audit=Audit(every=1))
+    step = SpeculativeBackward(KondoGate(rate=0.3), policy.log_probs, audit=Audit(every=1), count_flops=True)
     timed, counted = (step(policy.log_probs, batch, advantages).screening.audit for _ in range(2))
     assert timed.draft_flops is None
     assert timed.exact_seconds > 0

@@ -45,7 +45,8 @@ def step_of(arm: Arm, rate: float, micro_batch_size: int, problem: Problem) -> S
         return _kondo_gate(rate, micro_batch_size, problem)
     if arm in ("known", "screened", "uniform"):
         score = uniform_score(torch.Generator().manual_seed(0)) if arm == "uniform" else delight
-        gated = GatedBackward(KondoGate(rate), score=score, micro_batch_size=micro_batch_size)
+        # Counting tells the planner what a backward pass costs in this model, frozen or checkpointed as it may be.
+        gated = GatedBackward(KondoGate(rate), score=score, micro_batch_size=micro_batch_size, count_flops=True)
         log_probs = problem.log_probs if arm == "known" else None
 
         def engine_step() -> tuple[Seconds, int]:

@@ -16,7 +16,7 @@ import tyro
 
 from sparkjoy.bench.arms import WITHOUT_RATE, Arm, Step, prepare, step_of
 from sparkjoy.bench.models import Problem, Workload, build
-from sparkjoy.engine.ledger import FlopCount
+from sparkjoy.engine.flops import FlopCount
 from sparkjoy.prices import checked_rate
 from sparkjoy.studies.memory import peak_memory
 from sparkjoy.training.tracking import write_json

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.ledger import FlopCount
+from sparkjoy.engine.flops import FlopCount
 from sparkjoy.signs import rate_count
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from sparkjoy.engine.deciding import decide, row_scores, scored_rows
 from sparkjoy.engine.distributed import ranks_of
+from sparkjoy.engine.flops import KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_inputs
-from sparkjoy.engine.ledger import KnownFlops, Ledger
+from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.packing import Packing, Trim
 from sparkjoy.engine.passes import Normalizer, Passes
 from sparkjoy.engine.plan import BACKWARD_OVER_FORWARD, EVERYTHING, KNOWN, Choice, choose
@@ -72,10 +73,10 @@ class GatedBackward:
             fewer runs rows of weight 0. "local": this process decides for itself.
         backward: called on each micro-batch's loss, for instance `accelerator.backward`, whose division by accelerate's
             gradient_accumulation_steps is undone: a call is normalised as `normalizer` says, and calls add up.
-        count_flops: measure FLOPs on the first pass over rows of a new shape. Off, the report has None; turn it off for
-            a compiled `log_prob_fn`, which a counting pass would run uncompiled.
-        backward_over_forward: r, what a backward pass costs in forward passes, for the choice of a plan; None: measured
-            in FLOPs on the first backward pass (2 before that, and when FLOPs are not counted), and saved.
+        count_flops: measure FLOPs, on the first passes over rows of a new shape and now and then again; these take
+            longer, and run compiled functions uncompiled. Off, the report has None.
+        backward_over_forward: r, what a backward pass costs in forward passes, for the choice of a plan; None: 2, or
+            where FLOPs are counted that of the last call with a backward pass.
 
     Raises:
         ValueError: an option outside its range.
@@ -94,7 +95,7 @@ class GatedBackward:
         trim: Trim | None = None,
         module: nn.Module | Literal["local"] | None = None,
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
-        count_flops: bool = True,
+        count_flops: bool = False,
         backward_over_forward: float | None = None,
     ) -> None:
         if gate is not None and not callable(gate):
@@ -117,10 +118,11 @@ class GatedBackward:
         self.normalizer = normalizer
         self.backward = backward
         self._ranks = ranks_of(module)
-        self._known_flops: KnownFlops | None = {} if count_flops else None
+        self._known_flops = KnownFlops() if count_flops else None
         self._packing = Packing(micro_batch_size, micro_batch_tokens, trim)
         self._kept_fraction: float | None = None
         self._backward_over_forward = backward_over_forward
+        self._measures_ratio = count_flops and backward_over_forward is None
 
     def __call__(
         self,
@@ -182,8 +184,8 @@ class GatedBackward:
         loss = passes.close()
         recent = kept / total
         self._kept_fraction = recent if self._kept_fraction is None else 0.8 * self._kept_fraction + 0.2 * recent
-        if self._backward_over_forward is None:
-            self._backward_over_forward = ledger.backward_over_forward
+        if self._measures_ratio:
+            self._backward_over_forward = ledger.backward_over_forward or self._backward_over_forward
         counted = self._known_flops is not None
         return BackwardReport(
             decision=decision,
@@ -209,7 +211,7 @@ class GatedBackward:
             "gate": state_of(self.gate),
             "kept_fraction": self._kept_fraction,
             "backward_over_forward": self._backward_over_forward,
-            "known_flops": dict(self._known_flops or {}),
+            "known_flops": {} if self._known_flops is None else self._known_flops.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -217,8 +219,8 @@ class GatedBackward:
         load_state(self.gate, state["gate"])
         self._kept_fraction = state["kept_fraction"]
         self._backward_over_forward = state["backward_over_forward"]
-        if self._known_flops is not None:
-            self._known_flops = dict(state["known_flops"])
+        if self._known_flops is not None and state["known_flops"]:
+            self._known_flops.load_state_dict(state["known_flops"])
 
     @property
     def _keeps_everything(self) -> bool:
@@ -329,13 +331,12 @@ def gated_backward(
     log_probs: Tensor | None = None,
     behavior_log_probs: Tensor | None = None,
     mask: Tensor | None = None,
-    count_flops: bool = False,
     **options: Any,
 ) -> BackwardReport:
     """`GatedBackward` in one call: differentiate only the samples the gate keeps, adding to `.grad`.
 
-    It remembers nothing from call to call, so it counts FLOPs only when asked to (it would have to measure at every
-    call, for about a millisecond); in a loop, a `GatedBackward` made once measures once.
+    It remembers nothing from call to call, so that counting FLOPs measures at every call; in a loop, a `GatedBackward`
+    made once measures once.
 
     >>> import torch, sparkjoy as sj
     >>> logits = torch.zeros(4, 2, requires_grad=True)
@@ -354,8 +355,7 @@ def gated_backward(
         log_probs: known ones to decide on, such as the sampler's; then deciding is free.
         behavior_log_probs: the denominator of a loss's ratio; default `log_probs`, else the current ones, detached.
         mask: (B, T), 1 for tokens that count; anything may stand where it is 0, NaN too.
-        count_flops: measure FLOPs, at every call.
-        options: the other options of `GatedBackward`.
+        options: the options of `GatedBackward`.
 
     Returns:
         A `BackwardReport`, counted from what ran.
@@ -363,7 +363,7 @@ def gated_backward(
     Raises:
         ValueError: as `GatedBackward`.
     """
-    return GatedBackward(gate, count_flops=count_flops, **options)(
+    return GatedBackward(gate, **options)(
         log_prob_fn, batch, advantages, log_probs=log_probs, behavior_log_probs=behavior_log_probs, mask=mask
     )
 

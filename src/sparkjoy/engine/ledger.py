@@ -1,7 +1,8 @@
 """Counts what one call really did: rows and tokens forward and backward, FLOPs, seconds.
 
 Forward rows are counted as they enter a log-prob function, backward rows by a hook on what it returned, when a gradient
-arrives there. FLOPs are measured on the first pass over rows of a new shape, and taken from there after that.
+arrives there. FLOPs are measured on the first pass over rows of a new shape, and taken from there after that (see
+`sparkjoy.engine.flops`).
 """
 
 from __future__ import annotations
@@ -12,44 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
+from sparkjoy.engine.flops import Direction, FlopCount, KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_log_probs
-
-KnownFlops = dict[tuple[Any, ...], int]
-"""FLOPs of a pass, by direction, number of rows and shape of a row; kept from call to call."""
-
-
-class FlopCount(TorchDispatchMode):
-    """Counts the FLOPs of what runs inside it: torch's own formulas, without the per-module tree that doubles the cost.
-
-    >>> import torch
-    >>> with FlopCount() as count:
-    ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
-    >>> count.flops
-    48
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
-        return out
+from sparkjoy.engine.screening import uncached
 
 
 class Ledger:
     """The counts of one call.
 
     Args:
-        known_flops: FLOPs measured so far, added to when a new shape comes by; None: count none.
+        known_flops: FLOPs measured in earlier calls, added to in this one; None: count none.
     """
 
     def __init__(self, known_flops: KnownFlops | None) -> None:
@@ -58,9 +33,12 @@ class Ledger:
         self.forward_flops = self.backward_flops = self._graph_flops = 0
         self.seconds = {"screen": 0.0, "gather": 0.0, "forward": 0.0, "backward": 0.0}
         self._known_flops = known_flops
+        self._measures_graph = False
         self._lap_began = time.perf_counter()
         self._token_shape: torch.Size | None = None
         self._hook: RemovableHandle | None = None
+        if known_flops is not None:
+            known_flops.begin_call()
 
     @property
     def backward_over_forward(self) -> float | None:
@@ -87,7 +65,8 @@ class Ledger:
     def forward(self, log_prob_fn: Callable[[Any], Tensor], part: Inputs) -> Tensor:
         """Log-probs of `part`, to differentiate; a hook counts its rows when their gradient arrives."""
         flops_before = self.forward_flops
-        log_probs = self._forward("forward", log_prob_fn, part)
+        self._measures_graph = self._known_flops is not None and self._known_flops.to_measure(part)
+        log_probs = self._forward("forward", log_prob_fn, part, self._measures_graph)
         self._graph_flops += self.forward_flops - flops_before
         tokens = part.tokens(log_probs)
         self.forward_rows += part.total
@@ -103,12 +82,14 @@ class Ledger:
 
     def backward(self, backward: Callable[[Tensor], Any], loss: Tensor, part: Inputs) -> None:
         """Run `backward(loss)`, whose graph ends at the log-probs of `part`."""
-        self.backward_flops += self._counted("backward", part, lambda: backward(loss))[1]
+        self.backward_flops += self._counted("backward", part, lambda: backward(loss), self._measures_graph)[1]
         if self._hook is not None:
             self._hook.remove()  # a log-prob function may return the same tensor again
 
-    def _forward(self, direction: str, source: Callable[[Any], Tensor], part: Inputs) -> Tensor:
-        log_probs, flops = self._counted(direction, part, lambda: source(part.batch))
+    def _forward(
+        self, direction: Direction, source: Callable[[Any], Tensor], part: Inputs, measure: bool = False
+    ) -> Tensor:
+        log_probs, flops = self._counted(direction, part, lambda: uncached(source, part.batch), measure)
         self.forward_flops += flops
         checked = check_log_probs(log_probs, part)
         if self._token_shape is None:
@@ -120,14 +101,16 @@ class Ledger:
             )
         return checked
 
-    def _counted(self, direction: str, part: Inputs, work: Callable[[], Any]) -> tuple[Any, int]:
-        """What `work` returns, and its FLOPs: measured where no pass over as many rows of this shape was yet."""
+    def _counted(
+        self, direction: Direction, part: Inputs, work: Callable[[], Any], measure: bool = False
+    ) -> tuple[Any, int]:
+        """What `work` returns, and its FLOPs: measured if asked to, or if nothing is known of such a pass."""
         if self._known_flops is None:
             return work(), 0
-        key = (direction, part.total, *part.row_shapes)
-        if key in self._known_flops:
-            return work(), self._known_flops[key]
+        known = None if measure else self._known_flops.of(direction, part)
+        if known is not None:
+            return work(), known
         with FlopCount() as count:
             result = work()
-        self._known_flops[key] = count.flops
+        self._known_flops.learn(direction, part, count.flops)
         return result, count.flops

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparkjoy.engine.hooks import check_nothing_steps, leaves
 from sparkjoy.engine.inputs import Inputs, finite_where_valid
 from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.packing import AT_ONCE, Packing
@@ -111,6 +112,7 @@ class Passes:
     def differentiate_graph(self, graph: Graph, weight: Tensor, keep: Tensor) -> None:
         """Add the gradient of a forward pass made before, each row times its weight (B,)."""
         self._rounds += 1
+        self._check_hooks(graph.log_probs, 1)
         self._add(graph.log_probs, graph.part, weight[graph.rows], self._divide_by(self.inputs, keep, graph.log_probs))
 
     def differentiate(
@@ -147,6 +149,8 @@ class Passes:
                     values = _valid(log_probs.detach(), part.mask)
                     self.differentiated = self._placed(self.differentiated, part_rows, columns, values, part.total)
                 divisor = self._divide_by(inputs, keep, log_probs)
+                if number == 1:
+                    self._check_hooks(log_probs, rounds)
                 self._add(log_probs, part, part_weight, divisor, f"micro-batch {number} of {rounds}")
         self._rounds += rounds
 
@@ -167,6 +171,11 @@ class Passes:
         self.ledger.backward(self.backward, loss if steps == 1 else loss * steps, part)
         self.ledger.lap("backward")
         self._losses.append(loss.detach())
+
+    def _check_hooks(self, log_probs: Tensor, rounds: int) -> None:
+        """Refuse what steps within a backward pass, at once where a batch of this size may take several."""
+        if rounds > 1 or (self.ranks.size == 1 and not self.packing.holds(self.inputs, self.inputs.total)):
+            check_nothing_steps(log_probs)
 
     def _check(self, loss: Tensor, log_probs: Tensor, part: Inputs, where: str) -> None:
         """Raise a ValueError that names the pass, before it is differentiated, if its gradient would be wrong."""
@@ -278,18 +287,9 @@ def _zero_arrives(log_probs: Tensor) -> bool:
     A backward pass of its own, for the rare function that returns padding as NaN or infinite. Where a graph does not
     allow two, as a compiled function's, nothing is known, and the answer is no.
     """
-    leaves, nodes = [], [log_probs.grad_fn]
-    met = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node is not None:
-            leaves += [node.variable] if hasattr(node, "variable") else []
-            following = {node for node, _ in node.next_functions} - met
-            met |= following
-            nodes += following
     try:
         zeros = torch.zeros_like(log_probs)
-        gradients = torch.autograd.grad(log_probs, leaves, zeros, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(log_probs, list(leaves(log_probs)), zeros, retain_graph=True, allow_unused=True)
     except RuntimeError:
         return False
     return all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 LogProbFunction = Callable[[Any], Tensor]
 """`rows -> log-probs` of the actions taken in them: (n,) or (n, T)."""
@@ -15,7 +16,7 @@ LogProbFunction = Callable[[Any], Tensor]
 
 @contextmanager
 def screening(device: torch.device) -> Iterator[None]:
-    """No graph inside, and the training stream's random state is left alone.
+    """No graph inside; the training stream's random state, and weights that autocast caches, are left alone.
 
     >>> with screening(torch.device("cpu")):
     ...     (torch.ones(2, requires_grad=True) * torch.rand(2)).requires_grad
@@ -24,4 +25,29 @@ def screening(device: torch.device) -> Iterator[None]:
     devices = [] if device.type == "cpu" else [device]
     device_type = "cuda" if device.type == "cpu" else device.type
     with torch.no_grad(), torch.random.fork_rng(devices, device_type=device_type):
-        yield
+        try:
+            yield
+        finally:
+            # Older versions of torch keep weights that were cast in here, without a graph, for passes that want one.
+            torch.clear_autocast_cache()
+
+
+def uncached(source: LogProbFunction, rows: Any) -> Tensor:
+    """`source(rows)`, from weights that this pass computes itself, also inside of `parametrize.cached()`.
+
+    A weight cached by a pass without a graph, or by one whose graph is gone, would be of no use to the next one.
+
+    >>> layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1))
+    >>> with parametrize.cached():
+    ...     with screening(torch.device("cpu")):
+    ...         _ = uncached(layer, torch.ones(1, 2))
+    ...     layer.weight.requires_grad
+    True
+    """
+    if not parametrize._cache_enabled:
+        return source(rows)
+    callers, parametrize._cache = parametrize._cache, {}
+    try:
+        return source(rows)
+    finally:
+        parametrize._cache = callers

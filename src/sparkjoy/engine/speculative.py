@@ -21,8 +21,9 @@ from torch import Tensor
 from sparkjoy.engine.audit import Audit, AuditResult, measured, recall, spearman
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.deciding import row_scores
+from sparkjoy.engine.flops import KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_inputs
-from sparkjoy.engine.ledger import KnownFlops, Ledger
+from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.packing import Packing
 from sparkjoy.engine.passes import Normalizer, Passes
 from sparkjoy.engine.report import BackwardReport
@@ -120,7 +121,7 @@ class SpeculativeBackward:
         draft_score: ScoreFunction | None = None,
         score: ScoreFunction | None = None,
         normalizer: Normalizer = "batch",
-        count_flops: bool = True,
+        count_flops: bool = False,
         **options: Any,
     ) -> None:
         if screen is not None and not callable(screen):
@@ -144,8 +145,7 @@ class SpeculativeBackward:
         self.score = self._step.score
         self.draft_score = draft_score or self.score
         self._micro_batch_size: int | None = options.get("micro_batch_size")
-        self._counts_flops = count_flops
-        self._known_flops: KnownFlops = {}
+        self._known_flops = KnownFlops() if count_flops else None
         self._generator = torch.Generator().manual_seed(0)
         self._steps = 0
         self._kept_fraction = 1.0
@@ -211,7 +211,7 @@ class SpeculativeBackward:
             "step": {**self._step.state_dict(), "gate": {}},
             "gate": state_of(self.gate),
             "screen": self.screen.state_dict() if isinstance(self.screen, LearningScreener) else {},
-            "known_flops": dict(self._known_flops),
+            "known_flops": {} if self._known_flops is None else self._known_flops.state_dict(),
             "generator": self._generator.get_state(),
             "steps": self._steps,
             "kept_fraction": self._kept_fraction,
@@ -225,7 +225,8 @@ class SpeculativeBackward:
         self._step.load_state_dict({**state["step"], "gate": state["gate"]})
         if isinstance(self.screen, LearningScreener):
             self.screen.load_state_dict(state["screen"])
-        self._known_flops = dict(state["known_flops"])
+        if self._known_flops is not None and state["known_flops"]:
+            self._known_flops.load_state_dict(state["known_flops"])
         self._generator.set_state(state["generator"])
         self._steps = state["steps"]
         self._kept_fraction = state["kept_fraction"]
@@ -251,7 +252,7 @@ class SpeculativeBackward:
 
     def _verified(self, log_prob_fn: LogProbFunction, inputs: Inputs) -> tuple[BackwardReport, int]:
         """The step on the proposed rows alone, reported as of the whole batch, and how many were proposed."""
-        step, ledger = self._step, Ledger(self._known_flops if self._counts_flops else None)
+        step, ledger = self._step, Ledger(self._known_flops)
         in_doubt = self._in_doubt(inputs)
         drafted = self._drafted(inputs, ledger, in_doubt)
         score = row_scores(self.draft_score, inputs, drafted)
@@ -317,7 +318,7 @@ class SpeculativeBackward:
         if audit.rows is not None and audit.rows < inputs.total:
             drawn = torch.randperm(inputs.total, generator=self._generator)[: audit.rows].sort().values
             inputs = inputs.take(drawn.to(inputs.advantages.device))
-        counts = self._counts_flops and self._steps // audit.every % 2 == 0
+        counts = self._known_flops is not None and self._steps // audit.every % 2 == 0
         drafted, draft_seconds, draft_flops = measured(lambda: self._drafted(inputs, Ledger(None)), counts)
         exact, exact_seconds, exact_flops = measured(lambda: self._seen(inputs, Ledger(None), log_prob_fn), counts)
         true, guessed = row_scores(self.score, inputs, exact), row_scores(self.draft_score, inputs, drafted)

@@ -46,21 +46,26 @@ def row_shapes(batch: Any, total: int, device: torch.device | None = None) -> tu
     Args:
         batch: of tensors.
         total: the rows it has to have.
-        device: where it has to be; None: anywhere.
+        device: where a batch has to be that was given by a caller, and without a graph; None: part of such a batch.
 
     Returns:
         A ragged dimension is -1.
 
     Raises:
         ValueError: a tensor, which is named, has another leading dimension than `total`, is somewhere else than the
-            advantages, or is of a layout that rows cannot be taken from.
+            advantages, has a graph, or is of a layout that rows cannot be taken from.
     """
     shapes = []
-    for name, shape, where in _shapes(batch, "batch"):
+    for name, shape, tensor in _shapes(batch, "batch"):
         if not shape or shape[0] != total:
             raise ValueError(f"{name} has shape {shape}; expected a leading dimension of {total}, as advantages.")
-        if device is not None and where != device:
-            raise devices_differ(name, where, device)
+        if device is not None and tensor.device != device:
+            raise devices_differ(name, tensor.device, device)
+        if device is not None and tensor.grad_fn is not None:
+            raise ValueError(
+                f"{name} has a graph, which the first of several backward passes would free; compute it inside the "
+                "log-prob function, from rows without one, or give it detached where nothing is to learn from it."
+            )
         shapes.append(shape[1:])
     return tuple(shapes)
 
@@ -73,9 +78,9 @@ def devices_differ(name: str, where: torch.device, device: torch.device) -> Valu
     )
 
 
-def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], torch.device]]:
+def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     if isinstance(batch, Tensor):
-        yield name, _shape(batch, name), batch.device
+        yield name, _shape(batch, name), batch
     elif _is_tensor_collection(batch):
         yield from _shapes_of_collection(batch, name)
     else:
@@ -103,14 +108,14 @@ def _size(nested: Tensor, dim: int) -> int:
     return size if isinstance(size, int) else -1
 
 
-def _shapes_of_collection(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], torch.device]]:
+def _shapes_of_collection(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Of a TensorDict or tensorclass; entries of a lazy stack are not put together, since they may be ragged."""
     if not batch.batch_size:
         raise ValueError(f"{name} is a {type(batch).__name__} of no batch_size; expected batch_size=[B].")
     if _is_lazy(batch):
         for key, value in batch[0].items(include_nested=True, leaves_only=True):
             if isinstance(value, Tensor):
-                yield f"{name}[{key!r}]", tuple(batch.get_item_shape(key)), value.device
+                yield f"{name}[{key!r}]", tuple(batch.get_item_shape(key)), value
     else:
         for key, value in batch.items():
             yield from _shapes(value, f"{name}[{key!r}]")

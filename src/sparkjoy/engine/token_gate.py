@@ -51,7 +51,7 @@ class TokenGatedBackward:
         *,
         loss: Loss = reinforce,
         trim: Callable[[Any, int], Any] | None = None,
-        count_flops: bool = True,
+        count_flops: bool = False,
     ) -> None:
         self.gate = gate
         self.trim = trim

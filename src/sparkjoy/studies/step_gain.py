@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from sparkjoy.engine.backward import GatedBackward
-from sparkjoy.engine.ledger import FlopCount
+from sparkjoy.engine.flops import FlopCount
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.gates import KondoGate
 from sparkjoy.losses import delightful
@@ -112,7 +112,10 @@ def measure(config: ReversalConfig, body: Body, rate: float, rounds: int) -> Rec
     # A learning rate of 0 costs what any other does, and every round is about the same policy.
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learning, lr=0.0, fused=True)
-    steps = {"dg": GatedBackward(None, loss=delightful()), "kondo": GatedBackward(KondoGate(rate=rate))}
+    steps = {
+        "dg": GatedBackward(None, loss=delightful(), count_flops=True),
+        "kondo": GatedBackward(KondoGate(rate=rate), count_flops=True),
+    }
     generator = torch.Generator().manual_seed(0)
     times: dict[str, list[float]] = {"sample": [], "dg": [], "kondo": []}
     reports: dict[str, list[BackwardReport]] = {"dg": [], "kondo": []}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparkjoy.engine.ledger import FlopCount
+from sparkjoy.engine.flops import FlopCount
 from sparkjoy.tasks.rollouts import Rollout, Task
 from sparkjoy.training.checkpoint import save_checkpoint
 from sparkjoy.training.processes import WHOLE, Share

@@ -233,16 +233,18 @@ class Settings:
             loss = clipped(self.clip)
         gate = self._gate(generator) if self.gated else None
         if gate is not None and self.unit == "token":
-            return TokenGatedBackward(gate, loss=loss, trim=trim)
+            return TokenGatedBackward(gate, loss=loss, trim=trim, count_flops=True)
         score, size = self._score(generator, share), self.micro_batch_size
         if gate is not None and self.speculates:
             audit = Audit(self.audit_every, floor=self.recall_floor)
-            options: dict[str, Any] = {"loss": loss, "score": score, "micro_batch_size": size}
+            options: dict[str, Any] = {"loss": loss, "score": score, "micro_batch_size": size, "count_flops": True}
             noisy = None if score is None else self._noisy(score, generator)
             return SpeculativeBackward(gate, screen, verify=self.verify, audit=audit, draft_score=noisy, **options)
         score = self._noisy(score, generator) if gate is not None and score is not None else score
         module = module if share.count > 1 else None
-        return GatedBackward(gate, loss=loss, score=score, micro_batch_size=size, normalizer="batch", module=module)
+        return GatedBackward(
+            gate, loss=loss, score=score, micro_batch_size=size, normalizer="batch", module=module, count_flops=True
+        )
 
     def _gate(self, generator: torch.Generator) -> Gate:
         if self.method == "unbiased":
