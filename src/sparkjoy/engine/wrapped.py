@@ -135,7 +135,9 @@ class Replicated:
 
     def _through(self, tensor: Tensor) -> Tensor:
         """What the wrapper does around a forward pass, with nothing inside."""
-        with _replaced(self._module._modules, "module", nn.Identity()):
+        nothing = nn.Identity()
+        nothing.named_buffers = self._module.module.named_buffers  # type: ignore[method-assign]
+        with _replaced(self._module._modules, "module", nothing):
             through: Tensor = self._module(tensor)
         return through
 
