@@ -115,7 +115,7 @@ class Meeting:
             self.over = True
             raise RuntimeError(
                 f"rank {', '.join(self._missing())} of {self.size} does not answer: it has ended, was stopped, or did "
-                f"not make this call within the time-out of the process group ({str(error).splitlines()[0][:200]})."
+                "not make this call within the time-out of the process group."
             ) from error
         return torch.stack(every).cpu()
 
