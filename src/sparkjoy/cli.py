@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 HELP = """usage: sparkjoy COMMAND [flags]
@@ -27,6 +26,7 @@ def main() -> None:
     """Run one command; exit status 2 and one line for what the user got wrong."""
     try:
         from sparkjoy import commands
+        from sparkjoy.training.processes import say_once
     except ImportError as error:
         print(
             f'sparkjoy: {error.name} is missing; the command line needs: pip install "sparkjoy[cli]"', file=sys.stderr
@@ -44,8 +44,7 @@ def main() -> None:
     try:
         commands.run(arguments)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
-            print(f"sparkjoy: {error}", file=sys.stderr)
+        say_once(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("sparkjoy: interrupted; finished work is in --out", file=sys.stderr)

@@ -113,24 +113,25 @@ class Meeting:
             dist.all_gather(every, tensor, self._group)
         except RuntimeError as error:
             self.over = True
+            others = absent(self.rank, self.size, f"{self._group.group_name}/{self._steps}")
             raise RuntimeError(
-                f"rank {', '.join(self._missing())} of {self.size} does not answer: it has ended, was stopped, or did "
+                f"rank {', '.join(others)} of {self.size} does not answer: it has ended, was stopped, or did "
                 "not make this call within the time-out of the process group."
             ) from error
         return torch.stack(every).cpu()
 
-    def _missing(self) -> list[str]:
-        """The ranks that do not come to say that one is missing."""
-        missing = [str(rank) for rank in range(self.size) if rank != self.rank]
-        with contextlib.suppress(RuntimeError):  # the store may have gone with the rank
-            store = dist.distributed_c10d._get_default_store()
-            prefix = f"sparkjoy/{self._group.group_name}/{self._steps}"
-            store.set(f"{prefix}/{self.rank}", "here")
-            until = time.monotonic() + PATIENCE
-            while len(missing) > 1 and time.monotonic() < until:
-                time.sleep(0.05)
-                missing = [rank for rank in missing if not store.check([f"{prefix}/{rank}"])]
-        return missing
+
+def absent(rank: int, size: int, where: str) -> list[str]:
+    """The other ranks that do not come to `where` to say that one is missing."""
+    others = [str(other) for other in range(size) if other != rank]
+    with contextlib.suppress(RuntimeError):  # the store may have gone with the rank
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"sparkjoy/{where}/{rank}", "here")
+        until = time.monotonic() + PATIENCE
+        while len(others) > 1 and time.monotonic() < until:
+            time.sleep(0.05)
+            others = [other for other in others if not store.check([f"sparkjoy/{where}/{other}"])]
+    return others
 
 
 def _sentence(error: BaseException) -> str:
