@@ -191,6 +191,6 @@ def test_what_several_processes_cannot_do_is_one_line_and_status_2(monkeypatch, 
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == ""
-    for settings in ({"unit": "token"}, {"noise": 0.1}):
+    for settings in ({"unit": "token"}, {"score_noise": 0.1}):
         with pytest.raises(ValueError, match="run in one process"):
             Settings(**settings).step(torch.Generator(), None, share=Share(0, 2))
