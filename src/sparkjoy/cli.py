@@ -40,8 +40,7 @@ def main() -> None:
             line = _line(error)
             if line is None:
                 raise
-            if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
-                print(f"sparkjoy: {line}", file=sys.stderr)
+            _say(line)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("sparkjoy: interrupted; finished work is in --out", file=sys.stderr)
@@ -66,6 +65,16 @@ def _run(arguments: list[str]) -> None:
         end_on_sigterm()
     ready()
     commands.run(arguments)
+
+
+def _say(line: str) -> None:
+    """Write a line to stderr: once, whatever number of processes has come to it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        print(f"sparkjoy: {line}", file=sys.stderr)
+    else:
+        from sparkjoy.training.processes import say_once
+
+        say_once(line)
 
 
 def _line(error: Exception) -> str | None:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sparkjoy as sj
+from sparkjoy.sizes import advantage_size
 
 warnings.simplefilter("error")
 # A Linear on (n, T, D) returns a view; nothing here changes it in place.
@@ -178,6 +179,47 @@ def quick_equivalence():
         "noise", "noise, known",
     )  # fmt: skip
     equivalence(cases, divisions=(False,))
+
+
+def unbiased(draws=200):
+    """The mean gradient over a noise budget's draws, compared with the dense one, in standard errors."""
+    _, batch, advantages, mask = make_case("ragged tokens")
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sizes = split_rows(world, even=False)
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    torch.manual_seed(0)
+    plain = Policy()
+    exact = plain(batch).detach()
+    stale = (exact + 0.5 * torch.randn(exact.shape, dtype=exact.dtype)).clamp(max=-0.01)
+    sj.GatedBackward(None, module="local")(plain, batch, advantages, mask=mask)
+    dense = torch.cat([gradient.flatten() for gradient in gradients(plain)])
+    local = {key: value[own] for key, value in batch.items()}
+    ways = {
+        "exact": ({}, {}),
+        "stale": ({}, {"log_probs": stale[own]}),
+        "sizes of advantages": ({"score": advantage_size}, {}),
+    }
+    for way, (options, given) in ways.items():
+        module = DistributedDataParallel(copy.deepcopy(plain))
+        gate = sj.UnbiasedGate(noise=0.3, generator=torch.Generator().manual_seed(rank))
+        step = sj.GatedBackward(gate, module=module, micro_batch_size=3, **options)
+        found, kept = [], []
+        for _ in range(draws):
+            module.zero_grad()
+            kept.append(step(module, local, advantages[own], mask=mask[own], **given).kept)
+            found.append(torch.cat([gradient.flatten() for gradient in gradients(module)]))
+        found = torch.stack(found)
+        error = found.std(dim=0) / draws**0.5
+        difference = (found.mean(dim=0) - dense).abs()
+        drawn = error > 1e-9 * dense.abs().max()
+        tell(
+            way,
+            kept=sum(kept) / draws,
+            errors=float((difference / error)[drawn].max()),
+            certain=float(difference[~drawn].max()) if bool((~drawn).any()) else 0.0,
+            drawn=int(drawn.sum()),
+            relative=float(error.norm() / dense.norm()),
+        )
 
 
 def main(scenarios):

@@ -71,3 +71,18 @@ def test_rows_that_the_signs_of_all_advantages_settle_are_not_screened(results):
             assert screened == [0] * len(ranks), ranks  # a price of 0 keeps what did better than expected
         if ranks[0]["case"] == "everywhere" and len(ranks) > 1:
             assert sum(screened) < 13, ranks  # the quota is filled by rows of positive advantage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_mean_gradient_over_draws_is_the_dense_one(tmp_path, count):
+    said = run_processes(WORKER, count, ["unbiased"], store=tmp_path / "store", timeout=300)
+    for text in said:
+        found = [json.loads(line[7:]) for line in text.splitlines() if line.startswith("RESULT ")]
+        assert [result["case"] for result in found] == ["exact", "stale", "sizes of advantages"]
+        for result in found:
+            assert result["drawn"] > 50, result
+            assert result["kept"] < 12, result  # of 13
+            assert result["relative"] < 0.1, result
+            assert result["errors"] < 4, result
+            assert result["certain"] < 1e-9, result

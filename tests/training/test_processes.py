@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import processes_worker
 import pytest
 import torch
-from processes import kill, run_processes, start
+from processes import descendants, kill, run_processes, start
 
 from sparkjoy import cli
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
@@ -57,7 +58,7 @@ def command(processes, script, out):
     return [
         sys.executable,
         *(torchrun if processes > 1 else []),
-        str(script),
+        *(("-m", "sparkjoy") if script == "-m" else (str(script),)),
         "train",
         "reversal",
         *FLAGS,
@@ -108,6 +109,54 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path):
     assert first["policy"].keys() == second["policy"].keys()
 
 
+WATCHFUL = "import sparkjoy.training.processes as p; p.LOST_BEATS = 4; " + CODE
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_ends_the_others_and_is_named_once(tmp_path):
+    script, out = tmp_path / "run.py", tmp_path / "out"
+    script.write_text(WATCHFUL)
+    log = out.with_suffix(".log")
+    process = start([*command(2, script, out), "--steps", "1000000"], os.environ, log)
+    deadline = time.monotonic() + 180
+    stopped = None
+    try:
+        while "sparkjoy: " not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+            if stopped is None and (out / "records.jsonl").exists():
+                stopped = next(pid for pid in descendants(process.pid) if rank_of(pid) == "1")
+                os.kill(stopped, signal.SIGSTOP)
+            time.sleep(0.05)
+        assert stopped is not None, log.read_text()
+        os.kill(stopped, signal.SIGKILL)  # torchrun would wait another 30 seconds for it
+        assert process.wait(timeout=60) != 0
+    finally:
+        kill(process)
+    said = [line for line in log.read_text().splitlines() if line.startswith("sparkjoy: ")]
+    assert len(said) == 1
+    assert said[0].startswith("sparkjoy: rank 1 of 2 was stopped or lost: nothing was heard of it for 4 seconds.")
+
+
+def rank_of(pid):
+    """The rank of one of torchrun's processes."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((entry[5:].decode() for entry in entries if entry.startswith(b"RANK=")), None)
+
+
+@pytest.mark.slow
+def test_what_is_refused_is_said_once_for_all_processes(tmp_path):
+    log = tmp_path / "log"
+    process = start([*command(2, "-m", tmp_path / "out"), "--rate", "7"], os.environ, log)
+    try:
+        assert process.wait(timeout=120) != 0
+    finally:
+        kill(process)
+    assert log.read_text().count("sparkjoy: rate is 7.0") == 1
+    assert log.read_text().count("sparkjoy: ") == 1
+
+
 def test_every_share_of_a_rollout_is_its_part_of_the_whole():
     config = ReversalConfig(prompt_length=4, prompts=6, answers=3)
     torch.manual_seed(0)
@@ -142,6 +191,6 @@ def test_what_several_processes_cannot_do_is_one_line_and_status_2(monkeypatch, 
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == ""
-    for settings in ({"unit": "token"}, {"noise": 0.1}):
+    for settings in ({"unit": "token"}, {"score_noise": 0.1}):
         with pytest.raises(ValueError, match="run in one process"):
             Settings(**settings).step(torch.Generator(), None, share=Share(0, 2))

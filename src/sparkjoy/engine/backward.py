@@ -20,6 +20,7 @@ from sparkjoy.engine.distributed import ranks_of
 from sparkjoy.engine.flops import KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import Ledger
+from sparkjoy.engine.options import in_words
 from sparkjoy.engine.packing import Packing, Trim
 from sparkjoy.engine.passes import Normalizer, Passes
 from sparkjoy.engine.plan import BACKWARD_OVER_FORWARD, EVERYTHING, KNOWN, Choice, choose
@@ -154,34 +155,32 @@ class GatedBackward:
             ValueError: NaN, infinite or misshapen input, before any `.grad` is touched; a log-prob that turns NaN or
                 infinite while differentiating, with the number of its micro-batch.
         """
-        if log_probs is not None and self.screen is not None:
-            raise ValueError(
-                "log_probs and a screen are both given to decide on; give one. For a ratio: behavior_log_probs."
-            )
-        if self._packing.tokens is not None and mask is None:
-            raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
         ranks, ledger = self._ranks, Ledger(self._known_flops)
-        score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
-        score_tells = score_tells and rule_of(self.gate) is not None and behavior_log_probs is None
-        inputs = ranks.open(lambda: check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells))
-        watches = self._size is not None  # exact sizes of the kept rows, to compare with those decided on
-        # Given log-probs are looked at to decide; others may not be, where signs decide, or nobody does.
-        discrete = self.score is delight and self.gate is not None and (log_probs is None or self._keeps_everything)
-        passes = Passes(
-            log_prob_fn,
-            inputs,
-            ledger,
-            self.loss,
-            self.normalizer,
-            self._packing,
-            self.backward,
-            ranks,
-            watches,
-            discrete,
-        )
-        choice, decision, noise = self._run(passes, inputs)
-        kept, total = int(decision.keep.count_nonzero()), ranks.total(inputs.total)
-        loss = passes.close()
+        with ranks.together():
+            self._check_call(log_probs, mask)
+            score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
+            score_tells = score_tells and rule_of(self.gate) is not None and behavior_log_probs is None
+            score_tells = score_tells and ranks.size == 1  # else it is not known whose value it was
+            inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells)
+            ranks.open(inputs, self._in_words)
+            watches = self._size is not None  # exact sizes of the kept rows, to compare with those decided on
+            # Given log-probs are looked at to decide; others may not be, where signs decide, or nobody does.
+            discrete = self.score is delight and self.gate is not None and (log_probs is None or self._keeps_everything)
+            passes = Passes(
+                log_prob_fn,
+                inputs,
+                ledger,
+                self.loss,
+                self.normalizer,
+                self._packing,
+                self.backward,
+                ranks,
+                watches,
+                discrete,
+            )
+            choice, decision, noise = self._run(passes, inputs)
+            kept, total = int(decision.keep.count_nonzero()), ranks.total(inputs.total)
+            loss = passes.close()
         recent = kept / total
         self._kept_fraction = recent if self._kept_fraction is None else 0.8 * self._kept_fraction + 0.2 * recent
         if self._measures_ratio:
@@ -222,6 +221,30 @@ class GatedBackward:
         if self._known_flops is not None and state["known_flops"]:
             self._known_flops.load_state_dict(state["known_flops"])
 
+    def _check_call(self, log_probs: Tensor | None, mask: Tensor | None) -> None:
+        if log_probs is not None and self.screen is not None:
+            raise ValueError(
+                "log_probs and a screen are both given to decide on; give one. For a ratio: behavior_log_probs."
+            )
+        if self._packing.tokens is not None and mask is None:
+            raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
+
+    def _in_words(self) -> str:
+        """The options that have to be the same on all processes."""
+        packing = self._packing
+        return in_words(
+            {
+                "gate": self.gate,
+                "loss": self.loss,
+                "score": self.score,
+                "screen": self.screen,
+                "normalizer": self.normalizer,
+                "micro_batch_size": packing.rows,
+                "micro_batch_tokens": packing.tokens,
+                "trim": packing.trim,
+            }
+        )
+
     @property
     def _keeps_everything(self) -> bool:
         rule = rule_of(self.gate)
@@ -240,7 +263,7 @@ class GatedBackward:
             log_probs = torch.zeros_like(inputs.advantages if inputs.mask is None else inputs.mask, dtype=torch.float32)
         if log_probs is None:
             return self._run_unknown(gate, passes, inputs)
-        scored = self._ranks.gather(lambda: scored_rows(gate, row_scores(self.score, inputs, log_probs), inputs))
+        scored = self._ranks.gather(scored_rows(gate, row_scores(self.score, inputs, log_probs), inputs))
         decision = self._ranks.same(decide(gate, scored, inputs))
         passes.ledger.lap("screen")
         self._differentiate_kept(passes, inputs, decision)
@@ -264,16 +287,14 @@ class GatedBackward:
         passes.ledger.lap("screen")
         graph = passes.forward(_indices(possible)) if choice.plan == "dense" else None
 
-        def scored() -> Scored:
-            if any_open and graph is None:
-                passes.screen(_indices(rows.open), self.screen)
-            if passes.seen is None:
-                return scored_rows(gate, value, inputs)
+        if any_open and graph is None:
+            passes.screen(_indices(rows.open), self.screen)
+        score = value
+        if passes.seen is not None:
             score = row_scores(self.score, inputs, passes.seen)
-            known = possible if graph is not None else rows.open
-            return scored_rows(gate, torch.where(known, score, value.to(score.dtype)), inputs)  # else signs suffice
-
-        known = ranks.gather(scored)
+            seen = possible if graph is not None else rows.open
+            score = torch.where(seen, score, value.to(score.dtype))  # else signs suffice
+        known = ranks.gather(scored_rows(gate, score, inputs))
         decision = ranks.same(decide(gate, known, inputs))
         passes.ledger.lap("screen")
         if graph is None:

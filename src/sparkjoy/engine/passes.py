@@ -92,9 +92,9 @@ class Passes:
         with screening(self.inputs.advantages.device), self.ranks.screening():
             for part_rows in parts:
                 part, columns = self.packing.trimmed(self.inputs.take(part_rows))
-                seen.append((part_rows, columns, self.ledger.screen(source, part, own), part))
+                seen.append((part_rows, columns, self._screened(source, part, own), part))
             for _ in range(rounds - len(parts)):
-                self.ledger.screen(source, self._filler(), own)
+                self._screened(source, self._filler(), own)
         for found in seen:
             self._see("the screening forward pass", *found)
         self.ledger.lap("screen")
@@ -135,23 +135,23 @@ class Passes:
         parts = self.packing.divide(inputs, rows)
         rounds = self.ranks.rounds(len(parts), kept_everywhere)
         for number in range(1, rounds + 1):
-            with self.ranks.micro_batch(last=number == rounds):
-                part_weight = None
-                if number > len(parts):  # other ranks have more, and wait for this one
-                    part, part_weight = self._filler(), self.inputs.advantages.new_zeros(1)
-                else:
-                    part_rows = parts[number - 1]
-                    part, columns = self.packing.trimmed(inputs.take(part_rows))
-                    part_weight = None if weight is None else weight[part_rows]
-                self.ledger.lap("gather")
-                log_probs = self.ranks.forward(partial(self.ledger.forward, self.log_prob_fn, part))
-                if self._watches and number <= len(parts):
-                    values = _valid(log_probs.detach(), part.mask)
-                    self.differentiated = self._placed(self.differentiated, part_rows, columns, values, part.total)
-                divisor = self._divide_by(inputs, keep, log_probs)
-                if number == 1:
-                    self._check_hooks(log_probs, rounds)
-                self._add(log_probs, part, part_weight, divisor, f"micro-batch {number} of {rounds}")
+            part_weight = None
+            if number > len(parts):  # other ranks have more, and wait for this one
+                part, part_weight = self._filler(), self.inputs.advantages.new_zeros(1)
+            else:
+                part_rows = parts[number - 1]
+                part, columns = self.packing.trimmed(inputs.take(part_rows))
+                part_weight = None if weight is None else weight[part_rows]
+            self.ledger.lap("gather")
+            log_probs = self.ranks.forward(partial(self.ledger.forward, self.log_prob_fn, part))
+            if self._watches and number <= len(parts):
+                values = _valid(log_probs.detach(), part.mask)
+                self.differentiated = self._placed(self.differentiated, part_rows, columns, values, part.total)
+            divisor = self._divide_by(inputs, keep, log_probs)
+            if number == 1:
+                self._check_hooks(log_probs, rounds)
+            where = f"micro-batch {number} of {rounds}"
+            self._add(log_probs, part, part_weight, divisor, where, last=number == rounds)
         self._rounds += rounds
 
     def close(self) -> Tensor:
@@ -161,14 +161,21 @@ class Passes:
         return self.ranks.close(loss, self._rounds)
 
     def _add(
-        self, log_probs: Tensor, part: Inputs, weight: Tensor | None, divisor: float, where: str = "the dense pass"
+        self,
+        log_probs: Tensor,
+        part: Inputs,
+        weight: Tensor | None,
+        divisor: float,
+        where: str = "the dense pass",
+        last: bool = True,
     ) -> None:
         loss = self._terms(log_probs, part, weight).sum() / divisor
         _check_graph(loss, log_probs)
-        self.ranks.hold(partial(self._check, loss, log_probs, part, where))
+        self._check(loss, log_probs, part, where)
         self.ledger.lap("forward")
         steps = _accumulation_steps(self.backward)
-        self.ledger.backward(self.backward, loss if steps == 1 else loss * steps, part)
+        with self.ranks.backward(loss, last) as differentiable:
+            self.ledger.backward(self.backward, differentiable if steps == 1 else differentiable * steps, part)
         self.ledger.lap("backward")
         self._losses.append(loss.detach())
 
@@ -179,7 +186,8 @@ class Passes:
 
     def _check(self, loss: Tensor, log_probs: Tensor, part: Inputs, where: str) -> None:
         """Raise a ValueError that names the pass, before it is differentiated, if its gradient would be wrong."""
-        _check_finite_loss(loss, log_probs, where)
+        alone = self.ranks.size == 1  # several see to `.grad` themselves
+        _check_finite_loss(loss, log_probs, where, after_others=alone and bool(self._losses))
         if self.discrete:
             try:
                 surprisal(_valid(log_probs.detach(), part.mask))
@@ -195,6 +203,10 @@ class Passes:
                     "be NaN with them (0 times NaN); replace the padding before it is computed with, as by "
                     "logits.where(mask, 0), not afterwards."
                 )
+
+    def _screened(self, source: LogProbFunction, part: Inputs, own: bool) -> Tensor:
+        work = partial(self.ledger.screen, source, part, own)
+        return self.ranks.forward(work) if own else work()  # the model's passes may be meetings, a draft's are not
 
     def _filler(self) -> Inputs:
         """A row to run at weight zero."""
@@ -269,11 +281,12 @@ def _check_graph(loss: Tensor, log_probs: Tensor) -> None:
         raise ValueError("the loss has no graph; expected terms computed from the log-probs it was given.")
 
 
-def _check_finite_loss(loss: Tensor, log_probs: Tensor, where: str) -> None:
+def _check_finite_loss(loss: Tensor, log_probs: Tensor, where: str, after_others: bool) -> None:
     if not math.isfinite(loss.item()):
+        advice = " Earlier micro-batches have added to .grad: zero it." if after_others else ""
         raise ValueError(
             f"{where}: the loss is {loss.item()}, from log-probs between {log_probs.min().item():g} and "
-            f"{log_probs.max().item():g}; expected finite numbers. Earlier micro-batches have added to .grad: zero it."
+            f"{log_probs.max().item():g}; expected finite numbers.{advice}"
         )
 
 

@@ -33,8 +33,12 @@ class Ranks(Protocol):
     size: int
     """How many there are."""
 
-    def open(self, check: Callable[[], Inputs]) -> Inputs:
-        """The local inputs, if `check` finds them sound on every rank."""
+    def together(self) -> AbstractContextManager[None]:
+        """Around a step: what one process raises, all raise."""
+        ...
+
+    def open(self, inputs: Inputs, options: Callable[[], str]) -> None:
+        """Begin with the local inputs, if those of all go together; `options` have to be alike everywhere."""
         ...
 
     def total(self, rows: int) -> int:
@@ -53,7 +57,7 @@ class Ranks(Protocol):
         """The sum of the ranks' counts."""
         ...
 
-    def gather(self, score: Callable[[], Scored]) -> Scored:
+    def gather(self, scored: Scored) -> Scored:
         """The scores of all rows, rank by rank, from the local ones."""
         ...
 
@@ -74,15 +78,11 @@ class Ranks(Protocol):
         ...
 
     def forward(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do a differentiable forward pass."""
+        """Do a forward pass."""
         ...
 
-    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Around a forward and a backward pass."""
-        ...
-
-    def hold(self, check: Callable[[], None]) -> None:
-        """Run a check whose failure may be this rank's alone."""
+    def backward(self, loss: Tensor, last: bool) -> AbstractContextManager[Tensor]:
+        """Around the backward pass of a micro-batch, of the loss that is handed out."""
         ...
 
     def close(self, loss: Tensor, rounds: int) -> Tensor:
@@ -102,14 +102,17 @@ class OneProcess:
     def __init__(self, among_others: bool = False) -> None:
         self._among_others = among_others
 
-    def open(self, check: Callable[[], Inputs]) -> Inputs:
+    def together(self) -> AbstractContextManager[None]:
         if not self._among_others and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(
                 f"there are {dist.get_world_size()} processes, but no module was given: each would decide by itself, "
                 "and one without survivors would leave the others waiting. Give GatedBackward(module=...) the "
                 'DistributedDataParallel or fully_shard module, or module="local" where the processes train apart.'
             )
-        return check()
+        return nullcontext()
+
+    def open(self, inputs: Inputs, options: Callable[[], str]) -> None:
+        pass
 
     def total(self, rows: int) -> int:
         return rows
@@ -123,8 +126,8 @@ class OneProcess:
     def sum(self, count: int) -> int:
         return count
 
-    def gather(self, score: Callable[[], Scored]) -> Scored:
-        return score()
+    def gather(self, scored: Scored) -> Scored:
+        return scored
 
     def same(self, decision: Decision) -> Decision:
         return decision
@@ -141,11 +144,8 @@ class OneProcess:
     def forward(self, work: Callable[[], Tensor]) -> Tensor:
         return work()
 
-    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def hold(self, check: Callable[[], None]) -> None:
-        check()
+    def backward(self, loss: Tensor, last: bool) -> AbstractContextManager[Tensor]:
+        return nullcontext(loss)
 
     def close(self, loss: Tensor, rounds: int) -> Tensor:
         return loss

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sparkjoy.engine.meeting import absent
+
+BEAT_SECONDS = 1.0
+LOST_BEATS = 30
+ADVICE = "The run ends here; started again, it goes on from its last checkpoint."
 
 
 @dataclass(frozen=True)
@@ -77,20 +86,81 @@ def share_of_this_process() -> Share:
 
 @contextmanager
 def joined(share: Share) -> Iterator[None]:
-    """Around work in which the processes meet; an error of one that is not the first is told here."""
+    """Around work in which the processes meet: why it ended, if it did, one of them says and none is left waiting.
+
+    Each process beats once a second, and looks whether the next one does. One that is stopped or lost ends the run
+    after LOST_BEATS seconds; one that has ended, at once.
+
+    Raises:
+        SystemExit: status 2, after a sentence that one process has written to stderr.
+    """
     if share.count == 1:
         yield
         return
     dist.init_process_group("gloo")
+    ended = threading.Event()
+    threading.Thread(target=_watch, args=(share, ended), daemon=True).start()
     try:
         yield
+        dist.barrier()  # a process that is done goes on to beat while the others work
     except ValueError as error:
-        if share.first:
+        say_once(str(error))
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not _lost_contact(error):
             raise
-        print(f"sparkjoy, rank {share.rank}: {error}", file=sys.stderr)
+        lost = ", ".join(absent(share.rank, share.count, "run"))
+        say_once(f"rank {lost} of {share.count} has ended. {ADVICE}")
         raise SystemExit(2) from None
     finally:
+        ended.set()
         dist.destroy_process_group()
+
+
+def say_once(sentence: str) -> None:
+    """Write a line to stderr, unless another process of this run was the first to do so."""
+    if _is_first_to_say():
+        print(f"sparkjoy: {sentence}", file=sys.stderr, flush=True)
+
+
+def _is_first_to_say() -> bool:
+    share = share_of_this_process()
+    if share.count > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        with contextlib.suppress(RuntimeError):  # the store may have gone
+            return bool(_store().add("said", 1) == 1)
+    return share.first
+
+
+def _store() -> Any:
+    """A connection of one's own to the store through which the processes have found each other."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"sparkjoy/{start}", store)  # type: ignore[attr-defined]
+
+
+def _watch(share: Share, ended: threading.Event) -> None:
+    """Beat, and end this process when the next one has missed too many beats."""
+    other = (share.rank + 1) % share.count
+    count, missed = 0, 0  # in beats of one's own, not on the clock, which goes on while all are stopped
+    with contextlib.suppress(RuntimeError):  # the store goes with who started the processes, and so do they
+        store = _store()
+        while not ended.wait(BEAT_SECONDS):
+            store.add(f"beat/{share.rank}", 1)
+            before, count = count, store.add(f"beat/{other}", 0)
+            missed = missed + 1 if count == before else 0
+            if missed >= LOST_BEATS and not ended.is_set():
+                seconds = LOST_BEATS * BEAT_SECONDS
+                say_once(
+                    f"rank {other} of {share.count} was stopped or lost: nothing was heard of it for {seconds:g} "
+                    f"seconds. {ADVICE}"
+                )
+                os._exit(2)  # the main thread waits where nothing can wake it
+
+
+def _lost_contact(error: RuntimeError) -> bool:
+    """Whether another process is not there, as torch, gloo or the engine say it."""
+    return isinstance(error, dist.DistError) or any(part in str(error) for part in ("gloo", "does not answer"))
 
 
 def refuse_several_processes(command: str) -> None:
