@@ -52,6 +52,16 @@ def test_only_kept_rows_run(tmp_path):
     assert made.state.log_history[0]["gate/kept_rate"] == 5 / 16
 
 
+def test_figures_of_trl_count_what_was_generated_and_ours_what_was_differentiated(tmp_path):
+    changes = {"include_num_input_tokens_seen": "all"}
+    (gated, _), (whole, _) = (trained(tmp_path, gate_rate=rate, **changes) for rate in (0.3, 1.0))
+    log, expected = gated.state.log_history[0], whole.state.log_history[0]
+    assert log["num_tokens"] == log["num_input_tokens_seen"] == expected["num_tokens"]
+    tokens = sum(int(gated._buffered_inputs[step]["completion_mask"].sum()) for step in (2, 3))
+    tokens += sum(int(gated._buffered_inputs[step]["prompt_mask"].sum()) for step in (2, 3))
+    assert log["gate/backward_tokens"] == tokens < log["num_tokens"]
+
+
 def test_it_logs_what_it_decided(tmp_path):
     made, _ = trained(tmp_path, gate_rate=0.3, gate_negative_share=0.4)
     log = made.state.log_history[0]
@@ -169,6 +179,7 @@ def test_a_trainer_of_ones_own_takes_the_mix_in(tmp_path):
         trainer(tmp_path, cls=Undeclared, **changes)
 
 
+@pytest.mark.filterwarnings("ignore:gate_advantages='centred'")
 def test_advantages_of_each_token_are_gated_too(tmp_path):
     class PerToken(GRPOTrainer):
         def _generate_and_score_completions(self, inputs):

@@ -17,7 +17,7 @@ LEAST_SURPRISAL = 1e-30
 
 
 def centred_advantages(rewards_per_func: Tensor, weights: Tensor, group_size: int) -> Tensor:
-    """Weighted reward less its group's mean; exactly 0 where the group's rewards are equal, or where there is none.
+    """Weighted reward less its group's mean; exactly 0 where the group's rewards are equal up to rounding, or missing.
 
     >>> centred_advantages(torch.tensor([[1.0], [0.0], [2.0], [2.0]]), torch.ones(1), group_size=2)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
@@ -34,9 +34,20 @@ def centred_advantages(rewards_per_func: Tensor, weights: Tensor, group_size: in
     rewards = (rewards_per_func * weights).nansum(dim=1)
     groups = rewards.masked_fill(unscored, torch.nan).view(-1, group_size)
     centred = groups - groups.nanmean(dim=1, keepdim=True)
+    terms = (rewards_per_func * weights).abs().nansum(dim=1).view(-1, group_size)
+    return centred.masked_fill(groups.isnan() | equal_up_to_rounding(groups, terms), 0).flatten()
+
+
+def equal_up_to_rounding(groups: Tensor, terms: Tensor) -> Tensor:
+    """(G, 1) bool: groups whose values, NaN aside, differ by no more than rounding of what they were summed from.
+
+    Args:
+        groups: (G, n).
+        terms: (G, n), the sizes of each value's terms, summed.
+    """
     least = groups.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
     most = groups.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
-    return centred.masked_fill(groups.isnan() | (least == most), 0).flatten()
+    return most - least <= 4 * torch.finfo(groups.dtype).eps * terms.amax(dim=1, keepdim=True)
 
 
 def worth(advantages: Tensor, own_advantages: Tensor, mask: Tensor) -> Tensor:

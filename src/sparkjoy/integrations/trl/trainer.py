@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -18,12 +19,18 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from sparkjoy.gates import KondoGate
+from sparkjoy.integrations.trl.advantages import of_the_gate
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
-from sparkjoy.integrations.trl.deciding import Scored, centred_advantages, delight_score, in_doubt, other_score, worth
+from sparkjoy.integrations.trl.deciding import Scored, delight_score, in_doubt, other_score, worth
 from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, length, loss_mask, pack
 from sparkjoy.integrations.trl.recording import recording
 from sparkjoy.losses import delightful_weight
 from sparkjoy.scores import per_row
+
+TEXT_ONLY = (
+    "the gate packs text only, and these prompts come with images. Train without the gate (gate_rate=None), or leave "
+    "the images out."
+)
 
 
 class KondoGRPOMixin(GRPOTrainer):
@@ -47,7 +54,9 @@ class KondoGRPOMixin(GRPOTrainer):
         config = self.args if isinstance(self.args, KondoGRPOConfig) else None
         self._gate = config.gate() if config is not None and config.gated else None
         self._gate_dg = None if config is None else config.gate_dg
-        self._gate_rewards: Tensor | None = None  # (N, F), of all processes
+        self._gate_rewards: Tensor | None = None  # (N, F), of all processes, those of the last completions scored
+        self._gate_recorded = False  # whether the sampler's log-probs are those read off its passes
+        self._gate_warned = False  # that it ranks by the loss's advantages where it was to rank by centred rewards
         self._gate_reweighs: tuple[Rows, Tensor] | None = None  # a micro-batch that DG is to weight, its own advantages
         self._gate_postpones = False  # whether the old log-probs wait until it is decided whose are needed
         self._gate_micro_steps = 0  # run since the last optimizer step
@@ -66,6 +75,7 @@ class KondoGRPOMixin(GRPOTrainer):
                 "the router's auxiliary loss needs every completion, and the gate skips most. Set "
                 "router_aux_loss_coef=0, or train without the gate (gate_rate=None)."
             )
+        self._refuse_images()
         known = (KondoGRPOMixin, GRPOTrainer)
         own = [cls.__name__ for cls in type(self).__mro__ if "_compute_loss" in vars(cls) and cls not in known]
         if own and self.gate_normalizer is None:
@@ -73,6 +83,17 @@ class KondoGRPOMixin(GRPOTrainer):
                 f"{own[0]} has a _compute_loss of its own; say what it divides a micro-batch's loss by with a class "
                 "attribute gate_normalizer: 'constant', 'rows' or 'tokens'."
             )
+
+    def _refuse_images(self) -> None:
+        """Look at the first training example; what has images only later is refused when it comes."""
+        if self.train_dataset is None or not hasattr(self.train_dataset, "__getitem__") or len(self.train_dataset) == 0:
+            return
+        example = self.train_dataset[0]
+        prompt = example.get("prompt")
+        turns = prompt if isinstance(prompt, list) else []
+        parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+        if example.get("image") is not None or example.get("images") or any("image" in part for part in parts):
+            raise ValueError(TEXT_ONLY)
 
     # Deciding
 
@@ -90,7 +111,10 @@ class KondoGRPOMixin(GRPOTrainer):
             return super()._generate_single_turn(*args, **kwargs)  # type: ignore[no-any-return]  # TRL is untyped
         with recording(self.accelerator.unwrap_model(self.model_wrapped), self.temperature) as recorder:
             completions, log_probs = super()._generate_single_turn(*args, **kwargs)
-        return completions, recorder.log_probs(completions) if log_probs is None else log_probs
+        if log_probs is None:
+            log_probs = recorder.log_probs(completions)
+            self._gate_recorded = log_probs is not None
+        return completions, log_probs
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._gate_rewards = super()._calculate_rewards(*args, **kwargs)
@@ -100,16 +124,13 @@ class KondoGRPOMixin(GRPOTrainer):
         if self._gate is None or not self.model.training:
             return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]  # TRL is untyped
         postpones = not (self.use_vllm and self.vllm_importance_sampling_correction)  # TRL reads those of all rows then
-        self._gate_postpones = postpones
+        self._gate_postpones, self._gate_recorded = postpones, False
         try:
             output: Rows = super()._generate_and_score_completions(inputs)
         finally:
             self._gate_postpones = False
         if output.get("num_images") is not None or output.get("pixel_values") is not None:
-            raise ValueError(
-                "the gate packs text only, and these completions come with images. Train without the gate "
-                "(gate_rate=None), or leave the images out."
-            )
+            raise ValueError(TEXT_ONLY)
         old = output.pop("old_per_token_logps", None) if postpones else None
         keep = self._decide(self._gate, output)
         if old is not None:
@@ -120,10 +141,13 @@ class KondoGRPOMixin(GRPOTrainer):
     def _decide(self, gate: KondoGate, output: Rows) -> Tensor:
         """(B,) bool: which rows of this process the gate keeps, out of those of all processes."""
         start = time.perf_counter()
-        mask = loss_mask(output)
+        mask = self._teaching_mask(output)
         advantages = self._gate_advantages(output)
-        local = torch.stack([worth(advantages, output["advantages"], mask), mask.sum(dim=1).to(advantages)], dim=1)
-        of_all, tokens = self.accelerator.gather(local).cpu().unbind(dim=1)
+        cost = output["prompt_mask"].sum(dim=1) + output["completion_mask"].sum(dim=1)
+        local = torch.stack(
+            [worth(advantages, output["advantages"], mask), mask.sum(dim=1).to(advantages), cost.to(advantages)], dim=1
+        )
+        of_all, tokens, costs = self.accelerator.gather(local).cpu().unbind(dim=1)
         first = self.accelerator.process_index * len(mask)
         mine = slice(first, first + len(mask))
         if self.args.gate_score == "delight":
@@ -134,14 +158,14 @@ class KondoGRPOMixin(GRPOTrainer):
             other = other_score(self.args.gate_score, of_all, seed)
             scored, screened = Scored(of_all, torch.zeros(len(of_all), dtype=torch.bool), other, other), 0
         keep = gate(scored.score).keep
-        self._log_decision(scored, keep, tokens, screened, time.perf_counter() - start)
+        self._log_decision(scored, keep, tokens, costs, screened, time.perf_counter() - start)
         return keep[mine].to(mask.device)
 
     def _delights(
         self, gate: KondoGate, output: Rows, advantages: Tensor, of_all: Tensor, mine: slice
     ) -> tuple[Scored, int]:
         """The delights that the decision needs, of all processes, and how many rows had to be screened for them."""
-        mask = loss_mask(output)
+        mask = self._teaching_mask(output)
         log_probs = self._log_probs_at_hand(output)
         if self.accelerator.num_processes > 1:  # all screen or none: they decide alike
             at_hand = torch.tensor([log_probs is not None], device=mask.device)
@@ -154,25 +178,56 @@ class KondoGRPOMixin(GRPOTrainer):
         screened = int(known.sum()) if log_probs is None else 0
         return Scored(of_all, known, self.accelerator.gather(local).cpu()), screened
 
+    def _teaching_mask(self, output: Rows) -> Tensor:
+        """(B, T), 1 for tokens that the loss has a term of: not those whose ratio to the sampler's TRL has set to 0."""
+        mask, ratio = loss_mask(output), output.get("importance_sampling_ratio")
+        return mask if ratio is None or self.loss_type == "vespo" else mask * (ratio != 0)
+
     def _gate_advantages(self, output: Rows) -> Tensor:
         """(B,) or (B, T): the advantages that the gate ranks by, of this process."""
-        advantages: Tensor = output["advantages"]
-        if self.args.gate_advantages == "trl" or self._gate_rewards is None:
-            return advantages
-        centred = centred_advantages(
-            self._gate_rewards, self.reward_weights.to(self._gate_rewards.device), self.num_generations
-        )
-        first = self.accelerator.process_index * len(advantages)
-        return centred[first : first + len(advantages)].to(advantages)
+        own: Tensor = output["advantages"]
+        if own.dim() == 1:
+            of_all = self.accelerator.gather(own)
+            advantages, centred = of_the_gate(
+                of_all,
+                self._gate_rewards,
+                self.reward_weights,
+                self.num_generations,
+                self.scale_rewards,
+                self.multi_objective_aggregation,
+            )
+            if centred and self.args.gate_advantages == "trl":
+                advantages = of_all.masked_fill(advantages == 0, 0)
+            first = self.accelerator.process_index * len(own)
+            advantages = advantages[first : first + len(own)]
+        else:
+            advantages, centred = own, False
+        if self.args.gate_advantages == "centred":
+            self._metrics["train"]["gate/centred"].append(float(centred))
+            if not centred and not self._gate_warned:
+                self._gate_warned = True
+                warnings.warn(
+                    "gate_advantages='centred' ranks by reward less its group's mean, and the advantages of this batch "
+                    "are not those (GDPO's, of a group answered again or replayed, or shaped by the trainer): the gate "
+                    "ranks by the loss's own, whenever that is so. gate_advantages='trl' always does, without a word.",
+                    stacklevel=2,
+                )
+        return advantages
 
     def _log_probs_at_hand(self, output: Rows) -> Tensor | None:
         """(B, T) log-probs that are at hand: of the pass that corrects vLLM's if there was one, else the sampler's."""
         if output.get("old_per_token_logps") is not None:
             return output["old_per_token_logps"]  # type: ignore[no-any-return]  # TRL's dicts are untyped
         sampled: Tensor | None = output.get("sampling_per_token_logps")
-        if sampled is None or self.args.gate_log_probs == "exact":
+        if sampled is None or self.args.gate_log_probs == "exact" or not (self._gate_recorded or self._samples_whole):
             return None
         return sampled.nan_to_num(nan=0.0)  # vLLM has NaN where it could not tell: a token without surprise
+
+    @property
+    def _samples_whole(self) -> bool:
+        """Whether nothing cuts or bends the distribution sampled from, whose log-probs would understate surprisal."""
+        cut = self.top_p != 1 or self.top_k not in (0, -1, None) or self.min_p not in (0, None)
+        return not cut and self.repetition_penalty == 1 and not self.args.generation_kwargs
 
     @torch.no_grad()
     def _screen(self, output: Rows, rows: Tensor) -> Tensor:
@@ -196,8 +251,11 @@ class KondoGRPOMixin(GRPOTrainer):
             self.model.train()
         return log_probs
 
-    def _log_decision(self, scored: Scored, keep: Tensor, tokens: Tensor, screened: int, seconds: float) -> None:
+    def _log_decision(
+        self, scored: Scored, keep: Tensor, tokens: Tensor, costs: Tensor, screened: int, seconds: float
+    ) -> None:
         figures = scored.figures(keep) | {
+            "backward_tokens": float(costs[keep].sum()),
             "kept_token_rate": float(tokens[keep].sum() / tokens.sum().clamp(min=1)),
             "screened_rate": screened / len(keep),
             "screen_seconds": seconds,
