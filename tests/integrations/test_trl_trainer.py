@@ -260,7 +260,7 @@ def test_dg_weights_the_terms_by_their_delight(tmp_path):
         ({"gate_rate": 0}, "rate is 0"),
         ({"gate_rate": 0.1, "beta": 0.04}, "Set beta=0"),
         ({"gate_rate": 0.1, "entropy_coef": 0.01}, "Set entropy_coef=0"),
-        ({"gate_price": 0.0, "use_adaptive_entropy": True}, "Set entropy_coef=0"),
+        ({"gate_price": 0.0, "use_adaptive_entropy": True}, "use_adaptive_entropy=False"),
         ({"gate_rate": 0.1, "top_entropy_quantile": 0.2}, "Set top_entropy_quantile=1"),
         ({"gate_dg": "token", "loss_type": "dapo"}, "choose one of cispo, sapo, vespo"),
         ({"gate_dg": "token", "loss_type": "cispo", "gate_dg_temperature": 0}, "gate_dg_temperature is 0"),

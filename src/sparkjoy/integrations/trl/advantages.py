@@ -6,10 +6,42 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import nanstd
 
-from sparkjoy.integrations.trl.deciding import centred_advantages, equal_up_to_rounding
-
 STABILISER = 1e-4
 """What TRL adds to a standard deviation before it divides by it."""
+
+
+def centred_advantages(rewards_per_func: Tensor, weights: Tensor, group_size: int) -> Tensor:
+    """Weighted reward less its group's mean; exactly 0 where the group's rewards are equal up to rounding, or missing.
+
+    >>> centred_advantages(torch.tensor([[1.0], [0.0], [2.0], [2.0]]), torch.ones(1), group_size=2)
+    tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+
+    Args:
+        rewards_per_func: (N, F); NaN where a reward function gave none.
+        weights: (F,).
+        group_size: completions of a prompt, which stand beside one another.
+
+    Returns:
+        (N,)
+    """
+    unscored = rewards_per_func.isnan().all(dim=1)
+    rewards = (rewards_per_func * weights).nansum(dim=1)
+    groups = rewards.masked_fill(unscored, torch.nan).view(-1, group_size)
+    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    terms = (rewards_per_func * weights).abs().nansum(dim=1).view(-1, group_size)
+    return centred.masked_fill(groups.isnan() | equal_up_to_rounding(groups, terms), 0).flatten()
+
+
+def equal_up_to_rounding(groups: Tensor, terms: Tensor) -> Tensor:
+    """(G, 1) bool: groups whose values, NaN aside, differ by no more than rounding of what they were summed from.
+
+    Args:
+        groups: (G, n).
+        terms: (G, n), the sizes of each value's terms, summed.
+    """
+    least = groups.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
+    most = groups.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
+    return most - least <= 4 * torch.finfo(groups.dtype).eps * terms.amax(dim=1, keepdim=True)
 
 
 def from_rewards(
