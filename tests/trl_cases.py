@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 class Masked(KondoGRPOTrainer):
-    """What the gradient must equal: every row runs, those the gate skips with an advantage of 0, the others weighted."""
+    """What the gradient must equal: every row runs, those that the gate skips with advantage 0, the others weighted."""
 
     def _pack(self, buffer):
         return [
@@ -135,8 +135,6 @@ def drawn(folder, count, sizes="exact", cls=Drawing, gate_noise=0.5, arguments=N
 def far_from(draws, expected):
     """Standard errors that the mean of `draws` is from `expected`: along it, and in all directions together."""
     draws, expected = draws.double(), expected.double()
-    along, off = draws @ expected / expected.norm(), draws.mean(dim=0) - expected
-    spread = draws.std(dim=0).norm() / len(draws) ** 0.5
-    return ((along.mean() - expected.norm()).abs() / (along.std() / len(draws) ** 0.5)).item(), (
-        off.norm() / spread
-    ).item()
+    along, off, root = draws @ expected / expected.norm(), draws.mean(dim=0) - expected, len(draws) ** 0.5
+    errors = (along.mean() - expected.norm()).abs() / along.std(), off.norm() / draws.std(dim=0).norm()
+    return tuple(error.item() * root for error in errors)

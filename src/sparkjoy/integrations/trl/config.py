@@ -28,9 +28,9 @@ class KondoGRPOConfig(GRPOConfig):
     gate_noise: float | None = field(
         default=None,
         metadata={
-            "help": "Noise that skipping may add to the gradient, as a multiple of the batch's own: 0.3 is a good start. "
-            "Completions are kept at random, in proportion to how far each would move the policy, and weighted, so that "
-            "the expected gradient is TRL's own; how many are kept, the gate finds by itself. Instead of a rate or price."
+            "help": "Noise that skipping may add to the gradient, as a multiple of the batch's own: start with 0.3. "
+            "Completions are kept at random, in proportion to how far each would move the policy, and weighted, so "
+            "that the expected gradient is TRL's own. How many are kept, the gate finds by itself: it takes no rate."
         },
     )
     gate_rate: float | None = field(
@@ -62,8 +62,8 @@ class KondoGRPOConfig(GRPOConfig):
         default="centred",
         metadata={
             "help": "Advantage that a rate or price ranks by; the loss always has TRL's. 'centred': reward less its "
-            "group's mean. 'trl': TRL's own, divided by the group's standard deviation by default, which favours a lone "
-            "success in a homogeneous group."
+            "group's mean. 'trl': TRL's own, divided by the group's standard deviation by default, which favours a "
+            "lone success in a homogeneous group."
         },
     )
     gate_log_probs: Literal["auto", "exact"] = field(
@@ -146,8 +146,8 @@ class KondoGRPOConfig(GRPOConfig):
             )
         if self.entropy_coef != 0 and self.gate_noise is None:
             raise ValueError(
-                "the entropy bonus needs the gradient of every completion, and the gate skips most. Set entropy_coef=0, "
-                f"or train with {instead}."
+                "the entropy bonus needs the gradient of every completion, and the gate skips most. Set "
+                f"entropy_coef=0, or train with {instead}."
             )
         if self.use_adaptive_entropy:
             raise ValueError(

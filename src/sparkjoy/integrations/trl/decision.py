@@ -175,7 +175,7 @@ class DecidingMixin(GRPOTrainer):
     # Log-probs to decide on
 
     def _log_probs_at_hand(self, output: Rows) -> Tensor | None:
-        """(B, T) log-probs at hand on every process: of the pass that corrects vLLM's if there was one, else sampled by."""
+        """(B, T) log-probs that every process has: of TRL's pass over all rows if there was one, else the sampler's."""
         log_probs: Tensor | None = output.get("old_per_token_logps")
         if log_probs is None and self.args.gate_log_probs == "auto" and (self._gate_recorded or self._samples_whole):
             log_probs = output.get("sampling_per_token_logps")

@@ -128,14 +128,11 @@ class KondoGRPOMixin(DecidingMixin):
         old = output.pop("old_per_token_logps", None) if postpones else None
         keep = self._decide(self._gate, output)
         weight = output.get("gate_weight")
-        if self._everywhere(bool(keep.all()) and (weight is None or bool((weight == 1).all()))):  # TRL's own step
-            output = {name: value for name, value in output.items() if name not in ("gate_size", "gate_weight")}
-            return (
-                output if old is None else output | {"old_per_token_logps": self._screen(output, keep.nonzero()[:, 0])}
-            )
         if old is not None:
             rows = keep.nonzero().flatten()
             output["old_per_token_logps"] = old.index_copy(0, rows, self._screen(output, rows))
+        if self._everywhere(bool(keep.all()) and (weight is None or bool((weight == 1).all()))):
+            return {name: value for name, value in output.items() if not name.startswith("gate_")}  # TRL's own step
         return {**output, "gate_keep": keep}
 
     # Packing
@@ -228,7 +225,7 @@ class KondoGRPOMixin(DecidingMixin):
         """
         if self._gate_micro_steps:
             return bool(self.accelerator.num_processes > 1)
-        return self.args.gate_empty_step == "momentum" or self.accelerator.mixed_precision == "fp16"
+        return self.args.gate_empty_step == "momentum" or bool(self.accelerator.mixed_precision == "fp16")
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if self._gate_postpones:  # of all rows; those of the kept ones are computed when these are known
