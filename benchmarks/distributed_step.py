@@ -1,4 +1,4 @@
-"""Milliseconds of a 2-million-parameter transformer's step in two processes: dense, gated, and gated with rows dealt.
+"""Milliseconds of a 2-million-parameter transformer's step in two processes: dense and gated.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/distributed_step.py --out out/distributed_step.json
 
@@ -48,9 +48,9 @@ def arms(rows: int, length: int) -> tuple[dict[str, Callable[[], sj.BackwardRepo
         loss.backward()
         module.zero_grad()
 
-    def gated(known: bool, deal: bool, price: float | None = None) -> Callable[[], sj.BackwardReport]:
+    def gated(known: bool, price: float | None = None) -> Callable[[], sj.BackwardReport]:
         gate = sj.KondoGate(rate=0.1, price=price)
-        step = sj.GatedBackward(gate, module=module, deal_survivors=deal)
+        step = sj.GatedBackward(gate, module=module)
 
         def run() -> sj.BackwardReport:
             batch, advantages, log_probs = sample()
@@ -71,11 +71,9 @@ def arms(rows: int, length: int) -> tuple[dict[str, Callable[[], sj.BackwardRepo
     steps: dict[str, Callable[[], sj.BackwardReport | None]] = {
         DENSE: dense,
         "dense, engine": everything,
-        "10%, screened": gated(known=False, deal=False),
-        "10%, screened, dealt": gated(known=False, deal=True),
-        "10%, known log-probs": gated(known=True, deal=False),
-        "10%, known log-probs, dealt": gated(known=True, deal=True),
-        "nothing kept: deciding alone": gated(known=True, deal=False, price=1e9),
+        "10%, screened": gated(known=False),
+        "10%, known log-probs": gated(known=True),
+        "nothing kept: deciding alone": gated(known=True, price=1e9),
     }
     return steps, sum(parameter.numel() for parameter in policy.parameters())
 

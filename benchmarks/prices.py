@@ -56,9 +56,8 @@ def token_costs(score: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     return (20 * (0.5 + uniform) * (2 * rank).exp()).floor()
 
 
-def relative_error(price: sj.Price, score: Tensor, cost: Tensor, batch: int, rate: float) -> tuple[float, float]:
+def relative_error(gate: sj.Gate, score: Tensor, cost: Tensor, batch: int, rate: float) -> tuple[float, float]:
     """Achieved over asked for, minus 1; and the same difference in mean rows."""
-    gate = sj.KondoGate(price=price)
     parts = zip(score.split(batch), cost.split(batch), strict=True)
     spent = sum(float(costs[gate(scores, costs).keep].sum()) for scores, costs in parts)
     total = float(cost.sum())
@@ -66,11 +65,11 @@ def relative_error(price: sj.Price, score: Tensor, cost: Tensor, batch: int, rat
 
 
 def measure(
-    prices: dict[str, Callable[[float], sj.Price]], rates: list[float], batches: list[int], seeds: int
+    gates: dict[str, Callable[[float], sj.Gate]], rates: list[float], batches: list[int], seeds: int
 ) -> list[dict[str, Any]]:
     """One line for each price, rate, batch size, stream and kind of cost."""
     lines = []
-    for name, price in prices.items():
+    for name, gate in gates.items():
         for batch in batches:
             for rate in rates:
                 for stream, draw in STREAMS.items():
@@ -80,7 +79,7 @@ def measure(
                             generator = torch.Generator().manual_seed(seed)
                             score = draw(batch * BATCHES[batch], generator)
                             cost = token_costs(score, kind, generator)
-                            errors.append(relative_error(price(rate), score, cost, batch, rate))
+                            errors.append(relative_error(gate(rate), score, cost, batch, rate))
                         worst = max(errors, key=lambda pair: abs(pair[0]))
                         line = {"price": name, "batch": batch, "rate": rate, "stream": stream, "cost": kind}
                         lines.append({**line, "relative_error": worst[0], "rows_off": worst[1]})
@@ -96,7 +95,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    makers: dict[str, Callable[[float], sj.Price]] = {"rolling": sj.RollingQuantile, "budget": sj.BackwardBudget}
+    makers: dict[str, Callable[[float], sj.Gate]] = {
+        "rolling": lambda rate: sj.KondoGate(price=sj.RollingQuantile(rate)),
+        "budget": sj.BudgetGate,
+    }
     chosen = {name: makers[name] for name in given.prices}
     lines = measure(chosen, given.rates, given.batches, given.seeds)
     for name in chosen:

@@ -1,4 +1,4 @@
-"""How far a gated gradient is from DG's: relative variance by size and sampling, and the hard gate's bias beside it.
+"""How far a gated gradient is from DG's: relative variance by size, and the hard gate's bias beside it.
 
     python benchmarks/unbiased_gate.py
 
@@ -11,17 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparkjoy.gates import KondoGate
+from sparkjoy.gates import KondoGate, UnbiasedGate
 from sparkjoy.losses import delightful
 from sparkjoy.scores import delight
+from sparkjoy.sizes import update_size
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.training.loop import Training
 from sparkjoy.training.settings import Settings
-from sparkjoy.unbiased import Sampling, UnbiasedGate, update_size
 
 STEPS = (100, 500, 2000)
 BATCHES, DRAWS = 10, 100
-SAMPLINGS: tuple[Sampling, ...] = ("systematic", "independent")
 
 
 def sizes(training: Training, batch: dict[str, Tensor], advantages: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
@@ -55,7 +54,7 @@ def main() -> None:
     for steps in STEPS:
         while training.steps_done < steps:
             training.step()
-        errors: dict[tuple[str, str, float], list[float]] = {}
+        errors: dict[tuple[str, float], list[float]] = {}
         for _ in range(BATCHES):
             rollout = task.rollout(training.policy, generator, graph=False)
             gradients = row_gradients(training, rollout.batch, rollout.advantages)
@@ -65,15 +64,13 @@ def main() -> None:
             found["its true length"] = gradients.norm(dim=1) * rollout.advantages.sign()
             for rate in (0.03, 0.1):
                 hard = KondoGate(rate=rate)(delight(rollout.advantages, rollout.log_probs)).keep.double()
-                errors.setdefault(("hard gate", "", rate), []).append(_error(hard, products))
+                errors.setdefault(("hard gate", rate), []).append(_error(hard, products))
                 for name, size in found.items():
-                    for sampling in SAMPLINGS:
-                        gate = UnbiasedGate(rate, sampling, generator)
-                        drawn = [_error(gate(size).weight.double(), products) for _ in range(DRAWS)]
-                        errors.setdefault((name, sampling, rate), []).append(sum(drawn) / DRAWS)
-        for (name, drawn_how, rate), values in errors.items():
-            mean = sum(values) / len(values)
-            print(f"step {steps}, rate {100 * rate:g}%: {name} {drawn_how}: {mean:.2f}")
+                    gate = UnbiasedGate(rate=rate, generator=generator)
+                    drawn = [_error(gate(size).weight.double(), products) for _ in range(DRAWS)]
+                    errors.setdefault((name, rate), []).append(sum(drawn) / DRAWS)
+        for (name, rate), values in errors.items():
+            print(f"step {steps}, rate {100 * rate:g}%: {name}: {sum(values) / len(values):.2f}")
 
 
 def _error(weight: Tensor, products: Tensor) -> float:

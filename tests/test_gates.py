@@ -112,7 +112,7 @@ def test_ties_of_a_share_go_to_the_earlier_position():
 
 def test_a_soft_gate_keeps_with_the_sigmoid_of_the_margin(generator):
     score = torch.tensor([-1.0, 0.0, 2.0]).repeat(20_000)
-    decision = sj.KondoGate(price=0.5, temperature=0.5, generator=generator)(score)
+    decision = sj.SoftGate(0.5, price=0.5, generator=generator)(score)
     expected = torch.sigmoid((score - 0.5) / 0.5)
     torch.testing.assert_close(decision.probability, expected)
     for value in (-1.0, 0.0, 2.0):
@@ -123,14 +123,14 @@ def test_a_soft_gate_keeps_with_the_sigmoid_of_the_margin(generator):
 
 
 def test_a_soft_rate_gate_prices_at_the_quantile(generator):
-    decision = sj.KondoGate(rate=0.25, temperature=1.0, generator=generator)(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    decision = sj.SoftGate(1.0, rate=0.25, generator=generator)(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert decision.price.item() == 4.0
 
 
 def test_a_soft_gate_draws_once_per_call_from_its_generator():
     def draw(count):
         generator = torch.Generator().manual_seed(7)
-        keep = sj.KondoGate(price=0.0, temperature=1.0, generator=generator)(torch.zeros(count)).keep
+        keep = sj.SoftGate(1.0, price=0.0, generator=generator)(torch.zeros(count)).keep
         return keep, torch.rand(1, generator=generator).item()
 
     (first, after_first), (second, after_second) = draw(50), draw(50)
@@ -156,13 +156,9 @@ def test_low_precision_scores_are_ranked_in_float32():
         ({"price": math.nan}, "price is nan"),
         ({"price": math.inf}, "price is inf"),
         ({"price": "high"}, "price is 'high'"),
-        ({"rate": 0.5, "temperature": -1}, "temperature is -1"),
-        ({"rate": 0.5, "temperature": math.nan}, "temperature is nan"),
-        ({"rate": 0.5, "price": 0, "temperature": 1}, "not both"),
         ({"rate": 0.5, "negative_share": 1}, "negative_share is 1"),
         ({"rate": 0.5, "negative_share": -0.1}, "negative_share is -0.1"),
         ({"rate": 0.5, "negative_share": "half"}, "negative_share is 'half'"),
-        ({"rate": 0.5, "temperature": 1, "negative_share": 0.5}, "goes with a hard gate"),
         ({"price": -1, "negative_share": 0.5}, "price is -1, below 0"),
     ],
 )

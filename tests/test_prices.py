@@ -6,25 +6,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparkjoy as sj
-from sparkjoy.prices import ONE_ROW
+from sparkjoy.gates.budget import ONE_ROW
+from sparkjoy.prices import BatchQuantile
 from sparkjoy.testing import TinyPolicy
 
 
 def test_batch_quantile_is_torchs():
     score = torch.randn(101, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert sj.BatchQuantile(0.1)(score).item() == pytest.approx(torch.quantile(score, 0.9).item())
-    assert int((score > sj.BatchQuantile(0.1)(score)).sum()) == 10
+    assert BatchQuantile(0.1)(score).item() == pytest.approx(torch.quantile(score, 0.9).item())
+    assert int((score > BatchQuantile(0.1)(score)).sum()) == 10
 
 
 def test_batch_quantile_refuses_a_rate_outside_its_range():
     with pytest.raises(ValueError, match="rate is 0"):
-        sj.BatchQuantile(0)
+        BatchQuantile(0)
 
 
 def test_prices_are_prices():
-    prices = (sj.FixedPrice(1.0), sj.BatchQuantile(0.5), sj.RollingQuantile(0.5), sj.BackwardBudget(0.5))
+    prices = (sj.FixedPrice(1.0), BatchQuantile(0.5), sj.RollingQuantile(0.5))
     assert all(isinstance(price, sj.Price) for price in prices)
-    assert repr(prices[2:]) == "(RollingQuantile(0.5, window=1024), BackwardBudget(0.5, tolerance=0.015, window=1024))"
+    assert repr(prices[2]) == "RollingQuantile(0.5, window=1024)"
+    assert repr(sj.BudgetGate(0.5)) == "BudgetGate(0.5, tolerance=0.015, window=1024)"
 
 
 @pytest.mark.parametrize("batch", [1, 3, 40])
@@ -73,8 +75,7 @@ def test_a_budget_is_held_within_2_percent_after_200_steps(name, batch, rate, ge
     steps = 200 if batch > 1 else 1000
     score = stream(name, steps * batch, generator)
     cost = tokens(score, generator)
-    budget = sj.BackwardBudget(rate)
-    gate = sj.KondoGate(price=budget)
+    budget = gate = sj.BudgetGate(rate)
     spent = 0.0
     for scores, costs in zip(score.split(batch), cost.split(batch), strict=True):
         spent += costs[gate(scores, costs).keep].sum().item()
@@ -84,7 +85,7 @@ def test_a_budget_is_held_within_2_percent_after_200_steps(name, batch, rate, ge
 
 def test_a_budget_keeps_good_rows_not_just_enough(generator):
     score = torch.randn(400 * 64, generator=generator)
-    gate = sj.KondoGate(price=sj.BackwardBudget(0.1))
+    gate = sj.BudgetGate(0.1)
     kept = torch.cat([part[gate(part).keep] for part in score.split(64)])
     best = score.topk(len(kept)).values.mean()
     assert best * 0.95 < kept.mean() < best
@@ -99,8 +100,7 @@ def test_a_budget_keeps_good_rows_not_just_enough(generator):
 @settings(deadline=None)
 def test_a_budgets_debt_never_leaves_its_limit(rate, batches, seed, growth):
     generator = torch.Generator().manual_seed(seed)
-    budget = sj.BackwardBudget(rate)
-    gate = sj.KondoGate(price=budget)
+    budget = gate = sj.BudgetGate(rate)
     seen = kept = 0
     for step, batch in enumerate(batches):
         score = torch.randn(batch, generator=generator, dtype=torch.float64) * growth**step
@@ -111,15 +111,14 @@ def test_a_budgets_debt_never_leaves_its_limit(rate, batches, seed, growth):
 
 
 def test_a_change_of_scale_changes_nothing(generator):
-    gates = [sj.KondoGate(price=sj.BackwardBudget(0.1)) for _ in range(2)]
+    gates = [sj.BudgetGate(0.1) for _ in range(2)]
     for _ in range(50):
         score = torch.randn(16, generator=generator)
         assert torch.equal(gates[0](score).keep, gates[1](1024 * score).keep)
 
 
 def test_what_zeros_leave_unspent_is_forgotten_but_for_the_tolerance(generator):
-    budget = sj.BackwardBudget(0.3)
-    gate = sj.KondoGate(price=budget)
+    budget = gate = sj.BudgetGate(0.3)
     for _ in range(100):
         score = torch.zeros(20)
         score[:2] = torch.randn(2, generator=generator)
@@ -130,7 +129,7 @@ def test_what_zeros_leave_unspent_is_forgotten_but_for_the_tolerance(generator):
 
 
 def test_a_batch_of_zeros_keeps_nothing_and_has_no_price():
-    gate = sj.KondoGate(price=sj.BackwardBudget(0.5))
+    gate = sj.BudgetGate(0.5)
     for cost in (None, torch.zeros(4)):
         decision = gate(torch.zeros(4), cost)
         assert not decision.keep.any()
@@ -138,19 +137,22 @@ def test_a_batch_of_zeros_keeps_nothing_and_has_no_price():
 
 
 def test_equal_scores_are_paid_off_over_batches():
-    budget = sj.BackwardBudget(0.1)
-    gate = sj.KondoGate(price=budget)
+    budget = gate = sj.BudgetGate(0.1)
     kept = [int(gate(torch.ones(5)).keep.sum()) for _ in range(1000)]
     assert set(kept) == {0, 5}
     assert budget.achieved == pytest.approx(0.1, rel=0.02)
 
 
 def test_a_budget_of_everything_keeps_everything_with_a_gradient():
-    assert sj.KondoGate(price=sj.BackwardBudget(1))(torch.tensor([-1.0, 0.0, 2.0])).keep.tolist() == [True, False, True]
+    assert sj.BudgetGate(1)(torch.tensor([-1.0, 0.0, 2.0])).keep.tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("price", [sj.RollingQuantile, sj.BackwardBudget])
-def test_a_resumed_run_decides_as_an_unbroken_one(price, generator, tmp_path):
+def rolling_gate(rate, window):
+    return sj.KondoGate(price=sj.RollingQuantile(rate, window=window))
+
+
+@pytest.mark.parametrize("gate", [rolling_gate, sj.BudgetGate])
+def test_a_resumed_run_decides_as_an_unbroken_one(gate, generator, tmp_path):
     policy = TinyPolicy(4, 3)
 
     def run(step, start, end):
@@ -168,7 +170,7 @@ def test_a_resumed_run_decides_as_an_unbroken_one(price, generator, tmp_path):
         return decisions
 
     def fresh():
-        return sj.GatedBackward(sj.KondoGate(price=price(0.3, window=20)))
+        return sj.GatedBackward(gate(0.3, window=20))
 
     unbroken = run(fresh(), 0, 40)
     first = fresh()
@@ -183,8 +185,8 @@ def test_a_resumed_run_decides_as_an_unbroken_one(price, generator, tmp_path):
 def test_the_engine_passes_tokens_as_costs(generator):
     """Rows of 1 and of 9 tokens: a fifth of the tokens, not a fifth of the rows."""
     policy = TinyPolicy(4, 3)
-    budget = sj.BackwardBudget(0.2)
-    step = sj.GatedBackward(sj.KondoGate(price=budget))
+    budget = sj.BudgetGate(0.2)
+    step = sj.GatedBackward(budget)
     counted = total = 0
     for _ in range(200):
         batch = {
@@ -205,14 +207,13 @@ def test_the_engine_passes_tokens_as_costs(generator):
         (lambda: sj.RollingQuantile(0), "rate is 0"),
         (lambda: sj.RollingQuantile(0.1, window=0), "window is 0"),
         (lambda: sj.RollingQuantile(0.1, window=2.5), "window is 2.5"),
-        (lambda: sj.BackwardBudget(1.5), "rate is 1.5"),
-        (lambda: sj.BackwardBudget(0.1, tolerance=0), "tolerance is 0"),
-        (lambda: sj.BackwardBudget(0.1, tolerance=math.nan), "tolerance is nan"),
-        (lambda: sj.BackwardBudget(0.1)(torch.ones(2), torch.ones(3)), r"cost has shape \(3,\)"),
-        (lambda: sj.BackwardBudget(0.1)(torch.ones(2), torch.tensor([1.0, -1.0])), "at least 0"),
-        (lambda: sj.BackwardBudget(0.1)(torch.ones(2), torch.tensor([1.0, math.inf])), "finite"),
-        (lambda: sj.KondoGate(rate=0.1, price=sj.BackwardBudget(0.1)), "no rate, temperature or negative_share"),
-        (lambda: sj.KondoGate(price=sj.BackwardBudget(0.1), temperature=1.0), "no rate, temperature or negative_share"),
+        (lambda: sj.BudgetGate(1.5), "rate is 1.5"),
+        (lambda: sj.BudgetGate(0.1, tolerance=0), "tolerance is 0"),
+        (lambda: sj.BudgetGate(0.1, tolerance=math.nan), "tolerance is nan"),
+        (lambda: sj.BudgetGate(0.1)(torch.ones(2), torch.ones(3)), r"cost has shape \(3,\)"),
+        (lambda: sj.BudgetGate(0.1)(torch.ones(2), torch.tensor([1.0, -1.0])), "at least 0"),
+        (lambda: sj.BudgetGate(0.1)(torch.ones(2), torch.tensor([1.0, math.inf])), "finite"),
+        (lambda: sj.KondoGate(rate=0.1, price=sj.BudgetGate(0.1)), "is a gate of its own"),
     ],
 )
 def test_wrong_settings_and_costs_are_refused(make, message):

@@ -5,9 +5,7 @@ import torch
 from engine_cases import SHAPES, make_case
 
 from sparkjoy import GatedBackward, UnbiasedGate, delightful, update_size
-from sparkjoy.unbiased import inclusion_probabilities
-
-SAMPLINGS = ("systematic", "independent")
+from sparkjoy.gates.unbiased import inclusion_probabilities
 
 
 def test_probabilities_are_proportional_up_to_one_and_sum_to_the_count(generator):
@@ -26,23 +24,20 @@ def test_fewer_than_asked_for_are_kept_for_certain():
     assert decision.price is None
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_each_is_kept_as_often_as_its_probability_says(sampling, generator):
+def test_each_is_kept_as_often_as_its_probability_says(generator):
     score = torch.tensor([5.0, -3.0, 1.0, -1.0, 0.5, 0.0, 0.2, -0.1])
-    gate = UnbiasedGate(rate=0.375, sampling=sampling, generator=generator)
+    gate = UnbiasedGate(rate=0.375, generator=generator)
     draws = [gate(score) for _ in range(4000)]
     often = torch.stack([draw.keep.float() for draw in draws]).mean(0)
     error = (draws[0].probability * (1 - draws[0].probability) / 4000).sqrt()
     assert bool(((often - draws[0].probability).abs() <= 4 * error).all())
     for draw in draws[:10]:
         torch.testing.assert_close(draw.weight, draw.keep / draw.probability.clamp(min=1e-9))
-    if sampling == "systematic":
-        assert {int(draw.keep.sum()) for draw in draws} == {3}
+    assert {int(draw.keep.sum()) for draw in draws} == {3}
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_mean_gradient_is_that_of_dg(sampling, shape, generator):
+def test_the_mean_gradient_is_that_of_dg(shape, generator):
     policy, batch, advantages, mask = make_case(shape)
 
     def gradient(gate, score=update_size):
@@ -52,7 +47,7 @@ def test_the_mean_gradient_is_that_of_dg(sampling, shape, generator):
         return flat
 
     dense = gradient(None)
-    gate = UnbiasedGate(rate=0.3, sampling=sampling, generator=generator)
+    gate = UnbiasedGate(rate=0.3, generator=generator)
     draws = torch.stack([gradient(gate) for _ in range(300)])
     error = draws.std(dim=0) / len(draws) ** 0.5
     assert bool(((draws.mean(0) - dense).abs() <= 4 * error + 1e-9).all())
@@ -63,11 +58,12 @@ def test_systematic_draws_vary_less(generator):
     advantages = torch.randn(100, generator=generator)
     log_probs = -1 - torch.randn(100, generator=generator).abs()
     score, value = update_size(advantages, log_probs), -torch.sigmoid(-advantages * log_probs) * advantages
-    spread = {}
-    for sampling in SAMPLINGS:
-        gate = UnbiasedGate(rate=0.1, sampling=sampling, generator=generator)
-        spread[sampling] = torch.stack([(gate(score).weight * value).sum() for _ in range(500)]).std()
-    assert spread["systematic"] < 0.7 * spread["independent"]
+    gate = UnbiasedGate(rate=0.1, generator=generator)
+    systematic = [gate(score).weight for _ in range(500)]
+    chance = gate(score).probability
+    independent = [(torch.rand(100, generator=generator) < chance) / chance for _ in range(500)]
+    spread = [torch.stack([(weight * value).sum() for weight in draws]).std() for draws in (systematic, independent)]
+    assert spread[0] < 0.7 * spread[1]
 
 
 def test_update_size_bounds_the_gradient_at_the_logits(generator):
@@ -85,7 +81,16 @@ def test_update_size_bounds_the_gradient_at_the_logits(generator):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"rate": 0}, "rate is 0"), ({"rate": 0.1, "sampling": "both"}, "sampling is 'both'; expected 'systematic'")],
+    [
+        ({"rate": 0}, "rate is 0"),
+        ({"noise": 0}, "noise is 0; expected a number above 0"),
+        ({"noise": -1.0}, "noise is -1.0"),
+        ({"noise": float("nan")}, "noise is nan"),
+        ({"noise": "0.3"}, "noise is '0.3'"),
+        ({"noise": True}, "noise is True"),
+        ({"noise": 0.3, "rate": 0.1}, "expected one of them"),
+        ({"noise": 0.3, "floor": 1.0}, "floor is 1.0; expected a probability"),
+    ],
 )
 def test_wrong_options_are_refused(options, says):
     with pytest.raises(ValueError, match=says):

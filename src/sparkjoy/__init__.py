@@ -10,28 +10,28 @@ from sparkjoy.engine.backward import gated_backward as gated_backward
 from sparkjoy.engine.packing import TrimRight as TrimRight
 from sparkjoy.engine.report import BackwardReport as BackwardReport
 from sparkjoy.engine.speculative import SpeculativeBackward as SpeculativeBackward
+from sparkjoy.gates import BudgetGate as BudgetGate
 from sparkjoy.gates import Decision as Decision
 from sparkjoy.gates import Gate as Gate
 from sparkjoy.gates import KondoGate as KondoGate
+from sparkjoy.gates import SoftGate as SoftGate
+from sparkjoy.gates import UnbiasedGate as UnbiasedGate
 from sparkjoy.logprobs import token_log_probs as token_log_probs
 from sparkjoy.losses import clipped as clipped
 from sparkjoy.losses import delightful as delightful
 from sparkjoy.losses import reinforce as reinforce
-from sparkjoy.prices import BackwardBudget as BackwardBudget
-from sparkjoy.prices import BatchQuantile as BatchQuantile
 from sparkjoy.prices import FixedPrice as FixedPrice
 from sparkjoy.prices import Price as Price
 from sparkjoy.prices import RollingQuantile as RollingQuantile
 from sparkjoy.scores import delight as delight
 from sparkjoy.scores import sequence_delight as sequence_delight
 from sparkjoy.scores import surprisal as surprisal
-from sparkjoy.unbiased import UnbiasedGate as UnbiasedGate
-from sparkjoy.unbiased import update_size as update_size
+from sparkjoy.selecting import select as select
+from sparkjoy.sizes import update_size as update_size
 
 __all__ = [
-    "BackwardBudget",
     "BackwardReport",
-    "BatchQuantile",
+    "BudgetGate",
     "Decision",
     "FixedPrice",
     "Gate",
@@ -39,6 +39,7 @@ __all__ = [
     "KondoGate",
     "Price",
     "RollingQuantile",
+    "SoftGate",
     "SpeculativeBackward",
     "TrimRight",
     "UnbiasedGate",
@@ -52,6 +53,7 @@ __all__ = [
     "group_standardised_advantage",
     "leave_one_out_advantage",
     "reinforce",
+    "select",
     "sequence_delight",
     "surprisal",
     "token_log_probs",

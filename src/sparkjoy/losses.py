@@ -14,8 +14,23 @@ import torch
 from torch import Tensor
 
 from sparkjoy.scores import ScoreFunction, per_row
+from sparkjoy.sizes import clipped_size, delightful_size, policy_gradient_size
 
 Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def size_of(loss: Loss) -> ScoreFunction:
+    """The size of a row's gradient in a loss, which it says of itself as `loss.size`; else that of REINFORCE.
+
+    >>> size_of(reinforce).__name__, size_of(lambda log_probs, advantages, *rest: log_probs).__name__
+    ('policy_gradient_size', 'policy_gradient_size')
+    """
+    return getattr(loss, "size", policy_gradient_size)
+
+
+def _sized(loss: Loss, size: ScoreFunction) -> Loss:
+    loss.__dict__["size"] = size
+    return loss
 
 
 def reinforce(
@@ -75,7 +90,7 @@ def clipped(epsilon: float = 0.2) -> Loss:
         ratio = (log_probs - behavior_log_probs).clamp(max=20).exp()
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
 
-    return loss
+    return _sized(loss, clipped_size(epsilon))
 
 
 def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "token") -> Loss:
@@ -111,7 +126,7 @@ def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "tok
         weight = delightful_weight(log_probs, advantages, mask, temperature, unit)
         return -weight * per_row(advantages, log_probs) * log_probs
 
-    return loss
+    return _sized(loss, delightful_size(temperature, unit))
 
 
 def weighted_by(score: ScoreFunction, temperature: float = 1.0) -> Loss:

@@ -14,8 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ScoreFunction = Callable[[Tensor, Tensor], Tensor]
-"""`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row."""
+ScoreFunction = Callable[..., Tensor]
+"""`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row.
+
+What a function may say of itself, as an attribute: `reads_log_probs = False`, so that none are computed for it;
+`sign_of_advantage = True`, so that signs may decide without them; `is_size = True`, for the size of a gradient;
+`reads_behavior = True`, to be given the behaviour's log-probs as a third argument.
+"""
 
 
 def _blind(score: ScoreFunction) -> ScoreFunction:
@@ -192,6 +197,15 @@ def reads_log_probs(score: ScoreFunction) -> bool:
     return bool(getattr(score, "reads_log_probs", True))
 
 
+def sign_of_advantage(score: ScoreFunction) -> bool:
+    """Whether a score has the sign of the advantage; True where its function says so: `score.sign_of_advantage = True`.
+
+    >>> sign_of_advantage(delight), sign_of_advantage(advantage_score), sign_of_advantage(surprisal_score)
+    (True, True, False)
+    """
+    return bool(getattr(score, "sign_of_advantage", False))
+
+
 def noisy_score(
     score: ScoreFunction,
     level: float,
@@ -242,3 +256,7 @@ def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:
         f"advantages has shape {tuple(advantages.shape)} and log_probs {tuple(log_probs.shape)}; expected (B,) with "
         "(B,), or (B,) or (B, T) with (B, T)."
     )
+
+
+for _score in (delight, advantage_score):
+    _score.__dict__["sign_of_advantage"] = True

@@ -59,7 +59,7 @@ def split_rows(world, even):
 
 RATE = {"gate": lambda generator: sj.KondoGate(rate=0.3)}
 PRICE = {"gate": lambda generator: sj.KondoGate(price=0.0)}
-SOFT = {"gate": lambda generator: sj.KondoGate(price=0.0, temperature=1.0, generator=generator)}
+SOFT = {"gate": lambda generator: sj.SoftGate(1.0, price=0.0, generator=generator)}
 CASES = {
     "everywhere": {**RATE, "micro_batch_size": None},
     "micro-batches": {**RATE, "micro_batch_size": 1},
@@ -77,11 +77,17 @@ CASES = {
     "ragged, an advantage each": {**RATE, "shape": "ragged tokens, an advantage each", "normalizer": "samples"},
     "tokens": {**RATE, "shape": "tokens", "normalizer": 7.5},
     "dg": {**RATE, "loss": sj.delightful()},
+    "noise": {"gate": lambda generator: sj.UnbiasedGate(noise=0.3, generator=generator), "loss": sj.delightful()},
+    "noise, known": {
+        "gate": lambda generator: sj.UnbiasedGate(noise=0.3, generator=generator),
+        "known": True,
+        "shape": "ragged tokens",
+    },
     "clipped": {**RATE, "loss": sj.clipped(0.2), "known": True, "shape": "ragged tokens"},
 }
 
 
-def one_step(kind, even, case, deal):
+def one_step(kind, even, case):
     shape = case.get("shape", "rows")
     _, batch, advantages, mask = make_case(shape)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -102,9 +108,7 @@ def one_step(kind, even, case, deal):
 
     module = wrap(copy.deepcopy(plain), kind)
     options = {name: case[name] for name in ("loss", "normalizer", "micro_batch_size") if name in case}
-    step = sj.GatedBackward(
-        case["gate"](torch.Generator().manual_seed(rank)), module=module, deal_survivors=deal, **options
-    )
+    step = sj.GatedBackward(case["gate"](torch.Generator().manual_seed(rank)), module=module, **options)
     passes = [0, 0]
     counted = module.module if kind == "ddp" else module
     counted.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
@@ -139,7 +143,6 @@ def one_step(kind, even, case, deal):
     return {
         "kind": kind,
         "even": even,
-        "deal": deal,
         "error": error,
         "untouched": untouched,
         "same_decision": torch.equal(report.decision.keep, reference.decision.keep),
@@ -147,6 +150,8 @@ def one_step(kind, even, case, deal):
         "kept": (report.kept, reference.kept),
         "total": report.total,
         "loss": (float(report.loss), float(reference.loss)),
+        "noise": (report.noise, reference.noise),
+        "state": (step.state_dict()["gate"], alone.state_dict()["gate"]),
         "backward_rows": report.backward_rows,
         "screened_rows": report.screened_rows,
         "micro_batch_size": case.get("micro_batch_size"),
@@ -160,18 +165,19 @@ def tell(name, **found):
     print("RESULT", json.dumps({"case": name, **found}), flush=True)
 
 
-def equivalence(cases=CASES, divisions=(True, False), dealing=(False, True)):
+def equivalence(cases=CASES, divisions=(True, False)):
     for name in cases:
         for kind in ("ddp", "fsdp"):
             for even in divisions:
-                for deal in dealing:
-                    tell(name, **one_step(kind, even, CASES[name], deal))
+                tell(name, **one_step(kind, even, CASES[name]))
 
 
 def quick_equivalence():
-    cases = ("everywhere", "on one rank only, micro-batches", "nowhere", "soft", "ragged, kept")
-    equivalence(cases, divisions=(False,), dealing=(False,))
-    equivalence(("on one rank only",), divisions=(False,), dealing=(True,))
+    cases = (
+        "everywhere", "on one rank only", "on one rank only, micro-batches", "nowhere", "soft", "ragged, kept",
+        "noise", "noise, known",
+    )  # fmt: skip
+    equivalence(cases, divisions=(False,))
 
 
 def main(scenarios):

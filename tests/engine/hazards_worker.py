@@ -73,7 +73,7 @@ def errors_of_one_rank():
         given = policy(batch).detach() if dist.get_rank() == 0 else None
         said = [
             refusal(step, module, batch, bad),
-            refusal(step, module, broken, advantages),
+            refusal(sj.GatedBackward(sj.KondoGate(rate=0.2), module=module), module, broken, advantages),
             refusal(step, module, batch, advantages, log_probs=given),
         ]
         untouched = all(gradient is None for gradient in gradients(module))
@@ -160,7 +160,7 @@ def options_of_ddp():
 
 
 def lengths_that_differ():
-    """Rank 0 has answers of 5 tokens, rank 1 of 3: nothing can be dealt, everything else works."""
+    """Rank 0 has answers of 5 tokens, rank 1 of 3: everything works."""
     policy, batch, advantages, _ = local_case("tokens")
     length = 5 if dist.get_rank() == 0 else 3
     batch = {key: value[:, :length] for key, value in batch.items()}
@@ -168,20 +168,17 @@ def lengths_that_differ():
     mask = torch.arange(5) < torch.where(torch.arange(ROWS) < 9, 5, 3).unsqueeze(1)
     sj.gated_backward(policy, everything, all_advantages, GATE, mask=mask, module="local")
     for kind in ("ddp", "fsdp"):
-        for deal in (False, True):
-            module = wrap(copy.deepcopy(policy), kind)
-            sj.gated_backward(module, batch, advantages, GATE, module=module, deal_survivors=deal)
-            tell("lengths", error=relative_error(module, policy))
+        module = wrap(copy.deepcopy(policy), kind)
+        sj.gated_backward(module, batch, advantages, GATE, module=module)
+        tell("lengths", error=relative_error(module, policy))
 
 
-def tensordicts_are_dealt():
+def tensordicts_on_one_rank_only():
     policy, batch, _, _ = local_case()
     advantages = torch.ones(len(batch["state"]), dtype=torch.float64) * (1 if dist.get_rank() == 0 else -1)
     module = DistributedDataParallel(copy.deepcopy(policy))
     nested = TensorDict({"seen": TensorDict(batch, batch_size=[len(advantages)])}, batch_size=[len(advantages)])
-    report = sj.gated_backward(
-        lambda rows: module(rows["seen"]), nested, advantages, GATE, module=module, deal_survivors=True
-    )
+    report = sj.gated_backward(lambda rows: module(rows["seen"]), nested, advantages, GATE, module=module)
     _, everything, _, _ = make_case("rows")
     signs = torch.where(torch.arange(ROWS) < 9, 1.0, -1.0).double()
     sj.gated_backward(policy, everything, signs, GATE, module="local")

@@ -17,7 +17,7 @@ GATES = {
     "rate": lambda: sj.KondoGate(rate=0.3),
     "price": lambda: sj.KondoGate(price=0.0),
     "rate and price": lambda: sj.KondoGate(rate=0.2, price=0.1),
-    "soft": lambda: sj.KondoGate(price=0.0, temperature=1.0, generator=torch.Generator().manual_seed(1)),
+    "soft": lambda: sj.SoftGate(1.0, price=0.0, generator=torch.Generator().manual_seed(1)),
     "rate 0.9": lambda: sj.KondoGate(rate=0.9),
     "reweighting": lambda: Reweighting(),
     "none": lambda: None,

@@ -29,7 +29,7 @@ def test_arms_are_distinct_and_cover_the_claims():
             ("kondo", 0.1, None),
             ("kondo", None, 0.0),
         }
-        assert {0.0, 2.0} <= {s.noise for s in noisy}
+        assert {0.0, 2.0} <= {s.score_noise for s in noisy}
         assert len({arm.task for arm in every if arm.part == "unbiased"}) >= 4
 
 
@@ -37,7 +37,9 @@ def test_a_run_leaves_tables_and_figures_and_is_not_run_twice(tmp_path, monkeypa
     study = ScreeningStudy()
     few = shortened(study)
     few = (
-        [arm for arm in few if arm.part == "screeners"] + few[-8:] + [arm for arm in few if arm.settings.noise == 2][:4]
+        [arm for arm in few if arm.part == "screeners"]
+        + few[-8:]
+        + [arm for arm in few if arm.settings.score_noise == 2][:4]
     )
     monkeypatch.setattr(screening, "arms", lambda study: few)
     tables = run(study, tmp_path)

@@ -110,8 +110,11 @@ def test_cached_screening_runs_fewer_flops():
         ({"verify": 0.5}, "verify is 0.5"),
         ({"audit_every": 0}, "--audit-every 0: expected at least 1"),
         ({"method": "unbiased", "price": 1.0}, "--method unbiased goes by a score of its own"),
-        ({"method": "pg", "noise": 0.5}, "--noise 0.5: goes with"),
-        ({"noise": -1.0}, "noise is -1.0"),
+        ({"method": "pg", "score_noise": 0.5}, "--score-noise 0.5: goes with"),
+        ({"score_noise": -1.0}, "noise is -1.0"),
+        ({"method": "pg", "noise": 0.5}, "--noise 0.5: a budget that finds its own rate"),
+        ({"method": "unbiased", "noise": 0.5, "rate": 0.1}, "--noise 0.5: a budget that finds its own rate"),
+        ({"method": "unbiased", "noise": -1.0}, "noise is -1.0"),
     ],
 )
 def test_settings_that_do_not_go_together(options, says):

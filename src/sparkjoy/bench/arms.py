@@ -11,8 +11,9 @@ from torch import Tensor
 from sparkjoy.bench.models import Problem, Workload, build
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.ledger import Ledger
-from sparkjoy.gates import KondoGate, rate_count
+from sparkjoy.gates import KondoGate
 from sparkjoy.scores import delight, uniform_score
+from sparkjoy.signs import rate_count
 
 Arm = Literal["dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened"]
 """Ways to take a step.

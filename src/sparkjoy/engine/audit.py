@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.ledger import FlopCount
-from sparkjoy.gates import rate_count
+from sparkjoy.signs import rate_count
 
 
 @dataclass(frozen=True)

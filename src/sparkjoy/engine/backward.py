@@ -21,14 +21,16 @@ from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import KnownFlops, Ledger
 from sparkjoy.engine.packing import Packing, Trim
 from sparkjoy.engine.passes import Normalizer, Passes
-from sparkjoy.engine.plan import BACKWARD_OVER_FORWARD, EVERYTHING, KNOWN, Choice, candidates, choose
-from sparkjoy.engine.ranks import OneProcess, Scored
+from sparkjoy.engine.plan import BACKWARD_OVER_FORWARD, EVERYTHING, KNOWN, Choice, choose
+from sparkjoy.engine.ranks import Scored
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
-from sparkjoy.engine.survivors import Rows
-from sparkjoy.gates import Decision, Gate, KondoGate, StatefulGate
-from sparkjoy.losses import Loss, reinforce
-from sparkjoy.scores import ScoreFunction, at_least_float32, delight, reads_log_probs
+from sparkjoy.gates import Decision, Gate
+from sparkjoy.gates.decision import load_state, rule_of, state_of, weighted
+from sparkjoy.losses import Loss, reinforce, size_of
+from sparkjoy.noise import NoiseSums, expected_noise, noise_sums
+from sparkjoy.scores import ScoreFunction, delight, reads_log_probs, sign_of_advantage
+from sparkjoy.signs import mixed, undecided, worth
 
 
 class GatedBackward:
@@ -52,9 +54,11 @@ class GatedBackward:
     screen - The signs of the advantages keep 0 and skip 50 of 100 rows
 
     Args:
-        gate: decides which samples to keep; None: all of them. A `KondoGate` of rate 1 without a price is None.
+        gate: decides which samples to keep; None: all of them. A `KondoGate` of rate 1 without a price is None. What a
+            weighted gate keeps (`UnbiasedGate`) is weighted so that the expected gradient is that of the full batch.
         loss: `(log_probs, advantages, behavior_log_probs, mask) -> terms` to minimise, proportional to the advantage.
         score: `(advantages, log_probs) -> (B,)` or (B, T), which is summed over valid tokens; what the gate decides on.
+            None: delight, or for a weighted gate the size of a row's gradient in the loss, `sparkjoy.losses.size_of`.
         screen: `rows -> log-probs` to decide on, from another source than `log_prob_fn` (a draft, stale weights);
             None: a pass of `log_prob_fn` without a graph, exact.
         normalizer: what the sum of the kept terms is divided by. "batch": all valid tokens of the call, kept or not
@@ -64,9 +68,8 @@ class GatedBackward:
         trim: `(batch, mask) -> (batch, columns)`, which cuts padding off a micro-batch and says which columns of the
             mask are left, such as `sj.TrimRight("tokens")`; rows then go by length, the longest first.
         module: under several processes, the `DistributedDataParallel` or `fully_shard` module that `log_prob_fn` calls:
-            then one decision is made about the rows of all processes. "local": this process decides for itself.
-        deal_survivors: let kept rows move to another process, so that each differentiates as many; for batches that
-            mean the same in every process. Off, they stay, and processes with fewer run rows of weight 0.
+            then one decision is made about the rows of all processes; kept rows stay where they are, and a process with
+            fewer runs rows of weight 0. "local": this process decides for itself.
         backward: called on each micro-batch's loss, for instance `accelerator.backward`.
         count_flops: measure FLOPs on the first pass over rows of a new shape. Off, the report has None; turn it off for
             a compiled `log_prob_fn`, which a counting pass would run uncompiled.
@@ -82,14 +85,13 @@ class GatedBackward:
         gate: Gate | None,
         *,
         loss: Loss = reinforce,
-        score: ScoreFunction = delight,
+        score: ScoreFunction | None = None,
         screen: LogProbFunction | None = None,
         normalizer: Normalizer = "batch",
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
         trim: Trim | None = None,
         module: nn.Module | Literal["local"] | None = None,
-        deal_survivors: bool = False,
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
         count_flops: bool = True,
         backward_over_forward: float | None = None,
@@ -108,11 +110,12 @@ class GatedBackward:
             raise ValueError(f"backward_over_forward is {backward_over_forward}; expected a number above 0, or None.")
         self.gate = gate
         self.loss = loss
-        self.score = score
+        self._size = size_of(loss) if weighted(gate) else None
+        self.score = score or self._size or delight
         self.screen = screen
         self.normalizer = normalizer
         self.backward = backward
-        self._ranks = ranks_of(module, deal_survivors)
+        self._ranks = ranks_of(module)
         self._known_flops: KnownFlops | None = {} if count_flops else None
         self._packing = Packing(micro_batch_size, micro_batch_tokens, trim)
         self._kept_fraction: float | None = None
@@ -156,10 +159,13 @@ class GatedBackward:
             raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
         ranks, ledger = self._ranks, Ledger(self._known_flops)
         score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
-        score_tells = score_tells and type(self.gate) is KondoGate and behavior_log_probs is None
+        score_tells = score_tells and rule_of(self.gate) is not None and behavior_log_probs is None
         inputs = ranks.open(lambda: check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells))
-        passes = Passes(log_prob_fn, inputs, ledger, self.loss, self.normalizer, self._packing, self.backward, ranks)
-        choice, decision = self._run(passes, inputs)
+        watches = self._size is not None  # exact sizes of the kept rows, to compare with those decided on
+        passes = Passes(
+            log_prob_fn, inputs, ledger, self.loss, self.normalizer, self._packing, self.backward, ranks, watches
+        )
+        choice, decision, noise = self._run(passes, inputs)
         kept, total = int(decision.keep.count_nonzero()), ranks.total(inputs.total)
         loss = passes.close()
         recent = kept / total
@@ -172,6 +178,7 @@ class GatedBackward:
             kept=kept,
             total=total,
             loss=loss,
+            noise=noise,
             screened_rows=ledger.screened_rows,
             forward_rows=ledger.forward_rows,
             backward_rows=ledger.backward_rows,
@@ -186,9 +193,8 @@ class GatedBackward:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide and plan as an unbroken one would."""
-        gate: dict[str, Any] = self.gate.state_dict() if isinstance(self.gate, StatefulGate) else {}
         return {
-            "gate": gate,
+            "gate": state_of(self.gate),
             "kept_fraction": self._kept_fraction,
             "backward_over_forward": self._backward_over_forward,
             "known_flops": dict(self._known_flops or {}),
@@ -196,9 +202,7 @@ class GatedBackward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        gate: Any = self.gate
-        if isinstance(gate, StatefulGate):
-            gate.load_state_dict(state["gate"])
+        load_state(self.gate, state["gate"])
         self._kept_fraction = state["kept_fraction"]
         self._backward_over_forward = state["backward_over_forward"]
         if self._known_flops is not None:
@@ -206,82 +210,102 @@ class GatedBackward:
 
     @property
     def _keeps_everything(self) -> bool:
-        return self.gate is None or (type(self.gate) is KondoGate and self.gate.keeps_everything)
+        rule = rule_of(self.gate)
+        return self.gate is None or (rule is not None and rule.keeps_everything)
 
-    def _run(self, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision]:
-        """Decide, differentiate what is kept, and say how."""
+    def _run(self, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision, float | None]:
+        """Decide, differentiate what is kept, and say how, and how much noise that added."""
         if self.gate is None or self._keeps_everything:
             total = self._ranks.total(inputs.total)
             ones = torch.ones(total, dtype=inputs.advantages.dtype, device=inputs.advantages.device)
             decision = Decision(ones.bool(), None, ones, ones)
             passes.differentiate(inputs, None, None, decision.keep[: inputs.total], total)
-            return EVERYTHING, decision
+            return EVERYTHING, decision, None
         gate, log_probs = self.gate, inputs.log_probs
         if log_probs is None and not reads_log_probs(self.score):
-            log_probs = torch.zeros_like(inputs.advantages)
+            log_probs = torch.zeros_like(inputs.advantages if inputs.mask is None else inputs.mask, dtype=torch.float32)
         if log_probs is None:
             return self._run_unknown(gate, passes, inputs)
         scored = self._ranks.gather(lambda: scored_rows(gate, row_scores(self.score, inputs, log_probs), inputs))
         decision = self._ranks.same(decide(gate, scored, inputs))
         passes.ledger.lap("screen")
-        self._differentiate_kept(passes, inputs, decision, decision.keep)
-        return KNOWN, decision
+        self._differentiate_kept(passes, inputs, decision)
+        return KNOWN, decision, self._noise(passes, inputs, scored, decision, exact=False)
 
-    def _run_unknown(self, gate: Gate, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision]:
+    def _run_unknown(self, gate: Gate, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision, float | None]:
         """As `_run`, where log-probs have to be computed to decide."""
-        ranks = self._ranks
+        ranks, rule = self._ranks, rule_of(gate)
+        signs_tell = sign_of_advantage(self.score) and not ranks.sum(int(mixed(inputs.advantages)))
+        value = worth(inputs.advantages)
+        rows = undecided(rule if signs_tell else None, value, ranks.sum)
+        possible = rows.kept | rows.open
         # Several processes decide before any of them differentiates: all skip the passes, or none.
-        alone = type(ranks) is OneProcess
-        certain_first = alone and self.screen is None and self.normalizer != "kept"
-        rows = candidates(gate, self.score is delight, certain_first, inputs, ranks)
-        possible = rows.certain | rows.contested
-        undivided = alone and self.screen is None and self._packing.holds(inputs, int(possible.count_nonzero()))
+        undivided = ranks.size == 1 and self.screen is None
+        undivided = undivided and self._packing.holds(inputs, int(possible.count_nonzero()))
         measured = self._backward_over_forward
         ratio = BACKWARD_OVER_FORWARD if measured is None else measured
-        choice = choose(rows, inputs.total, undivided, self._kept_fraction, ratio)
-        contested, reserve = ranks.most(int(rows.contested.any())), ranks.most(int(rows.reserve.any()))
+        quota = None if rule is None else rule.quota(ranks.total(inputs.total))
+        choice = choose(rows, inputs.total, quota, undivided, self._kept_fraction, ratio)
+        any_open = ranks.most(int(rows.open.any()))
         passes.ledger.lap("screen")
-        graph, done = None, torch.zeros_like(possible)
-        if choice.plan == "dense":
-            graph, done = passes.forward(_indices(possible)), possible
+        graph = passes.forward(_indices(possible)) if choice.plan == "dense" else None
 
-        def scored(undecided: Tensor | None = None) -> Scored:
-            if undecided is not None:
-                passes.screen(_indices(undecided), self.screen)
-            return scored_rows(gate, self._seen_scores(passes, inputs), inputs)
+        def scored() -> Scored:
+            if any_open and graph is None:
+                passes.screen(_indices(rows.open), self.screen)
+            if passes.seen is None:
+                return scored_rows(gate, value, inputs)
+            score = row_scores(self.score, inputs, passes.seen)
+            known = possible if graph is not None else rows.open
+            return scored_rows(gate, torch.where(known, score, value.to(score.dtype)), inputs)  # else signs suffice
 
-        def weigh_seen(part: Rows) -> Tensor:
-            return self._seen_scores(passes, inputs)[part] != 0
-
-        known = ranks.gather(lambda: scored(rows.contested if contested and graph is None else None))
-        if graph is None and bool(rows.certain.any()):
-            certain = rows.certain.nonzero().squeeze(1)
-            passes.differentiate(inputs, certain, None, rows.certain, len(certain), weigh_seen)
-            known = scored()
-            done = rows.certain & (known.score != 0)
-        if reserve and rows.quota is not None and int((known.score > 0).count_nonzero()) < rows.quota:
-            known = ranks.gather(lambda: scored(rows.reserve))
+        known = ranks.gather(scored)
         decision = ranks.same(decide(gate, known, inputs))
         passes.ledger.lap("screen")
-        if graph is not None and bool((decision.keep & done).any()):
+        if graph is None:
+            self._differentiate_kept(passes, inputs, decision)
+            if rule is not None and rule.rate is not None and ranks.most(int(rows.kept.any())):
+                decision = replace(decision, price=None)  # the row at the margin may be one without a score
+        elif bool(decision.keep.any()):
             passes.differentiate_graph(graph, decision.weight * decision.keep, decision.keep)
-        self._differentiate_kept(passes, inputs, decision, decision.keep & ~done if alone else decision.keep)
-        return choice, decision
+        exact = self.screen is None and self.score is self._size
+        return choice, decision, self._noise(passes, inputs, known, decision, exact)
 
-    def _seen_scores(self, passes: Passes, inputs: Inputs) -> Tensor:
-        """(B,) scores from the log-probs seen so far, 0 where none was."""
-        if passes.seen is None:
-            return at_least_float32(inputs.advantages.new_zeros(inputs.total))
-        return row_scores(self.score, inputs, passes.seen)
+    def _differentiate_kept(self, passes: Passes, inputs: Inputs, decision: Decision) -> None:
+        """Differentiate what is kept of all processes' rows, this process its share."""
+        keep = self._ranks.own(decision.keep)
+        kept_rows = keep.nonzero().squeeze(1)
+        weight = None if weighted(self.gate) is False else self._ranks.own(decision.weight)
+        everything = None if len(kept_rows) == inputs.total > 0 else kept_rows
+        kept_everywhere = len(kept_rows) if self._ranks.size == 1 else int(decision.keep.count_nonzero())
+        passes.differentiate(inputs, everything, weight, keep, kept_everywhere)
 
-    def _differentiate_kept(self, passes: Passes, inputs: Inputs, decision: Decision, left: Tensor) -> None:
-        """Differentiate the rows `left` (of all processes) to do, this process its share."""
-        own, local = self._ranks.share(inputs, replace(decision, keep=left), dense=False)
-        kept_rows = local.keep.nonzero().squeeze(1)
-        weight = None if type(self.gate) is KondoGate else local.weight
-        everything = None if len(kept_rows) == own.total > 0 else kept_rows
-        kept_everywhere = len(kept_rows) if self._ranks.size == 1 else int(left.count_nonzero())
-        passes.differentiate(own, everything, weight, local.keep, kept_everywhere)
+    def _noise(self, passes: Passes, inputs: Inputs, scored: Scored, decision: Decision, exact: bool) -> float | None:
+        """What a weighted gate's draws added, over the batch's own second moment; the gate is told of it.
+
+        Where the sizes decided on are exact it is a sum over all rows. Else the exact sizes of the kept rows correct
+        it.
+        """
+        if self._size is None:
+            return None
+        size = scored.score if scored.teaches is None else scored.score.where(scored.teaches.bool(), 0)
+        noise = expected_noise(size, decision.probability)
+        if exact:
+            return noise
+        sums = NoiseSums(*self._ranks.add(self._local_sums(passes, inputs, scored.score, decision)).tolist())
+        learn = getattr(self.gate, "learn", None)
+        if learn is not None:
+            learn(sums)
+        return noise * sums.ratio
+
+    def _local_sums(self, passes: Passes, inputs: Inputs, score: Tensor, decision: Decision) -> Tensor:
+        """(4,) this process's part of the `NoiseSums`."""
+        assert self._size is not None  # the caller saw to it
+        rows = self._ranks.own(decision.keep).nonzero().squeeze(1)
+        if passes.differentiated is None or len(rows) == 0:
+            return torch.zeros(4, dtype=torch.float64)
+        exact = row_scores(self._size, inputs, passes.differentiated)[rows]
+        return noise_sums(exact, self._ranks.own(score)[rows], self._ranks.own(decision.weight)[rows]).cpu()
 
 
 def gated_backward(

@@ -10,29 +10,43 @@ from torch import Tensor
 
 from sparkjoy.engine.inputs import Inputs
 from sparkjoy.engine.ranks import Scored
-from sparkjoy.gates import Decision, Gate, KondoGate
-from sparkjoy.scores import ScoreFunction, at_least_float32, delight, without_graph
+from sparkjoy.gates import Decision, Gate
+from sparkjoy.gates.decision import rule_of, weighted
+from sparkjoy.scores import ScoreFunction, at_least_float32, sign_of_advantage, without_graph
+from sparkjoy.signs import with_sign, worth
+from sparkjoy.sizes import is_size
 
 
 def row_scores(score_function: ScoreFunction, inputs: Inputs, log_probs: Tensor) -> Tensor:
-    """(B,) scores, summed over valid tokens; 0 for rows whose advantage is 0 at every one."""
-    score = score_function(at_least_float32(inputs.advantages), at_least_float32(log_probs))
+    """(B,) scores, summed over valid tokens; 0 for rows whose advantage is 0 at every one.
+
+    A score that has the sign of the advantage is 0 for no other row; sizes add up whatever their signs.
+    """
+    given = [at_least_float32(inputs.advantages), at_least_float32(log_probs)]
+    if getattr(score_function, "reads_behavior", False):
+        behavior = inputs.log_probs if inputs.behavior_log_probs is None else inputs.behavior_log_probs
+        given += [] if behavior is None else [at_least_float32(behavior)]
+    score = score_function(*given)
     if score.dim() == 2:
-        score = (score if inputs.mask is None else score.where(inputs.mask, 0)).sum(dim=1)
+        score = score if inputs.mask is None else score.where(inputs.mask, 0)
+        total = score.sum(dim=1)
+        score = torch.copysign(score.abs().sum(dim=1), total) if is_size(score_function) else total
     if score.shape != (inputs.total,):
         raise ValueError(f"the score has shape {tuple(score.shape)}; expected ({inputs.total},), one per row.")
-    return score if score_function is delight else score.where(inputs.teaches(), 0)  # delight is 0 there already
+    if sign_of_advantage(score_function):
+        return with_sign(score, worth(inputs.advantages))  # inputs are 0 where the mask is
+    return score.where(inputs.teaches(), 0)
 
 
 def scored_rows(gate: Gate, score: Tensor, inputs: Inputs) -> Scored:
     """What the gate decides on."""
     cost = None if inputs.row_tokens is None else inputs.row_tokens.to(score.device)
-    hard = type(gate) is KondoGate and gate.temperature == 0  # keeps no score of 0, so no row that teaches nothing
-    return Scored(score, cost, None if hard else inputs.teaches())
+    plain = rule_of(gate) is not None and weighted(gate) is False  # keeps no row of score 0, and weighs none
+    return Scored(score, cost, None if plain else inputs.teaches())
 
 
 def decide(gate: Gate, scored: Scored, inputs: Inputs) -> Decision:
-    """The gate's decision, about rows that teach something."""
+    """The gate's decision, about rows that teach something: a gate with a rule keeps no others."""
     score, cost, teaches = scored
     try:
         decision: Any = gate(score, cost)  # whatever a gate of the user's own returns

@@ -7,7 +7,6 @@ of them. So what a rank may not do alone is done together here: deciding, counti
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Literal, TypeVar
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparkjoy.engine.dealing import Layout, deal, row_layout
 from sparkjoy.engine.inputs import Inputs
 from sparkjoy.engine.ranks import OneProcess, Ranks, Scored
 from sparkjoy.engine.wrapped import Replicated, Sharded, Wrapped
@@ -31,18 +29,14 @@ class SeveralProcesses:
 
     Args:
         wrapped: what averages the gradients.
-        deals: whether survivors may move to another rank.
     """
 
-    def __init__(self, wrapped: Wrapped, deals: bool) -> None:
+    def __init__(self, wrapped: Wrapped) -> None:
         self._wrapped = wrapped
         self._group = wrapped.group
         self._rank = dist.get_rank(self._group)
         self.size = dist.get_world_size(self._group)
-        self._deals = deals
         self._sizes: list[int] = []
-        self._layouts_agree = False
-        self._layout: Layout | None = None
         self._failure: ValueError | None = None
         self._owes_sync = False
 
@@ -52,15 +46,12 @@ class SeveralProcesses:
         given = 0
         if inputs is not None:
             given = sum((t is not None) << bit for bit, t in enumerate((inputs.log_probs, inputs.mask)))
-            self._layout = row_layout(inputs) if self._deals else None
-        layout = zlib.crc32(repr(self._layout).encode())
-        described = [int(failure is None), 0 if inputs is None else inputs.total, given, layout]
+        described = [int(failure is None), 0 if inputs is None else inputs.total, given]
         every = self._all_gather(torch.tensor(described, dtype=torch.int64))
         self._raise_failures(every[:, 0], failure)
         if bool((every[:, 2] != every[0, 2]).any()):
             raise ValueError("log_probs or mask is given on some ranks and not on others; give it on all or on none.")
         self._sizes = every[:, 1].tolist()
-        self._layouts_agree = bool((every[:, 3] == every[0, 3]).all())
         assert inputs is not None  # _raise_failures saw to it
         return inputs
 
@@ -111,13 +102,12 @@ class SeveralProcesses:
         agreed = None if bool(payload[0].isnan()) else payload[0].to(probability.device, dtype)
         return Decision(keep.bool(), agreed, probability.to(dtype), weight.to(dtype))
 
-    def share(self, inputs: Inputs, decision: Decision, dense: bool) -> tuple[Inputs, Decision]:
-        if self._deals and self._layouts_agree and self._layout is not None and not dense:
-            return deal(inputs, decision, self._sizes, self._rank, self._layout, self._all_gather)
+    def own(self, values: Tensor) -> Tensor:
         begin = sum(self._sizes[: self._rank])
-        own = slice(begin, begin + self._sizes[self._rank])
-        parts = (decision.keep[own], decision.probability[own], decision.weight[own])
-        return inputs, Decision(parts[0], decision.price, *parts[1:])
+        return values[begin : begin + self._sizes[self._rank]]
+
+    def add(self, values: Tensor) -> Tensor:
+        return self._all_gather(values).sum(dim=0)
 
     def rounds(self, parts: int, kept: int) -> int:
         """As many as the rank with most; one, of fillers, where an earlier call's gradients are yet to be averaged."""
@@ -163,7 +153,7 @@ class SeveralProcesses:
             )
 
 
-def ranks_of(module: nn.Module | Literal["local"] | None, deal_survivors: bool) -> Ranks:
+def ranks_of(module: nn.Module | Literal["local"] | None) -> Ranks:
     """The processes that share `module`.
 
     Raises:
@@ -173,11 +163,11 @@ def ranks_of(module: nn.Module | Literal["local"] | None, deal_survivors: bool) 
         return OneProcess(among_others=module == "local")
     inner = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     if isinstance(inner, DistributedDataParallel):
-        return SeveralProcesses(Replicated(inner), deal_survivors)
+        return SeveralProcesses(Replicated(inner))
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     if isinstance(inner, nn.Module) and isinstance(inner, FSDPModule):
-        return SeveralProcesses(Sharded(inner), deal_survivors)
+        return SeveralProcesses(Sharded(inner))
     way_out = "leave it out in a single process"
     if isinstance(inner, FullyShardedDataParallel):
         way_out = "shard it by torch.distributed.fsdp.fully_shard instead"

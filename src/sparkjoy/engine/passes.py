@@ -43,6 +43,7 @@ class Passes:
         packing: how rows are divided into micro-batches.
         backward: as `GatedBackward`'s.
         ranks: the processes that run as many passes each.
+        watches: whether `differentiated` is to be filled.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Passes:
         packing: Packing = AT_ONCE,
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
         ranks: Ranks = ALONE,
+        watches: bool = False,
     ) -> None:
         self.log_prob_fn = log_prob_fn
         self.inputs = inputs
@@ -65,6 +67,10 @@ class Passes:
         self.backward = backward
         self.ranks = ranks
         self.seen: Tensor | None = None
+        """Log-probs that were computed to decide on, 0 elsewhere; None: none were."""
+        self.differentiated: Tensor | None = None
+        """Log-probs of the rows differentiated, detached, 0 elsewhere; None: none were, or nobody asked."""
+        self._watches = watches
         self._losses: list[Tensor] = []
         self._rounds = 0
         self._divisor: float | None = None
@@ -110,7 +116,6 @@ class Passes:
         weight: Tensor | None,
         keep: Tensor,
         kept_everywhere: int,
-        weigh_seen: Callable[[Rows], Tensor] | None = None,
     ) -> None:
         """Forward and backward over `rows` (None: all) of `inputs`, each times its weight (None: 1).
 
@@ -120,7 +125,6 @@ class Passes:
             weight: one for every row of `inputs`, or None.
             keep: bool, one for every row of `inputs`: what the normalizer "kept" counts.
             kept_everywhere: rows to differentiate in all processes.
-            weigh_seen: for rows whose log-probs were not known: `rows -> weights`, asked once they are.
         """
         parts = self.packing.divide(inputs, rows)
         rounds = self.ranks.rounds(len(parts), kept_everywhere)
@@ -136,9 +140,9 @@ class Passes:
                     part_weight = None if weight is None else weight[part_rows]
                 self.ledger.lap("gather")
                 log_probs = self.ranks.forward(partial(self.ledger.forward, self.log_prob_fn, part))
-                if weigh_seen is not None:
-                    self._see(f"micro-batch {number} of {rounds}", part_rows, columns, log_probs.detach(), part)
-                    part_weight = weigh_seen(part_rows)
+                if self._watches and number <= len(parts):
+                    values = _valid(log_probs.detach(), part.mask)
+                    self.differentiated = self._placed(self.differentiated, part_rows, columns, values, part.total)
                 divisor = self._divide_by(inputs, keep, log_probs)
                 self._add(log_probs, part, part_weight, divisor, f"micro-batch {number} of {rounds}")
         self._rounds += rounds
@@ -166,16 +170,17 @@ class Passes:
 
     def _see(self, what: str, rows: Rows, columns: slice, log_probs: Tensor, part: Inputs) -> None:
         log_probs = finite_where_valid(f"{what}: log_probs", log_probs, part.mask)
-        if isinstance(rows, slice) and part.total == self.inputs.total and columns == slice(None):
-            self.seen = log_probs
-            return
-        if self.seen is None:
+        self.seen = self._placed(self.seen, rows, columns, log_probs, part.total)
+
+    def _placed(self, into: Tensor | None, rows: Rows, columns: slice, log_probs: Tensor, total: int) -> Tensor:
+        """Log-probs of some rows at their places among those of the whole batch."""
+        if isinstance(rows, slice) and total == self.inputs.total and columns == slice(None):
+            return log_probs
+        if into is None:
             width = () if log_probs.dim() == 1 else (self._width(log_probs),)
-            self.seen = log_probs.new_zeros((self.inputs.total, *width))
-        if log_probs.dim() == 1:
-            self.seen[rows] = log_probs
-        else:
-            self.seen[rows, columns] = log_probs
+            into = log_probs.new_zeros((self.inputs.total, *width))
+        into[rows if log_probs.dim() == 1 else (rows, columns)] = log_probs
+        return into
 
     def _width(self, log_probs: Tensor) -> int:
         return log_probs.shape[1] if self.inputs.mask is None else self.inputs.mask.shape[1]
@@ -215,6 +220,10 @@ class Passes:
             width = log_probs.shape[1] if log_probs.dim() == 2 else 1
             return max(1, self.ranks.sum(int(keep.count_nonzero()) * width))
         return self.normalizer
+
+
+def _valid(log_probs: Tensor, mask: Tensor | None) -> Tensor:
+    return log_probs if mask is None else log_probs.where(mask, 0)
 
 
 def _check_graph(loss: Tensor, log_probs: Tensor) -> None:

@@ -61,8 +61,12 @@ class Ranks(Protocol):
         """The decision that holds."""
         ...
 
-    def share(self, inputs: Inputs, decision: Decision, dense: bool) -> tuple[Inputs, Decision]:
-        """The rows this rank is to work on, and the decision about them."""
+    def own(self, values: Tensor) -> Tensor:
+        """This process's part of values (N,) of all rows."""
+        ...
+
+    def add(self, values: Tensor) -> Tensor:
+        """The sum of the ranks' values, on the CPU."""
         ...
 
     def rounds(self, parts: int, kept: int) -> int:
@@ -125,8 +129,11 @@ class OneProcess:
     def same(self, decision: Decision) -> Decision:
         return decision
 
-    def share(self, inputs: Inputs, decision: Decision, dense: bool) -> tuple[Inputs, Decision]:
-        return inputs, decision
+    def own(self, values: Tensor) -> Tensor:
+        return values
+
+    def add(self, values: Tensor) -> Tensor:
+        return values.cpu()
 
     def rounds(self, parts: int, kept: int) -> int:
         return parts

@@ -22,6 +22,9 @@ class BackwardReport:
         kept: rows kept.
         total: rows given.
         loss: 0-dim, detached, normalised as asked; 0 when nothing is kept.
+        noise: what a weighted gate's draws added to the second moment of the gradient, over the batch's own (see
+            `sparkjoy.noise`); estimated on the exact sizes of the kept rows where the gate decided on others. None for
+            other gates.
         screened_rows: rows whose log-probs were computed to decide, without a graph.
         forward_rows: rows that went through `log_prob_fn`, screening included.
         backward_rows: rows whose gradient arrived at what `log_prob_fn` returned.
@@ -38,6 +41,7 @@ class BackwardReport:
     kept: int
     total: int
     loss: Tensor
+    noise: float | None
     screened_rows: int
     forward_rows: int
     backward_rows: int

@@ -25,12 +25,12 @@ from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import KnownFlops, Ledger
 from sparkjoy.engine.packing import Packing
 from sparkjoy.engine.passes import Normalizer, Passes
-from sparkjoy.engine.plan import candidates
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
-from sparkjoy.gates import Decision, Gate, KondoGate, StatefulGate, rate_count
-from sparkjoy.scores import ScoreFunction, delight
-from sparkjoy.unbiased import UnbiasedGate
+from sparkjoy.gates import Decision, Gate
+from sparkjoy.gates.decision import load_state, rule_of, state_of
+from sparkjoy.scores import ScoreFunction, sign_of_advantage
+from sparkjoy.signs import mixed, rate_count, undecided, worth
 
 Seen = tuple[Any, Tensor]
 """Rows, and their exact log-probs without a graph."""
@@ -118,7 +118,7 @@ class SpeculativeBackward:
         verify: float | None = None,
         audit: Audit | None = None,
         draft_score: ScoreFunction | None = None,
-        score: ScoreFunction = delight,
+        score: ScoreFunction | None = None,
         normalizer: Normalizer = "batch",
         count_flops: bool = True,
         **options: Any,
@@ -128,7 +128,8 @@ class SpeculativeBackward:
         if verify is not None:
             if not isinstance(verify, int | float) or not 1 <= verify < math.inf:
                 raise ValueError(f"verify is {verify!r}; expected how many times the rate to propose, at least 1.")
-            if type(gate) is not KondoGate or gate.temperature > 0 or gate.negative_share > 0:
+            rule = rule_of(gate)
+            if rule is None or rule.negative_share > 0:
                 raise ValueError(
                     f"verify is given with {gate!r}; expected a hard KondoGate of no negative share: "
                     "proposed are the rows of highest drafted score, and nothing is drawn."
@@ -137,11 +138,11 @@ class SpeculativeBackward:
         self.screen = screen
         self.verify = verify
         self.audit = audit
-        self.score = score
-        self.draft_score = draft_score or score
         self.normalizer: Normalizer = normalizer
         self.exact = False
         self._step = GatedBackward(gate, score=score, normalizer=normalizer, count_flops=count_flops, **options)
+        self.score = self._step.score
+        self.draft_score = draft_score or self.score
         self._micro_batch_size: int | None = options.get("micro_batch_size")
         self._counts_flops = count_flops
         self._known_flops: KnownFlops = {}
@@ -208,7 +209,7 @@ class SpeculativeBackward:
         """What a resumed run needs to draft, audit and decide as an unbroken one would."""
         return {
             "step": {**self._step.state_dict(), "gate": {}},
-            "gate": self.gate.state_dict() if isinstance(self.gate, StatefulGate) else {},
+            "gate": state_of(self.gate),
             "screen": self.screen.state_dict() if isinstance(self.screen, LearningScreener) else {},
             "known_flops": dict(self._known_flops),
             "generator": self._generator.get_state(),
@@ -251,8 +252,11 @@ class SpeculativeBackward:
     def _verified(self, log_prob_fn: LogProbFunction, inputs: Inputs) -> tuple[BackwardReport, int]:
         """The step on the proposed rows alone, reported as of the whole batch, and how many were proposed."""
         step, ledger = self._step, Ledger(self._known_flops if self._counts_flops else None)
-        drafted = self._drafted(inputs, ledger, self._in_doubt(inputs))
+        in_doubt = self._in_doubt(inputs)
+        drafted = self._drafted(inputs, ledger, in_doubt)
         score = row_scores(self.draft_score, inputs, drafted)
+        if in_doubt is not None:
+            score = torch.zeros_like(score).index_copy(0, in_doubt, score[in_doubt])
         among = _Among(self.gate, self._proposed(score), score, inputs.row_tokens)
         step.gate, step.screen, step.score = among, None, self.score
         step.normalizer = self.normalizer
@@ -278,9 +282,10 @@ class SpeculativeBackward:
 
     def _in_doubt(self, inputs: Inputs) -> Tensor | None:
         """(n,) the rows that the signs of the advantages leave in the running, None for all: only those are drafted."""
-        signs_decide = self.score is delight and self.draft_score is delight
-        contested = candidates(self.gate, signs_decide, False, inputs).contested
-        return None if bool(contested.all() | ~contested.any()) else contested.nonzero().squeeze(1)
+        signs_tell = all(map(sign_of_advantage, (self.score, self.draft_score))) and not mixed(inputs.advantages)
+        kept, open_ = undecided(rule_of(self.gate) if signs_tell else None, worth(inputs.advantages))
+        rows = kept | open_
+        return None if bool(rows.all() | ~rows.any()) else rows.nonzero().squeeze(1)
 
     def _drafted(self, inputs: Inputs, ledger: Ledger, rows: Tensor | None = None) -> Tensor:
         if self.screen is None:
@@ -297,14 +302,13 @@ class SpeculativeBackward:
 
     def _proposed(self, score: Tensor) -> Tensor:
         """(n,) the rows to verify, in the batch's order: at least one, so that there is something to decide on."""
-        assert isinstance(self.gate, KondoGate)  # the constructor saw to it, and the caller to `verify`
-        verify = self.verify or 1.0
-        if self.gate.rate is None:
-            before = self.gate.state_dict()
+        rule, verify = rule_of(self.gate), self.verify or 1.0
+        if rule is None or rule.rate is None:
+            before = state_of(self.gate)
             count = int(self.gate(score).keep.count_nonzero())
-            self.gate.load_state_dict(before)  # the exact scores are the ones to remember
+            load_state(self.gate, before)  # the exact scores are the ones to remember
         else:
-            count = min(rate_count(self.gate.rate * verify, len(score)), int(score.count_nonzero()))
+            count = min(rate_count(min(1.0, rule.rate * verify), len(score)), int(score.count_nonzero()))
         ranked = score.masked_fill(score == 0, -math.inf).sort(descending=True, stable=True).indices
         return ranked[: max(1, count)].sort().values
 
@@ -317,7 +321,7 @@ class SpeculativeBackward:
         drafted, draft_seconds, draft_flops = measured(lambda: self._drafted(inputs, Ledger(None)), counts)
         exact, exact_seconds, exact_flops = measured(lambda: self._seen(inputs, Ledger(None), log_prob_fn), counts)
         true, guessed = row_scores(self.score, inputs, exact), row_scores(self.draft_score, inputs, drafted)
-        rate = self.gate.rate if isinstance(self.gate, KondoGate | UnbiasedGate) else None
+        rate = getattr(self.gate, "rate", None)
         rate = max(1 / inputs.total, self._kept_fraction) if rate is None else rate
         found = recall(true, guessed, rate, min(self.verify or 1.0, 1 / rate))
         self._recalls = [*self._recalls, found][-audit.window :]
@@ -343,7 +347,8 @@ class _Among:
     """
 
     def __init__(self, gate: Gate, rows: Tensor, drafted: Tensor, cost: Tensor | None) -> None:
-        counts = isinstance(gate, KondoGate) and gate.rate is not None
+        rule = rule_of(gate)
+        counts = rule is not None and rule.rate is not None
         self.rows = rows
         self.decision: Decision | None = None
         self._gate = gate

@@ -17,7 +17,8 @@ from torch import Tensor
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
-from sparkjoy.gates import Decision, Gate, StatefulGate
+from sparkjoy.gates import Decision, Gate
+from sparkjoy.gates.decision import load_state, state_of
 from sparkjoy.losses import Loss, reinforce
 from sparkjoy.scores import delight
 
@@ -98,13 +99,11 @@ class TokenGatedBackward:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        gate = self.gate.state_dict() if isinstance(self.gate, StatefulGate) else {}
-        return {"gate": gate, "rows": self._rows.state_dict()}
+        return {"gate": state_of(self.gate), "rows": self._rows.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        if isinstance(self.gate, StatefulGate):
-            self.gate.load_state_dict(state["gate"])
+        load_state(self.gate, state["gate"])
         self._rows.load_state_dict(state["rows"])
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from sparkjoy.gates import KondoGate, rate_count
+from sparkjoy.gates import KondoGate
 from sparkjoy.scores import delight
+from sparkjoy.signs import rate_count
 from sparkjoy.tasks.bandit import Method, method_weight
 from sparkjoy.tasks.gambling import Gambling, Noise, draw_actions, draw_rewards, tipping_sigma
 

@@ -95,7 +95,7 @@ def run(study: ScreeningStudy, out: Path, on_run: OnRun | None = None) -> dict[s
         shared = {"part": arm.part, "task": arm.task, "batch_size": batch, "price_asked": arm.settings.price}
         settings = arm.settings
         shared |= {"screen": settings.screen, "verify": settings.verify}
-        shared |= {"noise": settings.noise, "noise_kind": settings.noise_kind}
+        shared |= {"noise": settings.score_noise, "noise_kind": settings.score_noise_kind}
         of_arm = train_one(settings, task, folder, asdict(arm.config), on_run)
         records += [{**record, **shared} for record in of_arm]
         write_json_lines(out / "records.jsonl", records)
@@ -190,7 +190,7 @@ def _noise_arms(study: ScreeningStudy) -> Iterator[Arm]:
     noises = [(0.0, "multiplicative"), *((level, kind) for kind in ("multiplicative", "additive") for level in levels)]
     images, prompts = MnistConfig(data=study.data), ReversalConfig()
     for level, kind in noises:
-        noise = {"noise": level, "noise_kind": kind}
+        noise = {"score_noise": level, "score_noise_kind": kind}
         chosen: list[dict[str, Any]] = [{"method": "dg", "dg_unit": "sample"}]
         for kept in KEPT:
             chosen += [kept, {**kept, "verify": VERIFY, "audit_every": 50, "recall_floor": 0.0}]

@@ -14,9 +14,9 @@ from sparkjoy.engine.audit import Audit
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.speculative import SpeculativeBackward
 from sparkjoy.engine.token_gate import TokenGatedBackward
-from sparkjoy.gates import KondoGate
+from sparkjoy.gates import BudgetGate, Gate, KondoGate, SoftGate, UnbiasedGate
 from sparkjoy.losses import Loss, clipped, delightful, reinforce, weighted_by
-from sparkjoy.prices import BackwardBudget, RollingQuantile
+from sparkjoy.prices import RollingQuantile
 from sparkjoy.scores import (
     ScoreFunction,
     absolute_advantage_score,
@@ -29,13 +29,13 @@ from sparkjoy.scores import (
 )
 from sparkjoy.training.processes import WHOLE, Share
 from sparkjoy.training.screening import Screen
-from sparkjoy.unbiased import UnbiasedGate, update_size
 
 Method = Literal["pg", "dg", "kondo", "uniform", "unbiased", "ppo", "grpo", "pmpo"]
 PriceKind = Literal["batch", "rolling", "budget"]
 Score = Literal["delight", "advantage", "absolute-advantage", "surprisal", "additive", "uniform"]
 
 DEFAULT_RATE = 0.03
+DEFAULT_NOISE = 0.3
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class Settings:
 
     method: Method = "kondo"
     """pg: plain policy gradient; dg: delightful one; kondo: the gate; uniform: rows at random;
-    unbiased: a gate with DG's own expected update; ppo, grpo, pmpo."""
+    unbiased: DG at a noise budget; ppo, grpo, pmpo."""
     rate: float | None = None
-    """Fraction of samples kept by kondo, uniform and unbiased. Default 0.03 where no price is given."""
+    """Fraction of samples kept by kondo, uniform and unbiased. Default 0.03 for kondo and uniform without a price."""
+    noise: float | None = None
+    """Noise budget of unbiased: what skipping may add to the batch's own gradient noise. Default 0.3 without a rate."""
     price: float | None = None
     """Keep only samples whose score is above this; 0 is the papers' zero price."""
     price_kind: PriceKind = "batch"
@@ -97,9 +99,9 @@ class Settings:
     """Layers read by --screen early-exit."""
     max_age: int = 200
     """Steps that a log-prob of --screen cached is believed for."""
-    noise: float = 0.0
+    score_noise: float = 0.0
     """Gaussian noise on the delight that kondo ranks by, or that weights dg, relative to it: 0.5 for 50%."""
-    noise_kind: Literal["multiplicative", "additive"] = "multiplicative"
+    score_noise_kind: Literal["multiplicative", "additive"] = "multiplicative"
     """Noise in proportion to each sample's delight, or to the batch's standard deviation of it."""
     lesson_every: int = 1
     """Steps between lessons of --screen draft."""
@@ -123,9 +125,15 @@ class Settings:
         if self.verify is not None and self.screen == "exact":
             raise ValueError(f"--verify {self.verify:g} verifies a draft; --screen exact needs none.")
         if self.method == "unbiased" and (self.price is not None or self.temperature or self.score != "delight"):
-            raise ValueError("--method unbiased goes by a score of its own, at a --rate; expected no other.")
-        if self.noise and not (self.method == "dg" or (self.method == "kondo" and self.unit == "sample")):
-            raise ValueError(f"--noise {self.noise}: goes with --method dg, or with kondo of whole samples.")
+            raise ValueError("--method unbiased goes by a score of its own, at a --noise or --rate; expected no other.")
+        if self.noise is not None and (self.method != "unbiased" or self.rate is not None):
+            raise ValueError(
+                f"--noise {self.noise:g}: a budget that finds its own rate; goes with --method unbiased alone."
+            )
+        if self.score_noise and not (self.method == "dg" or (self.method == "kondo" and self.unit == "sample")):
+            raise ValueError(
+                f"--score-noise {self.score_noise}: goes with --method dg, or with kondo of whole samples."
+            )
         if self.speculates and (not self.gated or self.unit == "token"):
             raise ValueError(
                 "--screen and --verify go with a gate of whole samples: --method kondo, uniform, unbiased."
@@ -159,8 +167,15 @@ class Settings:
 
     @property
     def gate_rate(self) -> float | None:
-        """The rate in force."""
-        return DEFAULT_RATE if self.gated and self.rate is None and self.price is None else self.rate
+        """The rate in force; None where a price or a noise budget finds it."""
+        fixed = self.method in ("kondo", "uniform") and self.price is None
+        return DEFAULT_RATE if fixed and self.rate is None else self.rate
+
+    @property
+    def gate_noise(self) -> float | None:
+        """The noise budget in force."""
+        by_default = self.method == "unbiased" and self.rate is None
+        return DEFAULT_NOISE if by_default and self.noise is None else self.noise
 
     @property
     def label(self) -> str:
@@ -168,6 +183,8 @@ class Settings:
         parts: list[str] = [self.method]
         if self.gate_rate is not None:
             parts.append(f"{100 * self.gate_rate:g}%" + ("" if self.price_kind == "batch" else f" {self.price_kind}"))
+        if self.gate_noise is not None:
+            parts.append(f"noise {self.gate_noise:g}")
         if self.price is not None:
             parts.append(f"price {self.price:g}")
         if self.unit == "token":
@@ -176,8 +193,8 @@ class Settings:
             parts.append(f"negative {100 * self.negative_share:g}%")
         if self.method == "kondo" and self.score != "delight":
             parts.append(f"by {self.score}" + (f" {self.alpha:g}" if self.score == "additive" else ""))
-        if self.noise:
-            parts.append(f"{self.noise_kind} noise {100 * self.noise:g}%")
+        if self.score_noise:
+            parts.append(f"{self.score_noise_kind} noise {100 * self.score_noise:g}%")
         if self.screen != "sampler":
             parts.append(f"screened by {self.screen}")
         if self.verify is not None:
@@ -201,39 +218,40 @@ class Settings:
             share: this process's part of a batch.
             module: what averages the gradients of several processes.
         """
-        if share.count > 1 and (self.unit == "token" or self.speculates or self.noise):
+        if share.count > 1 and (self.unit == "token" or self.speculates or self.score_noise):
             raise ValueError(
-                "--unit token, --screen, --verify and --noise run in one process; start it without torchrun."
+                "--unit token, --screen, --verify and --score-noise run in one process; start it without torchrun."
             )
         loss: Loss = reinforce
         if self.method in ("dg", "unbiased"):
             loss = delightful(unit=self.dg_unit)
-            if self.noise:
+            if self.score_noise:
                 loss = weighted_by(self._noisy(delight, generator))
         elif self.method in ("ppo", "grpo"):
             loss = clipped(self.clip)
-        gate: KondoGate | UnbiasedGate | None = None
-        if self.method == "unbiased":
-            gate = UnbiasedGate(self.gate_rate or DEFAULT_RATE, generator=generator)
-        elif self.gated:
-            gate = self._gate(generator)
+        gate = self._gate(generator) if self.gated else None
         if gate is not None and self.unit == "token":
             return TokenGatedBackward(gate, loss=loss, trim=trim)
         score, size = self._score(generator, share), self.micro_batch_size
         if gate is not None and self.speculates:
             audit = Audit(self.audit_every, floor=self.recall_floor)
             options: dict[str, Any] = {"loss": loss, "score": score, "micro_batch_size": size}
-            noisy = self._noisy(score, generator)
+            noisy = None if score is None else self._noisy(score, generator)
             return SpeculativeBackward(gate, screen, verify=self.verify, audit=audit, draft_score=noisy, **options)
-        score = self._noisy(score, generator) if gate is not None else score
+        score = self._noisy(score, generator) if gate is not None and score is not None else score
         module = module if share.count > 1 else None
         return GatedBackward(gate, loss=loss, score=score, micro_batch_size=size, normalizer="batch", module=module)
 
-    def _gate(self, generator: torch.Generator) -> KondoGate:
-        if self.gate_rate is not None and self.price_kind != "batch":
-            price = RollingQuantile if self.price_kind == "rolling" else BackwardBudget
-            return KondoGate(price=price(self.gate_rate), negative_share=self.negative_share)
-        return KondoGate(self.gate_rate, self.price, self.temperature, generator, self.negative_share)
+    def _gate(self, generator: torch.Generator) -> Gate:
+        if self.method == "unbiased":
+            return UnbiasedGate(noise=self.gate_noise, rate=self.gate_rate, generator=generator)
+        if self.gate_rate is not None and self.price_kind == "budget":
+            return BudgetGate(self.gate_rate)
+        if self.gate_rate is not None and self.price_kind == "rolling":
+            return KondoGate(price=RollingQuantile(self.gate_rate), negative_share=self.negative_share)
+        if self.temperature:
+            return SoftGate(self.temperature, self.gate_rate, self.price, generator)
+        return KondoGate(self.gate_rate, self.price, self.negative_share)
 
     def advantages(self, advantages: Tensor, group_size: int | None) -> Tensor:
         """What this method makes of advantages (B,) over their group's baseline."""
@@ -244,9 +262,9 @@ class Settings:
         return advantages
 
     def _noisy(self, score: ScoreFunction, generator: torch.Generator) -> ScoreFunction:
-        return noisy_score(score, self.noise, self.noise_kind, generator) if self.noise else score
+        return noisy_score(score, self.score_noise, self.score_noise_kind, generator) if self.score_noise else score
 
-    def _score(self, generator: torch.Generator, share: Share) -> ScoreFunction:
+    def _score(self, generator: torch.Generator, share: Share) -> ScoreFunction | None:
         draw = uniform_score(generator)
 
         def uniform(advantages: Tensor, log_probs: Tensor) -> Tensor:
@@ -263,5 +281,5 @@ class Settings:
             "uniform": uniform,
         }
         if self.method == "unbiased":
-            return update_size
+            return None  # the size of a row in the loss
         return scores["uniform" if self.method == "uniform" else self.score]

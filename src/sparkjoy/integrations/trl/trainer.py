@@ -203,7 +203,7 @@ class KondoGRPOMixin(DecidingMixin):
 
         Terms beside the policy's (KL, entropy) are scaled too then. TRL's loss is logged without the scale.
         """
-        return self.beta != 0 or self.args.entropy_coef != 0
+        return bool(self.beta != 0 or self.args.entropy_coef != 0)
 
     def _finish_step(self) -> None:
         """At the end of an optimizer step: log it, and tell a weighted gate what its draws really added."""

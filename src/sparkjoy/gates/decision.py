@@ -1,0 +1,108 @@
+"""What a gate is, what it decides, and what it may say of itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparkjoy.scores import at_least_float32, without_graph
+from sparkjoy.signs import Rule
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a gate decided about N samples. Values stay tensors on their device until read.
+
+    Args:
+        keep: (N,) bool, which samples get a backward pass.
+        price: 0-dim, in units of the score: the smallest kept score of a hard rate gate (the smallest kept |score| of
+            one with a negative share), else the price used; None when nothing is kept, or where no score was computed
+            at the margin: everything is kept, or the signs of the advantages decide.
+        probability: (N,), with which each sample was kept; 0 or 1 when the gate is hard.
+        weight: (N,), what a kept term is multiplied by: 1, unless a gate that samples corrects for it.
+    """
+
+    keep: Tensor
+    price: Tensor | None
+    probability: Tensor
+    weight: Tensor
+
+
+class Gate(Protocol):
+    """Any callable of this shape is a gate. What more it may say of itself is read by the functions below."""
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
+        """Decide on N samples from their scores (N,) and, where known, what each costs (N,), in tokens."""
+        ...
+
+
+def rule_of(gate: Gate | None) -> Rule | None:
+    """The `rule` that a gate states: what signs may decide for it; None where it states none.
+
+    >>> from sparkjoy import KondoGate, SoftGate
+    >>> rule_of(KondoGate(rate=0.03)), rule_of(SoftGate(temperature=1.0, price=0.0))
+    (Rule(rate=0.03, floor=None, negative_share=0.0), None)
+    """
+    rule: Rule | None = _said(gate, "rule")
+    return rule
+
+
+def weighted(gate: Gate | None) -> bool | None:
+    """Whether what a gate keeps is weighted, so that the expected gradient stays the dense one; None: it does not say.
+
+    >>> from sparkjoy import KondoGate, UnbiasedGate
+    >>> weighted(KondoGate(rate=0.03)), weighted(UnbiasedGate(noise=0.3)), weighted(lambda score, cost=None: ...)
+    (False, True, None)
+    """
+    says: bool | None = _said(gate, "weighted")
+    return says
+
+
+def state_of(gate: Any) -> dict[str, Any]:
+    """What a resumed run needs to decide as an unbroken one would; {} for a gate without memory."""
+    return gate.state_dict() if hasattr(gate, "state_dict") else {}
+
+
+def load_state(gate: Any, state: dict[str, Any]) -> None:
+    """Give a gate its saved state back."""
+    if hasattr(gate, "load_state_dict"):
+        gate.load_state_dict(state)
+
+
+def _said(gate: Any, name: str) -> Any:
+    """What `gate` says of itself; None where a subclass decides anew and does not say it again."""
+    for cls in type(gate).__mro__:
+        if name in vars(cls) or name in getattr(gate, "__dict__", {}):
+            return getattr(gate, name)
+        if "__call__" in vars(cls):
+            return None
+    return None
+
+
+def checked_score(score: Tensor) -> Tensor:
+    """The score (N,) without its graph and at least in float32, or a ValueError that says what is wrong with it."""
+    if score.dim() != 1 or score.shape[0] == 0 or not score.is_floating_point():
+        raise ValueError(
+            f"score has shape {tuple(score.shape)}, {score.dtype}; expected floating-point (N,) of at least one."
+        )
+    score = at_least_float32(without_graph(score))
+    if not math.isfinite(score.sum().item()) and not bool(score.isfinite().all()):
+        bad = int((~score.isfinite()).sum())
+        raise ValueError(f"score has {bad} of {len(score)} values NaN or infinite; expected finite numbers.")
+    return score
+
+
+def checked_cost(cost: Tensor | None, score: Tensor) -> Tensor:
+    """`cost` (N,) in float64, 1 for each row where there is none, or a ValueError."""
+    if cost is None:
+        return torch.ones_like(score, dtype=torch.float64)
+    if cost.shape != score.shape or not bool((cost.isfinite() & (cost >= 0)).all()):
+        raise ValueError(
+            f"cost has shape {tuple(cost.shape)} and values {cost.tolist()[:3]} ...; expected a finite number of at "
+            f"least 0 for each of {len(score)} scores, such as its tokens."
+        )
+    return cost.to(score.device, torch.float64)

@@ -1,0 +1,82 @@
+"""The Kondo gate before its temperature goes to 0: it keeps at random, the more likely the more a sample is worth."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkjoy.gates.decision import Decision, checked_score
+from sparkjoy.prices import BatchQuantile, FixedPrice, Price, checked_rate
+
+
+class SoftGate:
+    """Keep ~ Bernoulli(σ((χ − λ) / η)), λ the price or the (1 − ρ)-quantile (arXiv 2603.20526).
+
+    The sigmoid is what maximises w(χ − λ) + η H(w) over w in [0, 1], H the binary entropy. It does not hold the rate:
+    where η exceeds the spread of the scores it keeps about half. What it keeps is not weighted, so its expected update
+    is that of DG at this price and temperature, not the dense one; `UnbiasedGate` has that.
+
+    >>> gate = SoftGate(temperature=1.0, price=0.0, generator=torch.Generator().manual_seed(0))
+    >>> gate(torch.tensor([10.0, -10.0])).keep
+    tensor([ True, False])
+
+    Args:
+        temperature: η, above 0; `KondoGate` is the limit of 0.
+        rate: ρ, in (0, 1].
+        price: λ, a finite number or a `Price`; exactly one of rate and price.
+        generator: source of the N uniform draws; None: torch's global one.
+
+    Raises:
+        ValueError: neither rate nor price or both, or one of the three outside its range.
+    """
+
+    weighted = False
+
+    def __init__(
+        self,
+        temperature: float,
+        rate: float | None = None,
+        price: float | Price | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature!r}; expected a number above 0. KondoGate is the hard gate.")
+        if (rate is None) == (price is None):
+            raise ValueError(f"SoftGate got rate={rate!r} and price={price!r}; expected exactly one of them.")
+        self.temperature = float(temperature)
+        self.rate = None if rate is None else checked_rate(rate)
+        self.price: Price
+        if rate is not None:
+            self.price = BatchQuantile(rate)
+        else:
+            self.price = price if isinstance(price, Price) else FixedPrice(price)  # type: ignore[arg-type]  # not None
+        self.generator = generator
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
+        """Decide which of N samples to keep, as `KondoGate` does.
+
+        Raises:
+            ValueError: an empty, non-finite or misshapen score.
+        """
+        score = checked_score(score)
+        price = self.price(score, cost)
+        probability = ((score - price) / self.temperature).sigmoid()
+        device = score.device if self.generator is None else self.generator.device
+        uniforms = torch.rand(len(score), generator=self.generator, device=device, dtype=score.dtype)
+        keep = uniforms.to(score.device) < probability
+        return Decision(keep, price if bool(keep.any()) else None, probability, weight=torch.ones_like(score))
+
+    def __repr__(self) -> str:
+        given = f"rate={self.rate:g}" if self.rate is not None else f"price={self.price!r}"
+        return f"SoftGate(temperature={self.temperature:g}, {given})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The price's state; the generator is the caller's to save."""
+        return {"price": self.price.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self.price.load_state_dict(state["price"])

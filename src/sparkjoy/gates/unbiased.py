@@ -1,0 +1,201 @@
+"""A gate that leaves the expected gradient as it is: the kept count for the skipped (Horvitz and Thompson 1952).
+
+A sample of size s is kept with probability q = min(1, s / price) and its term multiplied by 1 / q, so the mean over the
+gate's draws is the dense sum. Sizes near the length of a term's gradient make the added noise small.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkjoy.gates.decision import Decision, checked_cost, checked_score
+from sparkjoy.noise import NoiseSums, price_for_noise
+from sparkjoy.prices import checked_rate
+from sparkjoy.scores import at_least_float32
+
+MEMORY = 0.9
+"""What a batch's second moment still counts one batch later: a mean over about ten batches."""
+
+STATE = ("moment", "batches", "exact", "used", "allowance", "own")
+
+GAIN = 0.1
+"""How far an excess of noise as large as the budget lowers the next step's allowance, in logarithms."""
+
+LARGEST_EXCESS = 20.0
+"""In budgets: what one step's draws may tell, since a row of a tiny size and a large gradient tells of hundreds."""
+
+
+class UnbiasedGate:
+    """Keep each sample with probability q ∝ |score|, at most 1, and multiply what is kept by 1 / q.
+
+    The expected gradient is that of the whole batch, whatever the scores are, as long as none is 0 where the gradient
+    is not. The engine asks it about the size of a row's gradient in the loss it has (`sj.update_size` for
+    `delightful`), and it picks by one uniform number at equal steps along the samples ordered by score (systematic
+    sampling), so that what is kept is spread over gains and losses alike.
+
+    - `noise` τ: the budget. It finds its own rate: the highest price that adds at most τ times the batch's own second
+      moment, Σ s² (1/q − 1) = τ Σ s², the right side a running mean over about ten batches. Spread-out signal keeps
+      many rows, concentrated signal few, dead groups none. Rows that cost more tokens are kept more seldom, q ∝
+      s/√cost. Where scores are approximate (stale log-probs, a draft), the exact sizes of what was kept correct the
+      price.
+    - `rate` ρ: the expected number kept is ρN, and the number itself that, rounded up or down at random.
+
+    >>> gate = UnbiasedGate(rate=0.5, generator=torch.Generator().manual_seed(0))
+    >>> decision = gate(torch.tensor([8.0, 1.0, -1.0, 0.0]))
+    >>> decision.probability, decision.weight
+    (tensor([1.0000, 0.5000, 0.5000, 0.0000]), tensor([1., 0., 2., 0.]))
+    >>> UnbiasedGate(noise=0.3)(torch.tensor([8.0, 1.0, -1.0, 0.0])).probability
+    tensor([0.9324, 0.1166, 0.1166, 0.0000])
+
+    Args:
+        noise: τ, above 0; 0.3 where neither is given.
+        rate: ρ, fraction to keep, in (0, 1], instead of a noise.
+        floor: the least q of a row, in [0, 1): give 0.02 or so where a score may be 0 although the gradient is not,
+            such as stale log-probs and tokens that were not sampled from the policy.
+        generator: source of the draws; None: torch's global one.
+
+    Raises:
+        ValueError: noise and rate together, or one of the three outside its range.
+    """
+
+    weighted = True
+
+    def __init__(
+        self,
+        noise: float | None = None,
+        rate: float | None = None,
+        floor: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if noise is not None and rate is not None:
+            raise ValueError(f"UnbiasedGate got noise={noise!r} and rate={rate!r}; expected one of them.")
+        noise = 0.3 if noise is None and rate is None else noise
+        if noise is not None and (
+            isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < math.inf
+        ):
+            raise ValueError(f"noise is {noise!r}; expected a number above 0, such as 0.3. gate=None adds none.")
+        if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < 1:
+            raise ValueError(f"floor is {floor!r}; expected a probability in [0, 1), such as 0.02.")
+        self.noise = None if noise is None else float(noise)
+        self.rate = None if rate is None else checked_rate(rate)
+        self.floor = float(floor)
+        self.generator = generator
+        self._moment = 0.0  # running sums of the second moment of a row, and of the weights it is a mean of
+        self._batches = 0.0
+        self._exact = self._used = 0.0  # running sums of the second moment of what was kept, by exact and by used sizes
+        self._allowance = 0.0  # logarithm of what the budget is multiplied by, so that approximate sizes hold it
+        self._own = 0.0  # the last batch's second moment, as the budget has it
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
+        """Decide which of N samples to keep.
+
+        Args:
+            score: (N,), finite; its size counts, and its sign orders the draws.
+            cost: (N,), what each sample costs, in tokens, for a noise budget; None: all the same.
+
+        Returns:
+            The `Decision`; its price is the size from which on a sample of mean cost is kept for certain, None when
+            nothing is kept.
+
+        Raises:
+            ValueError: an empty, non-finite or misshapen score or cost.
+        """
+        score = checked_score(score)
+        size = score.abs().double()
+        if self.noise is None:
+            assert self.rate is not None  # the constructor saw to it
+            probability, price = inclusion_probabilities(size, self.rate * len(score))
+        else:
+            probability, price = self._within_budget(size, self.noise, cost)
+        if self.floor:
+            probability = probability.clamp(min=self.floor)
+        device = score.device if self.generator is None else self.generator.device
+        start = torch.rand((), generator=self.generator, device=device, dtype=torch.float64)
+        keep = _systematic(probability, score.sort(descending=True, stable=True).indices, start.to(score.device))
+        weight = torch.where(keep, 1 / probability, 0).to(score.dtype)
+        kept_price = price.to(score.dtype) if bool(keep.any()) else None
+        return Decision(keep, kept_price, probability.to(score.dtype), weight)
+
+    def _within_budget(self, size: Tensor, noise: float, cost: Tensor | None) -> tuple[Tensor, Tensor]:
+        self._moment = MEMORY * self._moment + float(size.square().mean())
+        self._batches = MEMORY * self._batches + 1
+        self._own = self._moment / self._batches * len(size)
+        root_cost = _root_of_relative(checked_cost(cost, size))
+        price = price_for_noise(size, root_cost, noise * math.exp(self._allowance) * self._own)
+        ratio = size / root_cost
+        return torch.where(ratio > 0, (ratio / price).clamp(max=1), 0), price
+
+    def learn(self, sums: NoiseSums) -> None:
+        """Take up what the last step's draws really added, where the scores decided on were approximate.
+
+        Integral control: the allowance falls while more noise arrives than the budget has, so that in the long run the
+        two are the same. What chance alone brings, exact sizes and used ones share, and it cancels.
+        """
+        if self.noise is None or self._own == 0 or sums.expected_own == 0:
+            return
+        if self._used == 0:
+            self._exact = self._used = sums.expected_own
+        self._exact = MEMORY * self._exact + sums.own
+        self._used = MEMORY * self._used + sums.expected_own
+        scale = self._exact / self._used
+        if scale == 0:
+            return
+        surprise = (sums.added / scale - sums.expected_added) / self.noise - (sums.own / scale - sums.expected_own)
+        excess = math.exp(self._allowance) - 1 + surprise / self._own
+        self._allowance -= GAIN * min(max(excess, -LARGEST_EXCESS), LARGEST_EXCESS)
+        self._allowance = min(max(self._allowance, -12.0), 5.0)
+
+    def __repr__(self) -> str:
+        given = f"noise={self.noise:g}" if self.noise is not None else f"rate={self.rate:g}"
+        return f"UnbiasedGate({given}{f', floor={self.floor:g}' if self.floor else ''})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running means; the generator is the caller's to save."""
+        return {name: getattr(self, f"_{name}") for name in STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        for name in STATE:
+            setattr(self, f"_{name}", float(state[name]))
+
+
+def _root_of_relative(cost: Tensor) -> Tensor:
+    """(N,) the square root of each cost over their mean; rows that cost nothing count as cheap, not as free."""
+    mean = float(cost.mean())
+    return (cost / mean).clamp(min=1e-6).sqrt() if mean > 0 else torch.ones_like(cost)
+
+
+def inclusion_probabilities(size: Tensor, expected: float) -> tuple[Tensor, Tensor]:
+    """q = min(1, size / price) with the price at which they sum to `expected`, exactly: the water level.
+
+    >>> inclusion_probabilities(torch.tensor([8.0, 1.0, 1.0, 0.0]), expected=2)
+    (tensor([1.0000, 0.5000, 0.5000, 0.0000], dtype=torch.float64), tensor(2., dtype=torch.float64))
+
+    Args:
+        size: (N,), at least 0.
+        expected: how many to keep on average, above 0; where fewer are above 0, these are kept for certain.
+
+    Returns:
+        (N,) and 0-dim, in double precision.
+    """
+    size = at_least_float32(size).double()
+    ranked = size.sort(descending=True).values
+    if expected >= int(ranked.count_nonzero()):
+        return (size > 0).double(), ranked[ranked > 0].min() if bool(ranked[0] > 0) else ranked[0]
+    left = expected - torch.arange(len(size), device=size.device)  # for the others, when so many are certain
+    price = ranked.flip(0).cumsum(0).flip(0) / left
+    certain = int(((left <= 0) | (ranked <= price)).int().argmax())  # the first that fits
+    return (size / price[certain]).clamp(max=1), price[certain]
+
+
+def _systematic(probability: Tensor, order: Tensor, start: Tensor) -> Tensor:
+    """Keep those of the given order in whose share of the running sum a point of start, start + 1, ... falls."""
+    certain = probability >= 1
+    shares = probability.masked_fill(certain, 0)[order]
+    passed = (shares.cumsum(0) - start).ceil()
+    drawn = passed.diff(prepend=passed.new_zeros(1)) > 0
+    return certain | torch.zeros_like(certain).index_put_((order,), drawn & (shares > 0))

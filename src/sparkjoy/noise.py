@@ -1,0 +1,100 @@
+"""The noise that skipping adds to a gradient: how much a price allows, and how much there really was.
+
+Row i has a size s_i, a stand-in for the length g_i of its term of the gradient. Kept with probability q_i and
+weighted by 1 / q_i, its term adds g_i² (1/q_i − 1) to the second moment of the gradient, whose own is at most Σ g_i²
+where rows do not agree. Noise is the one over the other: 0.3 means that gating adds three tenths of what the batch
+itself has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def price_for_noise(size: Tensor, root_cost: Tensor, allowed: float) -> Tensor:
+    """The largest λ of which q = min(1, s / (λ√c)) adds no more than is allowed: Σ_{s < λ√c} s (λ√c − s) = allowed.
+
+    These probabilities cost least, Σ c q, of all that add as little. The left side rises with λ and is linear between
+    the values of s/√c, so one sort and two running sums give λ exactly.
+
+    >>> price_for_noise(torch.tensor([3.0, 1.0, 1.0]), torch.ones(3), allowed=2.0)
+    tensor(2., dtype=torch.float64)
+
+    Args:
+        size: (N,), at least 0.
+        root_cost: (N,), above 0: the square root of what each row costs.
+        allowed: at least 0, in squared units of the sizes.
+
+    Returns:
+        0-dim, in double precision; 0 where all sizes are 0. With nothing allowed it is the least s/√c: all are kept.
+    """
+    size, root_cost = size.double(), root_cost.double()
+    ratio, order = (size / root_cost).sort()
+    positive = ratio > 0
+    if not bool(positive[-1]):
+        return ratio[-1]
+    ratio, order = ratio[positive], order[positive]
+    linear = (size * root_cost)[order].cumsum(0)
+    squares = size[order].square().cumsum(0)
+    below = max(1, int((ratio * linear - squares <= allowed).count_nonzero()))  # rows that are not kept for certain
+    return torch.maximum((allowed + squares[below - 1]) / linear[below - 1], ratio[below - 1])
+
+
+@dataclass(frozen=True)
+class NoiseSums:
+    """What the rows kept in one step tell of the noise, by their exact sizes g and by the sizes s that were decided on.
+
+    Sums over the kept rows, weighted so that their expectation is the sum over all rows.
+
+    Args:
+        added: Σ g² (1/q − 1)/q.
+        own: Σ g²/q.
+        expected_added: Σ s² (1/q − 1)/q.
+        expected_own: Σ s²/q.
+    """
+
+    added: float
+    own: float
+    expected_added: float
+    expected_own: float
+
+    @property
+    def ratio(self) -> float:
+        """Times as much noise as the sizes decided on let expect; 1 where nothing tells otherwise."""
+        if min(self.added, self.own, self.expected_added, self.expected_own) <= 0:
+            return 1.0
+        return (self.added / self.own) / (self.expected_added / self.expected_own)
+
+
+def noise_sums(exact: Tensor, used: Tensor, weight: Tensor) -> Tensor:
+    """(4,) the fields of `NoiseSums`, in double precision, so that several processes can add theirs.
+
+    >>> noise_sums(torch.ones(1), torch.ones(1), torch.full((1,), 2.0)).tolist()
+    [2.0, 2.0, 2.0, 2.0]
+
+    Args:
+        exact: (K,) sizes of the kept rows by the log-probs they were differentiated with.
+        used: (K,) sizes that the gate decided on.
+        weight: (K,) 1/q.
+    """
+    exact, used, weight = exact.double().square(), used.double().square(), weight.double()
+    return torch.stack([(part * factor).sum() for part in (exact, used) for factor in (weight * (weight - 1), weight)])
+
+
+def expected_noise(size: Tensor, probability: Tensor) -> float:
+    """Σ s² (1/q − 1) / Σ s²: what a decision adds if its sizes are right; 0 where all are 0.
+
+    >>> expected_noise(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.5]))
+    0.2
+
+    Args:
+        size: (N,).
+        probability: (N,); a row of 0 is never kept, and adds nothing.
+    """
+    squares, probability = size.double().square(), probability.double()
+    own = float(squares.sum())
+    added = torch.where(probability > 0, squares * (1 / probability - 1), 0).sum()
+    return float(added) / own if own > 0 else 0.0

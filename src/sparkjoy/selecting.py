@@ -1,0 +1,94 @@
+"""Which rows to train on, for a trainer that owns its loop: the engine's decision without its passes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparkjoy.engine.deciding import decide, row_scores, scored_rows
+from sparkjoy.engine.inputs import check_inputs
+from sparkjoy.gates import Decision, Gate
+from sparkjoy.gates.decision import rule_of, weighted
+from sparkjoy.losses import Loss, reinforce, size_of
+from sparkjoy.scores import ScoreFunction, delight, reads_log_probs, sign_of_advantage
+from sparkjoy.signs import mixed, undecided, worth
+from sparkjoy.sizes import advantage_size
+
+
+class Selection(NamedTuple):
+    """What to train on.
+
+    Args:
+        rows: (K,) indices of the kept rows, in order.
+        weights: (K,) what to multiply their advantages by: 1, unless the gate is weighted.
+        decision: the gate's, about all rows.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    decision: Decision
+
+
+def select(
+    gate: Gate,
+    advantages: Tensor,
+    log_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    loss: Loss = reinforce,
+    score: ScoreFunction | None = None,
+    cost: Tensor | None = None,
+) -> Selection:
+    """The rows of a batch that a gate keeps, and the weights of their advantages.
+
+    Train on `batch[rows]` with `advantages[rows] * weights`, and divide by what you would divide the whole batch's loss
+    by: the batch's rows or tokens, not the kept ones'. For a loss proportional to its advantages the gradient is then
+    that of the whole batch with the skipped rows at 0, on average the whole batch's own for a weighted gate.
+
+    >>> import sparkjoy as sj
+    >>> advantages, log_probs = torch.tensor([1.0, -1.0, 0.5, 0.0]), torch.tensor([-0.5, -1.0, -3.0, -1.0])
+    >>> rows, weights, _ = sj.select(sj.KondoGate(rate=0.25), advantages, log_probs)
+    >>> rows, weights
+    (tensor([2]), tensor([1.]))
+    >>> gate = sj.UnbiasedGate(noise=0.3, generator=torch.Generator().manual_seed(0))
+    >>> sj.select(gate, advantages, log_probs).weights
+    tensor([1.7175, 1.0691])
+
+    Args:
+        gate: decides. With several processes, give it the advantages and log-probs of all of them, in the same order
+            everywhere, and generators of the same seed.
+        advantages: (B,), or (B, T) with log-probs of (B, T).
+        log_probs: (B,) or (B, T), of the actions taken, such as the sampler's. None: for a hard gate on delight, where
+            the signs of the advantages settle what it keeps (a price of 0); for a weighted gate sizes are |U| then.
+        mask: (B, T), 1 for tokens that count.
+        loss: what you train with; a weighted gate asks for the size of a row's gradient in it.
+        score: what the gate decides on; None: delight, or that size.
+        cost: (B,), what each row costs, such as its tokens with the prompt; None: its valid tokens.
+
+    Raises:
+        ValueError: NaN, infinite or misshapen input, or log-probs that the decision needs and were not given.
+    """
+    inputs = check_inputs(torch.empty(len(advantages), 0), advantages, log_probs, None, mask)
+    if score is None:
+        size = advantage_size if log_probs is None else size_of(loss)
+        score = size if weighted(gate) else delight
+    if log_probs is not None or not reads_log_probs(score):
+        known = inputs.log_probs
+        if known is None:
+            known = torch.zeros_like(inputs.advantages if inputs.mask is None else inputs.mask, dtype=torch.float32)
+        scores = row_scores(score, inputs, known)
+    else:
+        scores = worth(inputs.advantages)
+        signs_tell = sign_of_advantage(score) and not mixed(inputs.advantages)
+        open_ = int(undecided(rule_of(gate) if signs_tell else None, scores).open.count_nonzero())
+        if open_:
+            raise ValueError(
+                f"log_probs is None, and the signs of the advantages leave {open_} of {len(scores)} rows open; give "
+                "the log-probs of the actions taken, such as the sampler's."
+            )
+    scored = scored_rows(gate, scores, inputs)
+    decision = decide(gate, scored if cost is None else scored._replace(cost=cost), inputs)
+    rows = decision.keep.nonzero().squeeze(1)
+    return Selection(rows, decision.weight[rows], decision)
