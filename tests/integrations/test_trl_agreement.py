@@ -26,7 +26,7 @@ class Numbers(KondoGRPOTrainer):
             gradient_accumulation_steps=1,
         )
         self.state, self._step = SimpleNamespace(global_step=0), 0
-        self.loss_type, self.beta, self._gate_dg, self._gate_expected = "dapo", 0.0, None, []
+        self.loss_type, self.beta, self._gate_dg, self._gate_expected = "dapo", 0.0, None, None
         self.reward_weights, self.num_generations = torch.ones(1), 1
         self.scale_rewards, self.multi_objective_aggregation = "none", "sum_then_normalize"
         self._gate_rewards, self._gate_recorded = None, True

@@ -44,7 +44,6 @@ def test_packed_gradients_equal_masked_ones(tmp_path, loss, setting):
         {"gate_rate": 0.5, "mask_truncated_completions": True},
         {"gate_noise": 0.5},
         {"gate_noise": 2.0, "loss_type": "bnpo", "mask_truncated_completions": True},
-        {"gate_noise": 1.0, "loss_type": "cispo", "gate_dg": "token"},
     ],
     ids=lambda changes: ",".join(f"{name.removeprefix('gate_')}={value}" for name, value in changes.items()),
 )

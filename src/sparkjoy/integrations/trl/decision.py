@@ -17,7 +17,7 @@ from sparkjoy.integrations.trl.config import KondoGRPOConfig
 from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score, sized_figures, worth
 from sparkjoy.integrations.trl.packing import Rows, loss_mask
 from sparkjoy.integrations.trl.sizes import DIVIDES_BY_LENGTH, RowSize
-from sparkjoy.noise import expected_noise
+from sparkjoy.noise import NoiseSums, expected_noise
 from sparkjoy.signs import undecided
 
 
@@ -34,7 +34,8 @@ class DecidingMixin(GRPOTrainer):
         self._gate_rewards: Tensor | None = None  # (N, F), of all processes, those of the last completions scored
         self._gate_recorded = False  # whether the sampler's log-probs are those read off its passes
         self._gate_warned = False  # that it ranks by the loss's advantages where it was to rank by centred rewards
-        self._gate_expected: list[float] = []  # noise that the decisions since the last optimizer step let expect
+        self._gate_expected: float | None = None  # noise that the last decision lets expect, until its rows have run
+        self._gate_sums = torch.zeros(4, dtype=torch.float64)  # `noise_sums` of what has run since, of this process
 
     def _decide(self, gate: Gate, output: Rows) -> Tensor:
         """(B,) bool: which rows of this process are kept, out of those of all; a weighted gate adds two columns."""
@@ -157,6 +158,7 @@ class DecidingMixin(GRPOTrainer):
         Where no log-probs are at hand the size is |advantage| times length: rows kept more than by exact sizes cost
         less than a pass over all.
         """
+        self._learn_noise()  # where an optimizer step has several decisions
         log_probs, mask = self._log_probs_at_hand(output), loss_mask(output)
         screened = 0
         if log_probs is None and self.args.gate_log_probs == "exact":
@@ -168,9 +170,21 @@ class DecidingMixin(GRPOTrainer):
         of_all = self._of_all(size)
         decision = gate(of_all, costs)
         output["gate_size"], output["gate_weight"] = size, self._mine(decision.weight, size)
-        self._gate_expected.append(expected_noise(of_all, decision.probability))
+        self._gate_expected = expected_noise(of_all, decision.probability)
         figures = sized_figures(of_all, decision) | {"screened_rate": screened / len(of_all)}
         return decision.keep, figures
+
+    def _learn_noise(self) -> None:
+        """Once what was kept has run: tell the gate what its draws really added, by exact sizes, and log it."""
+        if self._gate_expected is None:
+            return
+        sums = self._gate_sums
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
+        measured = NoiseSums(*sums.tolist())
+        self._metrics["train"]["gate/noise"].append(self._gate_expected * measured.ratio)
+        self._gate.learn(measured)  # type: ignore[union-attr]  # only a weighted gate lets expect anything
+        self._gate_expected, self._gate_sums = None, torch.zeros(4, dtype=torch.float64)
 
     # Log-probs to decide on
 

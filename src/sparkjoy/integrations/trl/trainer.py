@@ -24,7 +24,7 @@ from sparkjoy.integrations.trl.decision import DecidingMixin
 from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, length, loss_mask, pack
 from sparkjoy.integrations.trl.recording import recording
 from sparkjoy.losses import delightful_weight
-from sparkjoy.noise import NoiseSums, noise_sums
+from sparkjoy.noise import noise_sums
 from sparkjoy.scores import per_row
 
 GATE_STATE = "gate_state.json"
@@ -53,7 +53,6 @@ class KondoGRPOMixin(DecidingMixin):
         self._gate_running: tuple[Rows, Tensor] | None = None  # the micro-batch in TRL's loss, its own advantages
         self._gate_postpones = False  # whether the old log-probs wait until it is decided whose are needed
         self._gate_micro_steps = 0  # run since the last optimizer step
-        self._gate_sums = torch.zeros(4, dtype=torch.float64)  # `noise_sums` since then, of this process
         if self._gate is not None:
             self._refuse_unproven_setups()
 
@@ -206,16 +205,10 @@ class KondoGRPOMixin(DecidingMixin):
         return bool(self.beta != 0 or self.args.entropy_coef != 0)
 
     def _finish_step(self) -> None:
-        """At the end of an optimizer step: log it, and tell a weighted gate what its draws really added."""
-        figures = {"micro_steps": float(self._gate_micro_steps)}
-        if self._gate_expected:
-            sums = self.accelerator.reduce(self._gate_sums.to(self.accelerator.device), reduction="sum")
-            measured = NoiseSums(*sums.tolist())
-            figures["noise"] = sum(self._gate_expected) / len(self._gate_expected) * measured.ratio
-            self._gate.learn(measured)  # type: ignore[union-attr]  # only a weighted gate lets expect anything
-        for name, value in figures.items():
-            self._metrics["train"][f"gate/{name}"].append(value)
-        self._gate_micro_steps, self._gate_expected, self._gate_sums = 0, [], torch.zeros(4, dtype=torch.float64)
+        """At the end of an optimizer step."""
+        self._metrics["train"]["gate/micro_steps"].append(float(self._gate_micro_steps))
+        self._gate_micro_steps = 0
+        self._learn_noise()
 
     def _owes_a_pass(self) -> bool:
         """Whether the last micro-step of an optimizer step must run although it has no rows.
