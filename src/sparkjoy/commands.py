@@ -16,6 +16,8 @@ import tyro
 from sparkjoy.bench import run as bench
 from sparkjoy.studies import (
     bandit_theory,
+    budget,
+    budget_figure,
     pareto,
     scaling,
     score_comparison,
@@ -30,6 +32,7 @@ from sparkjoy.tasks.rollouts import Task
 from sparkjoy.training.console import (
     LiveRuns,
     print_bench,
+    print_budget,
     print_gains,
     print_runs,
     print_scaling,
@@ -161,6 +164,22 @@ class StudyScaling:
 
 
 @dataclass(frozen=True)
+class StudyBudget:
+    """One noise budget everywhere, against fixed rates and others that move, each at its best learning rate."""
+
+    out: Path = Path("out/study-budget")
+    """Folder for the results; finished runs in it are not run again."""
+    study: Annotated[budget.BudgetStudy, FLAT] = field(default_factory=budget.BudgetStudy)
+
+    def __call__(self) -> None:
+        with LiveRuns(runs=self.study.most_runs) as live:
+            rows = budget.run(self.study, self.out, live.start)
+        save_figure(budget_figure.plot(rows), self.out, "budget")
+        print_budget(budget.table(rows))
+        print(f"results in {self.out}, the figure in {self.out / 'budget.png'}")
+
+
+@dataclass(frozen=True)
 class StudyGain:
     """What the gate saves a step as prompts, vocabulary and model grow and backward passes get dearer."""
 
@@ -247,6 +266,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("study", "screening"): StudyScreening,
     ("study", "bandit"): StudyBandit,
     ("study", "scaling"): StudyScaling,
+    ("study", "budget"): StudyBudget,
     ("study", "gain"): StudyGain,
     ("study", "tokens"): StudyTokens,
     ("bench", ""): Bench,

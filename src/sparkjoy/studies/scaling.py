@@ -6,7 +6,6 @@ brings to the target at one length is not tried at longer ones.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparkjoy.studies.pareto import OnRun, train_one
+from sparkjoy.studies.tuning import soonest
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.training.loop import Record, open_run, summary
 from sparkjoy.training.settings import Settings
@@ -173,23 +173,7 @@ def _arm_at_length(
         named = None if on_run is None else _named(on_run, f"H={length} lr={learning_rate:g} ")
         return summary(train_one(settings, task, folder, asdict(config), named), study.target_error)
 
-    def cost(learning_rate: float, least: float) -> tuple[float, float]:
-        """Errors of unsolved seeds, then answers; needing more than `least` is losing."""
-        missed, answers = 0.0, 0
-        for seed in study.tuning_seeds:
-            allowed = min(study.answers, least - answers)
-            if allowed < batch:
-                return math.inf, math.inf
-            record = run_one(learning_rate, seed, int(allowed))
-            missed += record["error"] if record["to_target"] is None else 0.0
-            answers += record["samples"]
-        return missed, answers
-
-    best, least = rates[0], (math.inf, math.inf)
-    for rate in rates:
-        of_rate = cost(rate, math.inf if least[0] else least[1])
-        if of_rate < least:
-            best, least = rate, of_rate
+    best = soonest(rates, study.tuning_seeds, study.answers, batch, run_one)
     of_arm = {"arm": arm, "prompt_length": length, "learning_rate": best}
     return [{**of_arm, **_row(run_one(best, seed, study.answers))} for seed in study.seeds]
 

@@ -169,6 +169,28 @@ def print_scaling(rows: list[dict[str, Any]]) -> None:
     _console().print(table)
 
 
+def print_budget(rows: list[dict[str, Any]]) -> None:
+    """One row a task and arm: error or steps, that over DG's, what was kept, and seconds over DG's."""
+    table = Table(title="mean over seeds; error after the same steps, or steps to the target error")
+    for column in ("task", "arm", "lr", "solved", "error / steps", "of dg's", "kept", "seconds of dg's"):
+        table.add_column(column, justify="left" if column in ("task", "arm") else "right", no_wrap=column != "task")
+    for row in rows:
+        value, spread = ("-", "") if row["value"] is None else _value_and_spread(row)
+        ratios = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("value_of_dg", "seconds_of_dg")]
+        solved = f"{row['solved']} of {row['seeds']}"
+        kept = f"{100 * row['kept']:.1f}%"
+        table.add_row(
+            row["task"], row["arm"], f"{row['learning_rate']:g}", solved, value + spread, ratios[0], kept, ratios[1]
+        )
+    _console().print(table)
+
+
+def _value_and_spread(row: dict[str, Any]) -> tuple[str, str]:
+    unit, scale, digits = ("%", 100, 2) if row["measure"] == "error" else ("", 1, 0)
+    spread = "" if row["sd"] is None else f" ± {scale * row['sd']:.{digits}f}{unit}"
+    return f"{scale * row['value']:.{digits}f}{unit}", spread
+
+
 def print_gains(records: list[dict[str, Any]]) -> None:
     """One row a size or body: milliseconds a step, and how many times the gate's DG's is."""
     table = Table(title="CPU milliseconds a step, medians; gain: DG's over the gate's, of the update and with sampling")
