@@ -132,10 +132,13 @@ def test_it_logs_what_the_budget_did(tmp_path):
 
 
 def test_sizes_by_exact_log_probs_where_they_are_asked_for(tmp_path):
-    cheap, _ = trained(tmp_path, gate_noise=0.4, top_p=0.9)
-    exact, _ = trained(tmp_path, gate_noise=0.4, top_p=0.9, gate_log_probs="exact")
-    assert cheap.state.log_history[0]["gate/screened_rate"] == 0
-    assert exact.state.log_history[0]["gate/screened_rate"] == 1
+    logs = {}
+    for where in ("auto", "exact", "none"):
+        made, _ = trained(tmp_path, gate_noise=0.4, gate_log_probs=where)
+        logs[where] = made.state.log_history[0]
+    assert [log["gate/screened_rate"] for log in logs.values()] == [0, 1, 0]
+    assert logs["auto"]["gate/price"] == pytest.approx(logs["exact"]["gate/price"], rel=1e-4)
+    assert logs["none"]["gate/price"] > 1.05 * logs["auto"]["gate/price"]  # each token counts as if it were unlikely
 
 
 def test_a_row_costs_its_prompt_too(tmp_path):
@@ -155,11 +158,11 @@ def test_a_size_is_that_of_the_losses_own_term():
     mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
     advantages = torch.tensor([2.0, -1.0, 0.0])
     plain, short = RowSize(by_length=False), RowSize(by_length=True)
-    torch.testing.assert_close(plain(advantages, log_probs, mask), torch.tensor([1.5, -0.5, 0.0]))
-    torch.testing.assert_close(short(advantages, log_probs, mask), torch.tensor([0.75, -0.5, 0.0]))
-    torch.testing.assert_close(plain(advantages, None, mask), torch.tensor([4.0, -1.0, 0.0]))
+    torch.testing.assert_close(plain(advantages, log_probs, mask), torch.tensor([1.25**0.5, -0.5, 0.0]))
+    torch.testing.assert_close(short(advantages, log_probs, mask), torch.tensor([1.25**0.5 / 2, -0.5, 0.0]))
+    torch.testing.assert_close(plain(advantages, None, mask), torch.tensor([8**0.5, -1.0, 0.0]))
     of_tokens = advantages[:, None] * torch.tensor([1.0, 3.0])
-    torch.testing.assert_close(plain(of_tokens, log_probs, mask), torch.tensor([2.5, -0.5, 0.0]))
+    torch.testing.assert_close(plain(of_tokens, log_probs, mask), torch.tensor([3.25**0.5, -0.5, 0.0]))
     ratio = torch.tensor([[0.0], [2.0], [1.0]])
     torch.testing.assert_close(plain(advantages, log_probs, mask, ratio), torch.tensor([0.0, -1.0, 0.0]))
 
@@ -167,7 +170,7 @@ def test_a_size_is_that_of_the_losses_own_term():
 def test_only_a_row_without_a_term_has_a_size_of_zero():
     certain, mask = torch.zeros(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]])
     sizes = RowSize(by_length=False)(torch.ones(2), certain, mask)
-    torch.testing.assert_close(sizes, torch.tensor([3 * LEAST_DOUBT, 0.0]))
+    torch.testing.assert_close(sizes, torch.tensor([3**0.5 * LEAST_DOUBT, 0.0]))
     certain = certain.masked_fill(mask == 0, float("nan"))
     for terms in (RowSize(False, beta=0.1), RowSize(False, entropy_coef=0.1)):
         sizes = terms(torch.zeros(2), certain, mask, reference=certain)
@@ -182,6 +185,7 @@ def test_only_a_row_without_a_term_has_a_size_of_zero():
         ({"gate_noise": 0.3, "gate_price": 0.0}, "give it alone"),
         ({"gate_noise": 0.3, "gate_negative_share": 0.2}, "leave gate_negative_share"),
         ({"gate_noise": 0.3, "gate_score": "uniform"}, "leave gate_negative_share and gate_score"),
+        ({"gate_rate": 0.3, "gate_log_probs": "none"}, "goes with gate_noise"),
         ({"gate_noise": 0.0}, "noise is 0"),
         ({"gate_noise": -1.0}, "noise is -1"),
         ({"gate_noise": 0.3, "top_entropy_quantile": 0.2}, "Set top_entropy_quantile=1"),

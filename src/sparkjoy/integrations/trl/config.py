@@ -66,12 +66,13 @@ class KondoGRPOConfig(GRPOConfig):
             "lone success in a homogeneous group."
         },
     )
-    gate_log_probs: Literal["auto", "exact"] = field(
+    gate_log_probs: Literal["auto", "exact", "none"] = field(
         default="auto",
         metadata={
             "help": "Where log-probs to decide on come from. 'auto': those at hand, of the sampler (recorded while "
             "transformers generates) or of the pass that corrects vLLM's, else a pass without a graph, or none under "
-            "`gate_noise`, which then goes by advantage and length. 'exact': never the sampler's."
+            "`gate_noise`, which then goes by advantage and length. 'exact': never the sampler's. 'none', with "
+            "`gate_noise`: record and compute none."
         },
     )
     gate_empty_step: Literal["skip", "momentum"] = field(
@@ -95,7 +96,7 @@ class KondoGRPOConfig(GRPOConfig):
         for name, allowed in {
             "gate_score": ("delight", "advantage", "absolute-advantage", "uniform"),
             "gate_advantages": ("centred", "trl"),
-            "gate_log_probs": ("auto", "exact"),
+            "gate_log_probs": ("auto", "exact", "none"),
             "gate_empty_step": ("skip", "momentum"),
             "gate_dg": (None, "token", "sample"),
         }.items():
@@ -110,6 +111,8 @@ class KondoGRPOConfig(GRPOConfig):
                 "gate_noise keeps completions by how far each would move the policy; leave gate_negative_share and "
                 "gate_score as they are, or give gate_rate instead."
             )
+        if self.gate_noise is None and self.gate_log_probs == "none":
+            raise ValueError("gate_log_probs='none' goes with gate_noise; a delight needs the log-probs of some rows.")
         if self.gate() is None and self.gate_negative_share:
             raise ValueError("gate_negative_share is set without a gate; give gate_rate or gate_price too.")
         if not self.gate_dg_temperature > 0:

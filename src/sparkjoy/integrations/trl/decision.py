@@ -155,8 +155,8 @@ class DecidingMixin(GRPOTrainer):
     def _decide_by_size(self, gate: Gate, output: Rows, costs: Tensor) -> tuple[Tensor, dict[str, float]]:
         """By the loss's own advantages always, so that the expected gradient is the loss's.
 
-        Where no log-probs are at hand the size is |advantage| times length: rows kept more than by exact sizes cost
-        less than a pass over all.
+        Where no log-probs are at hand the size is |advantage| times the root of the length: the few rows kept more than
+        by exact sizes cost less than a pass over all.
         """
         self._learn_noise()  # where an optimizer step has several decisions
         log_probs, mask = self._log_probs_at_hand(output), loss_mask(output)

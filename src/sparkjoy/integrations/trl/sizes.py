@@ -1,4 +1,8 @@
-"""How far a completion moves the policy in TRL's loss: the sizes by which a noise budget keeps completions."""
+"""How far a completion moves the policy in TRL's loss: the sizes by which a noise budget keeps completions.
+
+Gradients of different tokens point different ways, so their lengths add as squares: a row of four times the tokens
+moves the policy twice as far. A plain sum overrates long rows, and short ones then add more noise than was asked for.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ DIVIDES_BY_LENGTH = ("grpo", "sapo")
 
 @dataclass(frozen=True)
 class RowSize:
-    """The size of a row: Σ_t |what the loss multiplies the gradient of log π_t by| (1 - π_t), over the row's divisor.
+    """The size of a row: √Σ_t c_t² (1 - π_t)², where the loss has c_t times the gradient of log π_t.
 
     Args:
         by_length: whether the loss divides a row by its length. What it divides all rows by does not matter.
@@ -72,7 +76,7 @@ class RowSize:
                 gap = -torch.expm1((reference.where(valid, 0) - log_probs).clamp(max=10))
             pull = pull + self.beta * gap.abs().clamp(min=LEAST_PULL)
         pull = pull + abs(self.entropy_coef)
-        size = (pull * doubt).where(valid, 0).sum(dim=1)
+        size = (pull * doubt).where(valid, 0).square().sum(dim=1).sqrt()
         if self.by_length:
             size = size / valid.sum(dim=1).clamp(min=1)
         return torch.copysign(size, worth(advantages))
