@@ -17,7 +17,7 @@ UNCLIPPED_LOSSES = ("cispo", "sapo", "vespo")
 class KondoGRPOConfig(GRPOConfig):
     """TRL's `GRPOConfig` with the gate's options; with none of them set it is exactly TRL's.
 
-    >>> config = KondoGRPOConfig(gate_rate=0.1, report_to="none", use_cpu=True, bf16=False)
+    >>> config = KondoGRPOConfig(gate_noise=0.3, report_to="none", use_cpu=True, bf16=False)
     >>> config.gated
     True
 

@@ -16,8 +16,8 @@ from sparkjoy.losses import delightful_weight
 from sparkjoy.scores import per_row
 from sparkjoy.signs import worth
 
-LEAST_DOUBT = 1e-3
-"""The least 1 - π of a token: the policy may have moved since, and no row with a term may have a size of 0."""
+LEAST_DOUBT = 0.01
+"""The least 1 - π of a token: the policy may have moved since, and no row with a term may have next to no size."""
 
 LEAST_PULL = 0.1
 """The least that a KL term is taken to pull a token by: a policy that is still its reference is not for long."""
