@@ -249,9 +249,10 @@ class KondoGRPOMixin(DecidingMixin):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self._gate is not None and self.args.should_save:
+        state = state_of(self._gate)
+        if state and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / GATE_STATE).write_text(json.dumps(state_of(self._gate)))
+            (folder / GATE_STATE).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -269,5 +270,6 @@ def scale_gradient(values: Tensor, scale: Tensor) -> Tensor:
 class KondoGRPOTrainer(KondoGRPOMixin):
     """TRL's GRPOTrainer with the gate of its `KondoGRPOConfig`: takes what `GRPOTrainer` takes.
 
-    The gradient of a step is that of the same trainer with the skipped completions' advantages set to 0.
+    The gradient of a step is that of the same trainer with the skipped completions' advantages set to 0 and the others'
+    multiplied by their weights: by 1, or under `gate_noise` such that it is TRL's own on average.
     """
