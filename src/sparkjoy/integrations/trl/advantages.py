@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import nanstd
 
+from sparkjoy.baselines import centred, precise
+
 STABILISER = 1e-4
 """What TRL adds to a standard deviation before it divides by it."""
 
 
 def centred_advantages(rewards_per_func: Tensor, weights: Tensor, group_size: int) -> Tensor:
-    """Weighted reward less its group's mean; exactly 0 where the group's rewards are equal up to rounding, or missing.
+    """Weighted reward less its group's mean; 0 where the group's are equal up to float32's rounding, or there is none.
 
     >>> centred_advantages(torch.tensor([[1.0], [0.0], [2.0], [2.0]]), torch.ones(1), group_size=2)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
@@ -24,24 +26,13 @@ def centred_advantages(rewards_per_func: Tensor, weights: Tensor, group_size: in
     Returns:
         (N,)
     """
-    unscored = rewards_per_func.isnan().all(dim=1)
-    rewards = (rewards_per_func * weights).nansum(dim=1)
-    groups = rewards.masked_fill(unscored, torch.nan).view(-1, group_size)
-    centred = groups - groups.nanmean(dim=1, keepdim=True)
-    terms = (rewards_per_func * weights).abs().nansum(dim=1).view(-1, group_size)
-    return centred.masked_fill(groups.isnan() | equal_up_to_rounding(groups, terms), 0).flatten()
-
-
-def equal_up_to_rounding(groups: Tensor, terms: Tensor) -> Tensor:
-    """(G, 1) bool: groups whose values, NaN aside, differ by no more than rounding of what they were summed from.
-
-    Args:
-        groups: (G, n).
-        terms: (G, n), the sizes of each value's terms, summed.
-    """
-    least = groups.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
-    most = groups.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
-    return most - least <= 4 * torch.finfo(groups.dtype).eps * terms.amax(dim=1, keepdim=True)
+    terms = precise(rewards_per_func) * precise(weights)
+    unscored = terms.isnan().all(dim=1).view(-1, group_size)
+    groups = terms.nansum(dim=1).view(-1, group_size).masked_fill(unscored, torch.nan)
+    scored = groups.where(~unscored, groups.nanmean(dim=1, keepdim=True))
+    size = terms.abs().nansum(dim=1).view(-1, group_size)
+    advantages = centred(scored, torch.finfo(torch.float32).eps, size).masked_fill(unscored, 0)
+    return advantages.flatten().to(rewards_per_func.dtype)
 
 
 def from_rewards(
@@ -103,12 +94,12 @@ def of_the_gate(
     expected = from_rewards(rewards_per_func, weights, group_size, scale_rewards, aggregation)
     given = torch.isclose(own, expected, rtol=1e-4, atol=1e-6)
     if aggregation == "sum_then_normalize":
-        centred = centred_advantages(rewards_per_func, weights, group_size)
+        ranks = centred_advantages(rewards_per_func, weights, group_size)
         if bool((given | (own == 0)).all()):
-            return centred, True
-        silent = centred == 0
+            return ranks, True
+        silent = ranks == 0
     else:
-        per_func = rewards_per_func.T.reshape(-1, group_size)
-        silent = equal_up_to_rounding(per_func, per_func.abs().nan_to_num(nan=0.0))
-        silent = silent.view(rewards_per_func.shape[1], -1).all(dim=0).repeat_interleave(group_size)
+        columns, one = rewards_per_func.split(1, dim=1), torch.ones_like(weights[:1])
+        alone = [centred_advantages(column, one, group_size) for column in columns]
+        silent = (torch.stack(alone) == 0).all(dim=0)
     return own.masked_fill(silent & given, 0), False
