@@ -18,7 +18,8 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row.
 
 What a function may say of itself, as an attribute: `reads_log_probs = False`, so that none are computed for it;
-`sign_of_advantage = True`, so that signs may decide without them; `is_size = True`, for the size of a gradient.
+`sign_of_advantage = True`, so that signs may decide without them; `is_size = True`, for the size of a gradient,
+whose squares are summed over tokens instead.
 """
 
 

@@ -30,7 +30,7 @@ def policy_gradient_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
         log_probs: (B,) or (B, T), log-probabilities of the actions taken.
 
     Returns:
-        The shape of `log_probs`, detached; the engine sums it over a row's tokens.
+        The shape of `log_probs`, detached; over a row's tokens the engine adds squares.
 
     Raises:
         ValueError: shapes that do not go together, or a log-probability above 0.
@@ -49,7 +49,7 @@ def update_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
         log_probs: (B,) or (B, T), log-probabilities of the actions taken.
 
     Returns:
-        The shape of `log_probs`, detached; the engine sums it over a row's tokens.
+        The shape of `log_probs`, detached; over a row's tokens the engine adds squares.
 
     Raises:
         ValueError: shapes that do not go together, or a log-probability above 0.
@@ -76,7 +76,7 @@ def advantage_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def as_size(size: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Say of a function that it gives sizes: those of a row's tokens add up whatever their signs."""
+    """Say of a function that it gives sizes: those of a row's tokens add as squares, whatever their signs."""
     size.__dict__["is_size"] = True
     return size
 
