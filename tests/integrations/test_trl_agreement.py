@@ -48,9 +48,9 @@ class Numbers(KondoGRPOTrainer):
 
 
 @st.composite
-def batches(draw, longest=3):
+def batches(draw):
     """Advantages (B,) or (B, T), log-probs (B, T) with some of exactly 0, a mask with some rows empty."""
-    rows, tokens = draw(st.integers(1, 12)), draw(st.integers(1, longest))
+    rows, tokens = draw(st.integers(1, 12)), draw(st.integers(1, 3))
     values = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.0, 0.25, 1.0])
     per_token = draw(st.booleans())
 
@@ -105,9 +105,8 @@ class Seen(sj.UnbiasedGate):
 
 
 @settings(deadline=None, max_examples=50)
-@given(batches(longest=1), st.sampled_from([0.1, 0.5, 3.0]), st.booleans())
-def test_a_noise_budget_has_the_same_probabilities_for_rows_of_a_token(batch, noise, known):
-    """Of longer rows the trainer adds squares, the engine lengths."""
+@given(batches(), st.sampled_from([0.1, 0.5, 3.0]), st.booleans())
+def test_a_noise_budget_has_the_same_probabilities(batch, noise, known):
     advantages, log_probs, mask = batch
     log_probs = log_probs.clamp(max=-0.02)
     gates = [Seen(noise=noise) for _ in range(3)]
