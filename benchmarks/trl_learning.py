@@ -29,6 +29,9 @@ from sparkjoy.training.tracking import read_json, save_figure, write_json
 ARMS: dict[str, dict[str, Any]] = {
     "TRL's own": {},
     "zero advantages dropped": {"gate_price": 0.0, "gate_score": "absolute-advantage"},
+    "noise 0.3": {"gate_noise": 0.3},
+    "noise 1": {"gate_noise": 1.0},
+    "noise 0.3 by length": {"gate_noise": 0.3, "gate_log_probs": "none"},
     "uniform 10%": {"gate_rate": 0.1, "gate_score": "uniform"},
     "gate 10%": {"gate_rate": 0.1},
     "gate 25%": {"gate_rate": 0.25},

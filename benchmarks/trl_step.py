@@ -6,7 +6,7 @@ A Qwen2 of 2.9 million random parameters, 128 completions of 48 to 80 tokens, mi
 within one process on one thread and see the same completions, so that their ratios compare; absolute times are this
 machine's. The update is everything but generation and rewards; the whole step is everything. Log-probs to
 decide on are recorded while transformers generates; "screened": an exact forward pass makes them instead
-(`gate_log_probs="exact"`).
+(`gate_log_probs="exact"`); "by length": there are none.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from sparkjoy.training.tracking import write_json
 
 SIZE = {"width": 192, "layers": 6, "heads": 4}
 PLAIN = "TRL's own"
+FIGURES = {"kept_rate": 1.0, "micro_steps": 8.0, "screen_seconds": 0.0, "screened_rate": 0.0, "noise": 0.0}
+"""Figures of the gate, and what a step has that does not log them."""
 ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "rate 1": {"gate_rate": 1.0},
@@ -41,6 +43,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "10% screened": {"gate_rate": 0.1, "gate_log_probs": "exact"},
     "3%": {"gate_rate": 0.03},
     "3% screened": {"gate_rate": 0.03, "gate_log_probs": "exact"},
+    "noise 0.3": {"gate_noise": 0.3},
+    "noise 0.3 screened": {"gate_noise": 0.3, "gate_log_probs": "exact"},
+    "noise 0.3 by length": {"gate_noise": 0.3, "gate_log_probs": "none"},
+    "noise 1": {"gate_noise": 1.0},
     "uniform 10%": {"gate_rate": 0.1, "gate_score": "uniform"},
     "price 0": {"gate_price": 0.0},
 }
@@ -122,10 +128,7 @@ def run(arm: dict[str, Any], steps: int, folder: str, updates: int = 1, **size: 
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "reward" in entry][1:]
-    figures = {
-        name: [float(entry.get(f"gate/{name}", default)) for entry in logs]
-        for name, default in (("kept_rate", 1.0), ("micro_steps", 8.0), ("screen_seconds", 0.0), ("screened_rate", 0.0))
-    }
+    figures = {name: [float(entry.get(f"gate/{name}", default)) for entry in logs] for name, default in FIGURES.items()}
     tokens = [entry["completions/mean_length"] for entry in logs]
     update, whole = (
         np.reshape(seconds, (-1, updates)).sum(axis=1).tolist()[1:]
@@ -134,13 +137,13 @@ def run(arm: dict[str, Any], steps: int, folder: str, updates: int = 1, **size: 
     return {"update": update, "whole": whole, "tokens": tokens} | figures
 
 
-def measure(rounds: int, steps: int, updates: int) -> dict[str, dict[str, float]]:
+def measure(arms: list[str], rounds: int, steps: int, updates: int) -> dict[str, dict[str, float]]:
     """Medians of every arm over all rounds, and what TRL's own takes over them."""
-    samples: dict[str, dict[str, list[float]]] = {name: {} for name in ARMS}
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in ARMS if name in arms or name == PLAIN}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
-            for name, arm in ARMS.items():
-                for figure, values in run(arm, steps, folder, updates).items():
+            for name in samples:
+                for figure, values in run(ARMS[name], steps, folder, updates).items():
                     samples[name].setdefault(figure, []).extend(values)
                 print(f"round {number + 1} of {rounds}: {name}: {samples[name]['update'][-1]:.3f} s", flush=True)
     result = {
@@ -157,6 +160,9 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/trl_step.json"))
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help=f"{PLAIN} is always among them"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="generations measured a round")
     parser.add_argument("--updates", type=int, default=1, choices=(1, 2, 4), help="optimizer steps a generation")
@@ -166,12 +172,12 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     parameters = trl_task.model(**SIZE).num_parameters()
     print(f"{parameters:,} parameters")
-    result = measure(options.rounds, options.steps, options.updates)
-    print(f"{'':20}{'kept':>7}{'passes':>8}{'update s':>10}{'×':>7}{'whole s':>10}{'×':>7}")
+    result = measure(options.arms, options.rounds, options.steps, options.updates)
+    print(f"{'':20}{'kept':>7}{'passes':>8}{'update s':>10}{'×':>7}{'whole s':>10}{'×':>7}{'noise':>7}")
     for name, row in result.items():
         print(
             f"{name:20}{row['kept_rate']:7.1%}{row['micro_steps']:8.0f}{row['update']:10.3f}"
-            f"{row['update_speedup']:7.2f}{row['whole']:10.3f}{row['whole_speedup']:7.2f}"
+            f"{row['update_speedup']:7.2f}{row['whole']:10.3f}{row['whole_speedup']:7.2f}{row['noise']:7.2f}"
         )
     setup = {"parameters": parameters, "machine": platform.processor(), "torch": torch.__version__}
     write_json(options.out, setup | {"updates": options.updates, "arms": result})

@@ -10,7 +10,7 @@ Against plain TRL, three lines change and one is new:
     +from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
     -    config = GRPOConfig(
     +    config = KondoGRPOConfig(
-    +        gate_rate=options.rate,
+    +        gate_noise=options.noise,
     -    trainer = GRPOTrainer(
     +    trainer = KondoGRPOTrainer(
 """
@@ -27,7 +27,7 @@ from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="name or folder of a checkpoint; default: a tiny model made on the spot")
 parser.add_argument("--steps", type=int, default=40)
-parser.add_argument("--rate", type=float, default=0.1, help="fraction of the completions to differentiate")
+parser.add_argument("--noise", type=float, default=0.3, help="what skipping may add to the gradient's own noise")
 options = parser.parse_args()
 
 if options.model is None:
@@ -63,7 +63,7 @@ def reward(completions, **_):
 
 with tempfile.TemporaryDirectory() as folder:
     config = KondoGRPOConfig(
-        gate_rate=options.rate,  # only the tenth of greatest delight get a backward pass
+        gate_noise=options.noise,  # as many get a backward pass as that takes; the expected gradient is TRL's
         output_dir=folder,
         per_device_train_batch_size=16,
         gradient_accumulation_steps=4,
@@ -83,8 +83,8 @@ with tempfile.TemporaryDirectory() as folder:
     )
     trainer.train()
 
-print("step  reward  kept  price  passes (of 4)")
+print("step  reward  kept  noise  passes (of 4)")
 for entry in trainer.state.log_history:
     if "reward" in entry:
-        kept, price, passes = (entry.get(f"gate/{name}", 0) for name in ("kept_rate", "price", "micro_steps"))
-        print(f"{entry['step']:4}  {entry['reward']:6.3f}  {kept:4.0%}  {price:5.2f}  {passes:.0f}")
+        kept, noise, passes = (entry.get(f"gate/{name}", 0) for name in ("kept_rate", "noise", "micro_steps"))
+        print(f"{entry['step']:4}  {entry['reward']:6.3f}  {kept:4.0%}  {noise:5.2f}  {passes:.1f}")

@@ -1,6 +1,8 @@
 import pytest
 import trl_learning
+import trl_noise
 import trl_step
+import trl_task
 
 
 def records(rewards):
@@ -36,3 +38,10 @@ def test_the_step_benchmark_runs_what_it_says(tmp_path, arm, updates):
     assert (gated["screened_rate"][0] > 0) == ("screened" in arm)
     assert 48 <= gated["tokens"][0] <= 80
     assert 0 < gated["update"][0] < gated["whole"][0]
+
+
+@pytest.mark.slow
+def test_squares_hold_the_budget_where_a_sum_of_the_tokens_sizes_does_not():
+    added = {name: noise for name, (noise, _) in trl_noise.measure(trl_task.model(), "dapo", 0.3).items()}
+    assert 0.2 < added["squares"] < 0.45
+    assert added["sum"] > 0.5

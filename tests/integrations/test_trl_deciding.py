@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparkjoy as sj
-from sparkjoy.integrations.trl.deciding import Scored, centred_advantages, delight_score, in_doubt, other_score
+from sparkjoy.integrations.trl.advantages import centred_advantages
+from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score
+from sparkjoy.signs import undecided
 
 advantages = st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=30)
 shares = st.sampled_from([0.0, 0.25, 0.5])
@@ -29,19 +31,23 @@ def test_only_rows_in_doubt_need_log_probs(values, rate, price, share, seed):
     gate = sj.KondoGate(rate, price, negative_share=share)
     worth, log_probs = with_surprisal(values, seed)
     full = delight_score(worth, log_probs, torch.ones_like(log_probs))
-    doubt = in_doubt(gate, worth)
+    doubt = undecided(gate.rule, worth).open
     known = Scored(worth, doubt, full.where(doubt, math.nan))
     assert torch.equal(gate(known.score).keep, gate(full).keep)
 
 
 def test_signs_alone_settle_most_of_it():
     worth = torch.tensor([1.0, 0.5, -1.0, -0.5, 0.0])
-    assert not in_doubt(sj.KondoGate(price=0), worth).any()
-    assert not in_doubt(sj.KondoGate(rate=0.4), worth).any()  # 2 are wanted, 2 are positive
-    assert in_doubt(sj.KondoGate(rate=0.2), worth).tolist() == [True, True, False, False, False]
-    assert in_doubt(sj.KondoGate(rate=0.6), worth).tolist() == [False, False, True, True, False]
-    assert in_doubt(sj.KondoGate(price=0.1), worth).tolist() == [True, True, False, False, False]
-    assert in_doubt(sj.KondoGate(price=-0.1), worth).tolist() == [False, False, True, True, False]
+
+    def in_doubt(**options):
+        return undecided(sj.KondoGate(**options).rule, worth).open
+
+    assert not in_doubt(price=0).any()
+    assert not in_doubt(rate=0.4).any()  # 2 are wanted, 2 are positive
+    assert in_doubt(rate=0.2).tolist() == [True, True, False, False, False]
+    assert in_doubt(rate=0.6).tolist() == [False, False, True, True, False]
+    assert in_doubt(price=0.1).tolist() == [True, True, False, False, False]
+    assert in_doubt(price=-0.1).tolist() == [False, False, True, True, False]  # positive ones pass for certain
 
 
 def test_centred_advantages_are_exactly_zero_where_a_group_teaches_nothing():
@@ -83,10 +89,10 @@ def test_a_lone_success_does_not_saturate_the_gate():
 
 @pytest.mark.parametrize("name", ["advantage", "absolute-advantage", "uniform"])
 def test_other_scores_are_zero_where_nothing_is_taught(name):
-    score = other_score(name, torch.tensor([1.0, 0.0, -2.0]), (0, 1, 2))
+    score = other_score(name, torch.tensor([1.0, 0.0, -2.0]), draws(0, 1, 2))
     assert score[1] == 0
     assert (score[[0, 2]] != 0).all()
-    assert torch.equal(score, other_score(name, torch.tensor([1.0, 0.0, -2.0]), (0, 1, 2)))
+    assert torch.equal(score, other_score(name, torch.tensor([1.0, 0.0, -2.0]), draws(0, 1, 2)))
 
 
 def test_figures_tell_what_was_kept():

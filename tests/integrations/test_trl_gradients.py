@@ -42,6 +42,8 @@ def test_packed_gradients_equal_masked_ones(tmp_path, loss, setting):
         {"gate_rate": 0.3, "importance_sampling_level": "sequence", "loss_type": "grpo"},
         {"gate_rate": 0.3, "off_policy_mask_threshold": 0.1, "num_iterations": 2},
         {"gate_rate": 0.5, "mask_truncated_completions": True},
+        {"gate_noise": 0.5},
+        {"gate_noise": 2.0, "loss_type": "bnpo", "mask_truncated_completions": True},
     ],
     ids=lambda changes: ",".join(f"{name.removeprefix('gate_')}={value}" for name, value in changes.items()),
 )

@@ -44,7 +44,7 @@ def launch(folder, processes, only, limit):
 def test_two_processes_pack_to_the_masked_gradient(tmp_path):
     (first, logs), (second, _) = launch(tmp_path, 2, "all", limit=150)
     names = sorted({name.split(": ")[0] for name in first})
-    assert len(names) == 11
+    assert len(names) == 12
     for name in names:
         packed, masked = first[f"{name}: packed"], first[f"{name}: masked"]
         assert len(packed) == len(masked) > 0
@@ -72,3 +72,17 @@ def test_two_processes_decide_and_step_as_one(tmp_path):
         assert relative_error(two[name][0], steps[0]) < 1e-5
         for figure in ("kept_rate", "kept_token_rate", "price", "delight_std"):
             assert logs[name][f"gate/{figure}"] == pytest.approx(log[name][f"gate/{figure}"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_mean_gradient_of_a_noise_budget_is_trls(tmp_path, processes):
+    (first, logs), *others = launch(tmp_path, processes, "noise", limit=600)
+    assert len(logs) == 8
+    for loss, log in logs.items():
+        assert max(log["far"]) < 4, (loss, log)
+        assert log["differs"] > 0.1
+        assert log["kept_rate"] < 0.8
+        for other, figures in others:
+            assert torch.equal(first[loss], other[loss])
+            assert figures[loss] == log

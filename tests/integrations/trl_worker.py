@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from processes import leave
 from transformers import GPT2Config, GPT2LMHeadModel
-from trl_cases import Masked, trained
+from trl_cases import Masked, drawn, far_from, trained
 
 from sparkjoy.integrations.trl import KondoGRPOTrainer
+from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS
 
 torch.set_num_threads(1)
 
@@ -74,6 +75,7 @@ GATED = {
 } | {
     "gated, lora, checkpointing": {"gate_rate": 0.3, "lora": True, "gradient_checkpointing": True},
     "gated, more generations a step": {"gate_rate": 0.3, "steps_per_generation": 2, "loss_type": "grpo"},
+    "weighted": {"gate_noise": 0.5, "gate_rate": None, "max_steps": 2, "loss_type": "bnpo"},
     "gated, absolute positions": {"gate_rate": 0.3, "loss_type": "bnpo", "model": absolute, "disable_dropout": True},
 }
 
@@ -95,6 +97,17 @@ def main(folder, only):
             )
             tensors[f"fixed, {loss}"] = steps
             results[f"fixed, {loss}"] = made.state.log_history[0]
+    if only == "noise":
+        cases = {}
+        for number, loss in enumerate(LOSS_NORMALIZERS):
+            sizes = ("exact", "stale", "none")[number % 3]
+            steps, dense, made = drawn(folder / "out", 30, sizes, loss_type=loss, gradient_accumulation_steps=2)
+            tensors[loss] = steps[-1]
+            figures = ("kept_rate", "noise", "price")
+            results[loss] = {name: made.state.log_history[0][f"gate/{name}"] for name in figures} | {
+                "far": far_from(steps, dense),
+                "differs": (steps.std(dim=0).norm() / dense.norm()).item(),
+            }
     for name, (changes, wanted) in cases.items():
         for side, cls in (("packed", KondoGRPOTrainer), ("masked", Masked)):
             options = {"gate_rate": 0.3} | changes

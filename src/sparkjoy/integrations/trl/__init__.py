@@ -2,7 +2,7 @@
 
     from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
 
-    KondoGRPOTrainer(model, reward_funcs, args=KondoGRPOConfig(gate_rate=0.1, ...), train_dataset=...).train()
+    KondoGRPOTrainer(model, reward_funcs, args=KondoGRPOConfig(gate_noise=0.3, ...), train_dataset=...).train()
 
 `KondoGRPOMixin` does the same for a GRPOTrainer of your own: `class Mine(KondoGRPOMixin, YourTrainer)`. It needs the
 extra: `pip install sparkjoy[trl]`. See docs/trl.md.

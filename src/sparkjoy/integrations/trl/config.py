@@ -7,7 +7,8 @@ from typing import Literal
 
 from trl import GRPOConfig
 
-from sparkjoy.gates import KondoGate
+from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
+from sparkjoy.gates.decision import rule_of
 
 UNCLIPPED_LOSSES = ("cispo", "sapo", "vespo")
 
@@ -16,7 +17,7 @@ UNCLIPPED_LOSSES = ("cispo", "sapo", "vespo")
 class KondoGRPOConfig(GRPOConfig):
     """TRL's `GRPOConfig` with the gate's options; with none of them set it is exactly TRL's.
 
-    >>> config = KondoGRPOConfig(gate_rate=0.1, report_to="none", use_cpu=True, bf16=False)
+    >>> config = KondoGRPOConfig(gate_noise=0.3, report_to="none", use_cpu=True, bf16=False)
     >>> config.gated
     True
 
@@ -24,6 +25,14 @@ class KondoGRPOConfig(GRPOConfig):
         ValueError: an option outside its range, or one of TRL's that the gate does not go with.
     """
 
+    gate_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Noise that skipping may add to the gradient, as a multiple of the batch's own: start with 0.3. "
+            "Completions are kept at random, in proportion to how far each would move the policy, and weighted, so "
+            "that the expected gradient is TRL's own. How many are kept, the gate finds by itself: it takes no rate."
+        },
+    )
     gate_rate: float | None = field(
         default=None,
         metadata={
@@ -52,17 +61,18 @@ class KondoGRPOConfig(GRPOConfig):
     gate_advantages: Literal["centred", "trl"] = field(
         default="centred",
         metadata={
-            "help": "Advantage that the gate ranks by; the loss always has TRL's. 'centred': reward less its group's "
-            "mean. 'trl': TRL's own, divided by the group's standard deviation by default, which favours a lone "
-            "success in a homogeneous group."
+            "help": "Advantage that a rate or price ranks by; the loss always has TRL's. 'centred': reward less its "
+            "group's mean. 'trl': TRL's own, divided by the group's standard deviation by default, which favours a "
+            "lone success in a homogeneous group."
         },
     )
-    gate_log_probs: Literal["auto", "exact"] = field(
+    gate_log_probs: Literal["auto", "exact", "none"] = field(
         default="auto",
         metadata={
             "help": "Where log-probs to decide on come from. 'auto': those at hand, of the sampler (recorded while "
-            "transformers generates) or of the pass that corrects vLLM's, else a pass without a graph. 'exact': "
-            "never the sampler's."
+            "transformers generates) or of the pass that corrects vLLM's, else a pass without a graph, or none under "
+            "`gate_noise`, which then goes by advantage and length. 'exact': never the sampler's. 'none', with "
+            "`gate_noise`: record and compute none."
         },
     )
     gate_empty_step: Literal["skip", "momentum"] = field(
@@ -86,14 +96,24 @@ class KondoGRPOConfig(GRPOConfig):
         for name, allowed in {
             "gate_score": ("delight", "advantage", "absolute-advantage", "uniform"),
             "gate_advantages": ("centred", "trl"),
-            "gate_log_probs": ("auto", "exact"),
+            "gate_log_probs": ("auto", "exact", "none"),
             "gate_empty_step": ("skip", "momentum"),
             "gate_dg": (None, "token", "sample"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
-        gate = self.gate()
-        if gate is None and self.gate_negative_share:
+        if self.gate_noise is not None and not (self.gate_rate is None and self.gate_price is None):
+            raise ValueError(
+                f"gate_noise={self.gate_noise!r} finds its own rate; give it alone, without gate_rate or gate_price."
+            )
+        if self.gate_noise is not None and (self.gate_negative_share or self.gate_score != "delight"):
+            raise ValueError(
+                "gate_noise keeps completions by how far each would move the policy; leave gate_negative_share and "
+                "gate_score as they are, or give gate_rate instead."
+            )
+        if self.gate_noise is None and self.gate_log_probs == "none":
+            raise ValueError("gate_log_probs='none' goes with gate_noise; a delight needs the log-probs of some rows.")
+        if self.gate() is None and self.gate_negative_share:
             raise ValueError("gate_negative_share is set without a gate; give gate_rate or gate_price too.")
         if not self.gate_dg_temperature > 0:
             raise ValueError(f"gate_dg_temperature is {self.gate_dg_temperature!r}; expected a number above 0.")
@@ -105,8 +125,10 @@ class KondoGRPOConfig(GRPOConfig):
         if self.gated:
             self._refuse_what_needs_every_row()
 
-    def gate(self) -> KondoGate | None:
+    def gate(self) -> Gate | None:
         """The gate these options describe; None when none is asked for."""
+        if self.gate_noise is not None:
+            return UnbiasedGate(noise=self.gate_noise)
         if self.gate_rate is None and self.gate_price is None:
             return None
         return KondoGate(self.gate_rate, self.gate_price, negative_share=self.gate_negative_share)
@@ -115,21 +137,28 @@ class KondoGRPOConfig(GRPOConfig):
     def gated(self) -> bool:
         """Whether completions are skipped at all: not without a gate, nor at rate 1 without a price."""
         gate = self.gate()
-        return gate is not None and not (gate.rule is not None and gate.rule.keeps_everything)
+        rule = rule_of(gate)
+        return gate is not None and not (rule is not None and rule.keeps_everything)
 
     def _refuse_what_needs_every_row(self) -> None:
-        if self.beta != 0:
+        instead = "gate_noise=0.3, which weights them, or without a gate"
+        if self.beta != 0 and self.gate_noise is None:
             raise ValueError(
                 f"beta={self.beta}: the KL term needs the gradient of every completion, and the gate skips most. Set "
-                "beta=0 and take the KL off the reward, or train without the gate (gate_rate=None)."
+                f"beta=0 and take the KL off the reward, or train with {instead}."
             )
-        if self.entropy_coef != 0 or self.use_adaptive_entropy:
+        if self.entropy_coef != 0 and self.gate_noise is None:
             raise ValueError(
-                "the entropy bonus needs the gradient of every completion, and the gate skips most. Set entropy_coef=0 "
-                "and use_adaptive_entropy=False, or train without the gate (gate_rate=None)."
+                "the entropy bonus needs the gradient of every completion, and the gate skips most. Set "
+                f"entropy_coef=0, or train with {instead}."
+            )
+        if self.use_adaptive_entropy:
+            raise ValueError(
+                "use_adaptive_entropy follows the entropy of every completion, and the gate skips most. Set "
+                "use_adaptive_entropy=False, or train without a gate."
             )
         if self.top_entropy_quantile < 1:
             raise ValueError(
                 f"top_entropy_quantile={self.top_entropy_quantile}: its threshold is a quantile over the tokens of "
-                "every completion, and the gate skips most. Set top_entropy_quantile=1, or gate_rate=None."
+                "every completion, and the gate skips most. Set top_entropy_quantile=1, or train without a gate."
             )

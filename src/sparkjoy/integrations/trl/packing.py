@@ -1,8 +1,8 @@
 """Kept completions of several micro-batches packed into few, with the same gradient.
 
 TRL divides a micro-batch's loss by something of that micro-batch. A kept row remembers what its own was divided by, and
-is scaled by what the packed one divides by over that. The scale goes on its advantage, which every policy loss of TRL
-is proportional to. A filler is a copy of a row at scale 0.
+is scaled by what the packed one divides by over that, times its weight where the gate gave one. The scale goes on its
+advantage, which every policy loss of TRL is proportional to. A filler is a copy of a row at scale and weight 0.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ COMPLETION = (
     "tool_mask",
     "old_per_token_logps",
     "sampling_per_token_logps",
+    "ref_per_token_logps",
     "importance_sampling_ratio",
 )
-OWN = ("gate_keep", "gate_divisor", "gate_scale", "gate_idle")
+OWN = ("gate_keep", "gate_idle")
+NUMBERS = ("gate_weight", "gate_divisor", "gate_entropy_divisor")
 
 
 def loss_mask(rows: Rows) -> Tensor:
@@ -69,8 +71,8 @@ def pack(
     size = len(window[0]["gate_keep"])
     kept, each = share_out([row for rows in window for row in _kept_rows(rows, normalizer, trim_prompts)])
     filler = min(kept, key=length) if kept else _any_row(window[0], trim_prompts)
-    filler = {**filler, "gate_scale": 0.0}
-    kept = sorted([{**row, "gate_scale": 1.0} for row in kept] + [filler] * (each - len(kept)), key=length)
+    filler = {**filler, "gate_weight": 0.0}
+    kept = sorted(kept + [filler] * (each - len(kept)), key=length)
     batches = -(-each // size)
     shared = {name: value for name, value in window[0].items() if isinstance(value, Tensor) and value.dim() == 0}
     packed = [
@@ -82,19 +84,26 @@ def pack(
 
 
 def _kept_rows(rows: Rows, normalizer: Normalizer, trim_prompts: bool) -> list[Rows]:
-    tokens = loss_mask(rows).sum(dim=1).tolist()
-    divisor = {"constant": 1.0, "rows": float(len(tokens)), "tokens": max(1.0, float(sum(tokens)))}[normalizer]
+    divisor, entropy_divisor = (_divides_by(rows, how) for how in (normalizer, "tokens"))
+    weights = rows["gate_weight"].tolist() if "gate_weight" in rows else [1.0] * len(rows["gate_keep"])
     return [
-        {**_row(rows, index, trim_prompts), "gate_divisor": divisor}
+        _row(rows, index, trim_prompts)
+        | {"gate_weight": weights[index], "gate_divisor": divisor, "gate_entropy_divisor": entropy_divisor}
         for index in rows["gate_keep"].nonzero().flatten().tolist()
     ]
+
+
+def _divides_by(rows: Rows, normalizer: Normalizer) -> float:
+    """What TRL divides the loss of a micro-batch by; its entropy term is divided by tokens, whatever the loss."""
+    mask = loss_mask(rows)
+    return {"constant": 1.0, "rows": float(len(mask)), "tokens": max(1.0, float(mask.sum()))}[normalizer]
 
 
 def _any_row(rows: Rows, trim_prompts: bool) -> Rows:
     """A row to fill with where none is kept: the shortest that has a token, if there is one."""
     tokens = loss_mask(rows).sum(dim=1)
     index = int(tokens.masked_fill(tokens == 0, torch.iinfo(tokens.dtype).max).argmin())
-    return {**_row(rows, index, trim_prompts), "gate_divisor": 1.0}
+    return _row(rows, index, trim_prompts) | {"gate_divisor": 1.0, "gate_entropy_divisor": 1.0}
 
 
 def _row(rows: Rows, index: int, trim_prompts: bool) -> Rows:
@@ -129,10 +138,10 @@ def _micro_batch(rows: Sequence[Rows], normalizer: Normalizer, pad_token_id: int
             batch[name] = pad_sequence(values, True, pad_token_id if name == "prompt_ids" else 0, padding_side="left")
         elif name in COMPLETION and values[0].dim():
             batch[name] = pad_sequence(values, True, pad_token_id if name == "completion_ids" else 0)
-        elif name in ("gate_scale", "gate_divisor"):
+        elif name in NUMBERS:
             batch[name] = torch.tensor(values, device=rows[0]["advantages"].device)
         else:
             batch[name] = torch.stack(values) if isinstance(values[0], Tensor) else values
-    divides_by = {"constant": 1.0, "rows": float(len(rows)), "tokens": loss_mask(batch).sum()}[normalizer]
-    batch["gate_scale"] = batch["gate_scale"] * divides_by / batch.pop("gate_divisor")
+    for scale, how in (("gate_scale", normalizer), ("gate_entropy_scale", "tokens")):
+        batch[scale] = batch["gate_weight"] * _divides_by(batch, how) / batch.pop(scale.replace("scale", "divisor"))
     return batch | {"gate_idle": False}

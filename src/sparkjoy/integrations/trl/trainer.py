@@ -1,32 +1,39 @@
 """TRL's GRPOTrainer with the gate: decide where the whole generation batch is known, pack, and let TRL do the loss.
 
 _generate_single_turn             TRL's, watched for the log-probs of what it samples
-_generate_and_score_completions   TRL's, then: delight, one decision over all processes, a column `gate_keep`
+_generate_and_score_completions   TRL's, then one decision over all processes (`decision.py`): a column `gate_keep`
 _prepare_inputs                   TRL's, then: the kept rows of an optimizer step packed into few micro-batches
 _compute_loss                     TRL's on a packed micro-batch; nothing on one left without rows
 """
 
 from __future__ import annotations
 
+import json
 import math
-import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from sparkjoy.gates import KondoGate
-from sparkjoy.integrations.trl.config import KondoGRPOConfig
-from sparkjoy.integrations.trl.deciding import Scored, centred_advantages, delight_score, in_doubt, other_score, worth
+from sparkjoy.gates.decision import load_state, state_of
+from sparkjoy.integrations.trl.decision import DecidingMixin
 from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, length, loss_mask, pack
 from sparkjoy.integrations.trl.recording import recording
 from sparkjoy.losses import delightful_weight
+from sparkjoy.noise import noise_sums
 from sparkjoy.scores import per_row
 
+GATE_STATE = "gate_state.json"
+TEXT_ONLY = (
+    "the gate packs text only, and these prompts come with images. Train without the gate, or leave the images out."
+)
 
-class KondoGRPOMixin(GRPOTrainer):
+
+class KondoGRPOMixin(DecidingMixin):
     """Gives a GRPOTrainer the gate: `class Mine(KondoGRPOMixin, YourTrainer)`, with a `KondoGRPOConfig` as `args`.
 
     With any other config, or one without a gate, every method is the trainer's own.
@@ -38,17 +45,12 @@ class KondoGRPOMixin(GRPOTrainer):
         ValueError: a set-up that the gate does not go with.
     """
 
-    args: KondoGRPOConfig
     _buffered_inputs: list[Rows]
     gate_normalizer: Normalizer | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.args if isinstance(self.args, KondoGRPOConfig) else None
-        self._gate = config.gate() if config is not None and config.gated else None
-        self._gate_dg = None if config is None else config.gate_dg
-        self._gate_rewards: Tensor | None = None  # (N, F), of all processes
-        self._gate_reweighs: tuple[Rows, Tensor] | None = None  # a micro-batch that DG is to weight, its own advantages
+        self._gate_running: tuple[Rows, Tensor] | None = None  # the micro-batch in TRL's loss, its own advantages
         self._gate_postpones = False  # whether the old log-probs wait until it is decided whose are needed
         self._gate_micro_steps = 0  # run since the last optimizer step
         if self._gate is not None:
@@ -58,15 +60,15 @@ class KondoGRPOMixin(GRPOTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.parallelism_config is not None:
             raise ValueError(
                 "the gate is not proven with DeepSpeed, FSDP or a parallelism_config, where every process must "
-                "run the same passes. Train with DDP (accelerate launch --multi_gpu, or torchrun), or without the gate "
-                "(gate_rate=None)."
+                "run the same passes. Train with DDP (accelerate launch --multi_gpu, or torchrun), or without the gate."
             )
         if self.aux_loss_enabled:
             raise ValueError(
                 "the router's auxiliary loss needs every completion, and the gate skips most. Set "
-                "router_aux_loss_coef=0, or train without the gate (gate_rate=None)."
+                "router_aux_loss_coef=0, or train without the gate."
             )
-        known = (KondoGRPOMixin, GRPOTrainer)
+        self._refuse_images()
+        known = (KondoGRPOMixin, DecidingMixin, GRPOTrainer)
         own = [cls.__name__ for cls in type(self).__mro__ if "_compute_loss" in vars(cls) and cls not in known]
         if own and self.gate_normalizer is None:
             raise ValueError(
@@ -74,7 +76,18 @@ class KondoGRPOMixin(GRPOTrainer):
                 "attribute gate_normalizer: 'constant', 'rows' or 'tokens'."
             )
 
-    # Deciding
+    def _refuse_images(self) -> None:
+        """Look at the first training example; what has images only later is refused when it comes."""
+        if self.train_dataset is None or not hasattr(self.train_dataset, "__getitem__") or len(self.train_dataset) == 0:
+            return
+        example = self.train_dataset[0]
+        prompt = example.get("prompt")
+        turns = prompt if isinstance(prompt, list) else []
+        parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+        if example.get("image") is not None or example.get("images") or any("image" in part for part in parts):
+            raise ValueError(TEXT_ONLY)
+
+    # Generating
 
     @property
     def _reads_generation(self) -> bool:
@@ -90,7 +103,10 @@ class KondoGRPOMixin(GRPOTrainer):
             return super()._generate_single_turn(*args, **kwargs)  # type: ignore[no-any-return]  # TRL is untyped
         with recording(self.accelerator.unwrap_model(self.model_wrapped), self.temperature) as recorder:
             completions, log_probs = super()._generate_single_turn(*args, **kwargs)
-        return completions, recorder.log_probs(completions) if log_probs is None else log_probs
+        if log_probs is None:
+            log_probs = recorder.log_probs(completions)
+            self._gate_recorded = log_probs is not None
+        return completions, log_probs
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._gate_rewards = super()._calculate_rewards(*args, **kwargs)
@@ -99,120 +115,26 @@ class KondoGRPOMixin(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[Rows]) -> Rows:
         if self._gate is None or not self.model.training:
             return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]  # TRL is untyped
-        postpones = not (self.use_vllm and self.vllm_importance_sampling_correction)  # TRL reads those of all rows then
-        self._gate_postpones = postpones
+        # Not where TRL reads those of all rows, nor where it computes the reference's in the same way.
+        postpones = not (self.use_vllm and self.vllm_importance_sampling_correction) and self.beta == 0
+        self._gate_postpones, self._gate_recorded = postpones, False
         try:
             output: Rows = super()._generate_and_score_completions(inputs)
         finally:
             self._gate_postpones = False
         if output.get("num_images") is not None or output.get("pixel_values") is not None:
-            raise ValueError(
-                "the gate packs text only, and these completions come with images. Train without the gate "
-                "(gate_rate=None), or leave the images out."
-            )
+            raise ValueError(TEXT_ONLY)
         old = output.pop("old_per_token_logps", None) if postpones else None
         keep = self._decide(self._gate, output)
+        weight = output.get("gate_weight")
         if old is not None:
             rows = keep.nonzero().flatten()
             output["old_per_token_logps"] = old.index_copy(0, rows, self._screen(output, rows))
+        if self._everywhere(bool(keep.all()) and (weight is None or bool((weight == 1).all()))):
+            return {name: value for name, value in output.items() if not name.startswith("gate_")}  # TRL's own step
         return {**output, "gate_keep": keep}
 
-    def _decide(self, gate: KondoGate, output: Rows) -> Tensor:
-        """(B,) bool: which rows of this process the gate keeps, out of those of all processes."""
-        start = time.perf_counter()
-        mask = loss_mask(output)
-        advantages = self._gate_advantages(output)
-        local = torch.stack([worth(advantages, output["advantages"], mask), mask.sum(dim=1).to(advantages)], dim=1)
-        of_all, tokens = self.accelerator.gather(local).cpu().unbind(dim=1)
-        first = self.accelerator.process_index * len(mask)
-        mine = slice(first, first + len(mask))
-        if self.args.gate_score == "delight":
-            scored, screened = self._delights(gate, output, advantages, of_all, mine)
-        else:
-            # The seed is of the optimizer step and the micro-step in it, so that a resumed run draws the same.
-            seed = (self.args.seed, self.state.global_step, self._step % self.args.gradient_accumulation_steps)
-            other = other_score(self.args.gate_score, of_all, seed)
-            scored, screened = Scored(of_all, torch.zeros(len(of_all), dtype=torch.bool), other, other), 0
-        keep = gate(scored.score).keep
-        self._log_decision(scored, keep, tokens, screened, time.perf_counter() - start)
-        return keep[mine].to(mask.device)
-
-    def _delights(
-        self, gate: KondoGate, output: Rows, advantages: Tensor, of_all: Tensor, mine: slice
-    ) -> tuple[Scored, int]:
-        """The delights that the decision needs, of all processes, and how many rows had to be screened for them."""
-        mask = loss_mask(output)
-        log_probs = self._log_probs_at_hand(output)
-        if self.accelerator.num_processes > 1:  # all screen or none: they decide alike
-            at_hand = torch.tensor([log_probs is not None], device=mask.device)
-            log_probs = log_probs if bool(self.accelerator.gather(at_hand).all()) else None
-        known = in_doubt(gate, of_all) if log_probs is None and advantages.dim() == 1 else of_all != 0
-        rows = known[mine].nonzero().flatten().to(mask.device)
-        of_rows = self._screen(output, rows) if log_probs is None else log_probs[rows]
-        local = torch.zeros(len(mask), device=mask.device)
-        local[rows] = delight_score(advantages[rows], of_rows, mask[rows]).to(local)
-        screened = int(known.sum()) if log_probs is None else 0
-        return Scored(of_all, known, self.accelerator.gather(local).cpu()), screened
-
-    def _gate_advantages(self, output: Rows) -> Tensor:
-        """(B,) or (B, T): the advantages that the gate ranks by, of this process."""
-        advantages: Tensor = output["advantages"]
-        if self.args.gate_advantages == "trl" or self._gate_rewards is None:
-            return advantages
-        centred = centred_advantages(
-            self._gate_rewards, self.reward_weights.to(self._gate_rewards.device), self.num_generations
-        )
-        first = self.accelerator.process_index * len(advantages)
-        return centred[first : first + len(advantages)].to(advantages)
-
-    def _log_probs_at_hand(self, output: Rows) -> Tensor | None:
-        """(B, T) log-probs that are at hand: of the pass that corrects vLLM's if there was one, else the sampler's."""
-        if output.get("old_per_token_logps") is not None:
-            return output["old_per_token_logps"]  # type: ignore[no-any-return]  # TRL's dicts are untyped
-        sampled: Tensor | None = output.get("sampling_per_token_logps")
-        if sampled is None or self.args.gate_log_probs == "exact":
-            return None
-        return sampled.nan_to_num(nan=0.0)  # vLLM has NaN where it could not tell: a token without surprise
-
-    @torch.no_grad()
-    def _screen(self, output: Rows, rows: Tensor) -> Tensor:
-        """(n, T) log-probs of `rows`, exact and without a graph; in eval mode, so without dropout or other draws."""
-        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)[rows]
-        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)[rows]
-        prompt = output["prompt_ids"].shape[1]
-        log_probs = torch.zeros(len(rows), mask.shape[1] - prompt, device=ids.device)
-        if len(rows) == 0:
-            return log_probs
-        self.model.eval()
-        try:
-            for part in mask.sum(dim=1).argsort().split(self.args.per_device_train_batch_size):
-                present = mask[part].any(dim=0).nonzero().flatten()
-                start = min(int(present[0]), prompt - 1) if self._trims_prompts else 0
-                stop = max(int(present[-1]), prompt) + 1
-                log_probs[part, : stop - prompt], _, _ = self._get_per_token_logps_and_entropies(
-                    self.model, ids[part, start:stop], mask[part, start:stop], stop - prompt
-                )
-        finally:
-            self.model.train()
-        return log_probs
-
-    def _log_decision(self, scored: Scored, keep: Tensor, tokens: Tensor, screened: int, seconds: float) -> None:
-        figures = scored.figures(keep) | {
-            "kept_token_rate": float(tokens[keep].sum() / tokens.sum().clamp(min=1)),
-            "screened_rate": screened / len(keep),
-            "screen_seconds": seconds,
-        }
-        for name, value in figures.items():
-            if not math.isnan(value):
-                self._metrics["train"][f"gate/{name}"].append(value)
-
     # Packing
-
-    @property
-    def _trims_prompts(self) -> bool:
-        """Whether the model's positions are relative, so that padding left of a prompt can be cut or added."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "rope_parameters", None) is not None or getattr(config, "rope_theta", None) is not None
 
     def _prepare_inputs(self, generation_batch: Any) -> Rows:
         inputs: Rows = super()._prepare_inputs(generation_batch)
@@ -258,21 +180,35 @@ class KondoGRPOMixin(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: Rows) -> Tensor:
         if not self.model.training:
-            return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]
-        own = inputs["advantages"]
-        if "gate_scale" not in inputs:
-            return self._weighted_loss(model, dict(inputs), own)
+            return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]  # TRL is untyped
         sync = self.accelerator.sync_gradients
-        if inputs["gate_idle"] and not (sync and self._owes_a_pass()):
-            loss = torch.zeros((), device=own.device, requires_grad=True)
+        if inputs.get("gate_idle", False) and not (sync and self._owes_a_pass()):
+            loss = torch.zeros((), device=inputs["advantages"].device, requires_grad=True)
         else:
-            scaled = own * inputs["gate_scale"].to(own).reshape(-1, *[1] * (own.dim() - 1))
-            loss = self._weighted_loss(model, inputs | {"advantages": scaled}, own)
+            own = inputs["advantages"]
+            scaled = dict(inputs)
+            if "gate_scale" in inputs and not self._gate_scales_gradients:
+                scaled["advantages"] = own * inputs["gate_scale"].to(own).reshape(-1, *[1] * (own.dim() - 1))
+            self._gate_running = (scaled, own) if self._gate_dg or "gate_scale" in inputs else None
+            loss = super()._compute_loss(model, scaled)
             self._gate_micro_steps += 1
-        if sync:
-            self._metrics["train"]["gate/micro_steps"].append(float(self._gate_micro_steps))
-            self._gate_micro_steps = 0
+        if sync and self._gate is not None:
+            self._finish_step()
         return loss
+
+    @property
+    def _gate_scales_gradients(self) -> bool:
+        """Whether a row's scale goes on the gradients of its log-probs and entropies instead of on its advantage.
+
+        Terms beside the policy's (KL, entropy) are scaled too then. TRL's loss is logged without the scale.
+        """
+        return bool(self.beta != 0 or self.args.entropy_coef != 0)
+
+    def _finish_step(self) -> None:
+        """At the end of an optimizer step."""
+        self._metrics["train"]["gate/micro_steps"].append(float(self._gate_micro_steps))
+        self._gate_micro_steps = 0
+        self._learn_noise()
 
     def _owes_a_pass(self) -> bool:
         """Whether the last micro-step of an optimizer step must run although it has no rows.
@@ -282,31 +218,58 @@ class KondoGRPOMixin(GRPOTrainer):
         """
         if self._gate_micro_steps:
             return bool(self.accelerator.num_processes > 1)
-        return self.args.gate_empty_step == "momentum" or self.accelerator.mixed_precision == "fp16"
-
-    def _weighted_loss(self, model: nn.Module, inputs: Rows, own_advantages: Tensor) -> Tensor:
-        self._gate_reweighs = (inputs, own_advantages) if self._gate_dg else None
-        return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]
+        return self.args.gate_empty_step == "momentum" or bool(self.accelerator.mixed_precision == "fp16")
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if self._gate_postpones:  # of all rows; those of the kept ones are computed when these are known
             ids, logits_to_keep = args[1], args[3]
             return torch.zeros(len(ids), logits_to_keep, device=ids.device), None, None
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if (
-            self._gate_reweighs is not None and self._gate_dg is not None
-        ):  # TRL's loss reads the advantages after this, so DG can weight them here
-            inputs, advantages = self._gate_reweighs
-            self._gate_reweighs = None
-            weight = delightful_weight(
-                result[0], advantages, loss_mask(inputs), self.args.gate_dg_temperature, self._gate_dg
-            )
-            inputs["advantages"] = per_row(inputs["advantages"], result[0]) * weight
-        return result
+        log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._gate_running is None:
+            return log_probs, entropies, aux_loss
+        # TRL's loss reads its inputs after this, so what depends on the log-probs can be put into them here.
+        (inputs, own), self._gate_running = self._gate_running, None
+        if "gate_size" in inputs:
+            self._gate_sums += self._measured(inputs, log_probs.detach(), own)
+        if self._gate_dg is not None:
+            weight = delightful_weight(log_probs, own, loss_mask(inputs), self.args.gate_dg_temperature, self._gate_dg)
+            inputs["advantages"] = per_row(inputs["advantages"], log_probs) * weight
+        if "gate_scale" in inputs and self._gate_scales_gradients:
+            log_probs = scale_gradient(log_probs, inputs["gate_scale"])
+            entropies = scale_gradient(entropies, inputs["gate_entropy_scale"])
+        return log_probs, entropies, aux_loss
+
+    def _measured(self, inputs: Rows, log_probs: Tensor, own_advantages: Tensor) -> Tensor:
+        """(4,) the `noise_sums` of a micro-batch's rows, by the log-probs it is differentiated with."""
+        exact = self._size_of(inputs, log_probs, own_advantages)
+        rows = inputs["gate_weight"] > 0  # a filler has none
+        return noise_sums(*(value[rows].cpu() for value in (exact, inputs["gate_size"], inputs["gate_weight"])))
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        state = state_of(self._gate)
+        if state and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / GATE_STATE).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        saved = None if checkpoint is None else Path(checkpoint) / GATE_STATE
+        if self._gate is not None and saved is not None and saved.exists():
+            load_state(self._gate, json.loads(saved.read_text()))
+
+
+def scale_gradient(values: Tensor, scale: Tensor) -> Tensor:
+    """The same values (B, T), whose gradient is multiplied by that of their row, (B,)."""
+    fixed = values.detach()
+    return fixed + scale.to(values).unsqueeze(1) * (values - fixed)
 
 
 class KondoGRPOTrainer(KondoGRPOMixin):
     """TRL's GRPOTrainer with the gate of its `KondoGRPOConfig`: takes what `GRPOTrainer` takes.
 
-    The gradient of a step is that of the same trainer with the skipped completions' advantages set to 0.
+    The gradient of a step is that of the same trainer with the skipped completions' advantages set to 0 and the others'
+    multiplied by their weights: by 1, or under `gate_noise` such that it is TRL's own on average.
     """

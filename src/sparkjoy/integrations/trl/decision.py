@@ -1,0 +1,232 @@
+"""TRL's GRPOTrainer, deciding: from what TRL leaves in a generation batch to which rows of all processes are kept."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from sparkjoy.gates import Gate
+from sparkjoy.gates.decision import rule_of, weighted
+from sparkjoy.integrations.trl.advantages import of_the_gate
+from sparkjoy.integrations.trl.config import KondoGRPOConfig
+from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score, sized_figures, worth
+from sparkjoy.integrations.trl.packing import Rows, loss_mask
+from sparkjoy.integrations.trl.sizes import DIVIDES_BY_LENGTH, RowSize
+from sparkjoy.noise import NoiseSums, expected_noise
+from sparkjoy.signs import undecided
+
+
+class DecidingMixin(GRPOTrainer):
+    """What decides in `KondoGRPOMixin`, which see."""
+
+    args: KondoGRPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.args if isinstance(self.args, KondoGRPOConfig) else None
+        self._gate: Gate | None = config.gate() if config is not None and config.gated else None
+        self._gate_dg = None if config is None else config.gate_dg
+        self._gate_rewards: Tensor | None = None  # (N, F), of all processes, those of the last completions scored
+        self._gate_recorded = False  # whether the sampler's log-probs are those read off its passes
+        self._gate_warned = False  # that it ranks by the loss's advantages where it was to rank by centred rewards
+        self._gate_expected: float | None = None  # noise that the last decision lets expect, until its rows have run
+        self._gate_sums = torch.zeros(4, dtype=torch.float64)  # `noise_sums` of what has run since, of this process
+
+    def _decide(self, gate: Gate, output: Rows) -> Tensor:
+        """(B,) bool: which rows of this process are kept, out of those of all; a weighted gate adds two columns."""
+        start = time.perf_counter()
+        # The seed is of the optimizer step and the micro-step in it, so that a resumed run draws the same.
+        place = (self.args.seed, self.state.global_step, self._step % self.args.gradient_accumulation_steps)
+        mask = loss_mask(output)
+        cost = output["prompt_mask"].sum(dim=1) + output["completion_mask"].sum(dim=1)
+        tokens, costs = self._of_all(torch.stack([mask.sum(dim=1), cost], dim=1).float()).unbind(dim=1)
+        if weighted(gate):
+            gate.generator = draws(*place)  # type: ignore[attr-defined]  # it draws, so it has one
+            keep, figures = self._decide_by_size(gate, output, costs)
+        else:
+            keep, figures = self._decide_by_score(gate, output, draws(*place))
+        figures["screen_seconds"] = time.perf_counter() - start
+        figures["backward_tokens"] = float(costs[keep].sum())
+        figures["kept_token_rate"] = float(tokens[keep].sum() / tokens.sum().clamp(min=1))
+        for name, value in figures.items():
+            if value == value:  # not NaN
+                self._metrics["train"][f"gate/{name}"].append(value)
+        return self._mine(keep, mask)
+
+    # All processes decide alike, each on the numbers of all.
+
+    def _of_all(self, local: Tensor) -> Tensor:
+        gathered: Tensor = self.accelerator.gather(local)
+        return gathered.cpu()
+
+    def _mine(self, of_all: Tensor, local: Tensor) -> Tensor:
+        """This process's part of what is known of the rows of all."""
+        first = self.accelerator.process_index * len(local)
+        return of_all[first : first + len(local)].to(local.device)
+
+    def _everywhere(self, true: bool) -> bool:
+        """Whether it is so on every process."""
+        if self.accelerator.num_processes == 1:
+            return true
+        return bool(self._of_all(torch.tensor([true], device=self.accelerator.device)).all())
+
+    # A hard gate
+
+    def _decide_by_score(self, gate: Gate, output: Rows, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        mask = self._teaching_mask(output)
+        advantages = self._gate_advantages(output)
+        of_all = self._of_all(worth(advantages, output["advantages"], mask))
+        if self.args.gate_score != "delight":
+            other = other_score(self.args.gate_score, of_all, generator)
+            scored, screened = Scored(of_all, torch.zeros(len(of_all), dtype=torch.bool), other, other), 0
+        else:
+            log_probs = self._log_probs_at_hand(output)
+            one_sign = log_probs is None and advantages.dim() == 1
+            known = undecided(rule_of(gate), of_all).open if one_sign else of_all != 0
+            rows = self._mine(known, mask).nonzero().flatten()
+            of_rows = self._screen(output, rows) if log_probs is None else log_probs[rows]
+            local = torch.zeros(len(mask), device=mask.device)
+            local[rows] = delight_score(advantages[rows], of_rows, mask[rows]).to(local)
+            scored, screened = Scored(of_all, known, self._of_all(local)), int(known.sum()) * (log_probs is None)
+        keep = gate(scored.score).keep
+        return keep, scored.figures(keep) | {"screened_rate": screened / len(keep)}
+
+    def _teaching_mask(self, output: Rows) -> Tensor:
+        """(B, T), 1 for tokens that the loss has a term of: not those whose ratio to the sampler's TRL has set to 0."""
+        mask, ratio = loss_mask(output), self._sampler_ratio(output)
+        return mask if ratio is None else mask * (ratio != 0)
+
+    def _sampler_ratio(self, rows: Rows) -> Tensor | None:
+        """(B, T) or (B, 1), what the loss multiplies its terms by; vespo reads it too, but never as a factor."""
+        return None if self.loss_type == "vespo" else rows.get("importance_sampling_ratio")
+
+    def _gate_advantages(self, output: Rows) -> Tensor:
+        """(B,) or (B, T): the advantages that the gate ranks by, of this process."""
+        own: Tensor = output["advantages"]
+        advantages, centred = own, False
+        if own.dim() == 1:
+            of_all = self.accelerator.gather(own)
+            advantages, centred = of_the_gate(
+                of_all,
+                self._gate_rewards,
+                self.reward_weights,
+                self.num_generations,
+                self.scale_rewards,
+                self.multi_objective_aggregation,
+            )
+            if centred and self.args.gate_advantages == "trl":
+                advantages = of_all.masked_fill(advantages == 0, 0)
+            advantages = self._mine(advantages, own)
+        if self.args.gate_advantages == "centred":
+            self._metrics["train"]["gate/centred"].append(float(centred))
+            if not centred and not self._gate_warned:
+                self._gate_warned = True
+                warnings.warn(
+                    "gate_advantages='centred' ranks by reward less its group's mean, and the advantages of this batch "
+                    "are not those (GDPO's, of a group answered again or replayed, or shaped by the trainer): the gate "
+                    "ranks by the loss's own, whenever that is so. gate_advantages='trl' always does, without a word.",
+                    stacklevel=2,
+                )
+        return advantages
+
+    # A noise budget
+
+    @property
+    def _row_size(self) -> RowSize:
+        return RowSize(
+            by_length=self.loss_type in DIVIDES_BY_LENGTH,
+            beta=self.beta,
+            entropy_coef=self.args.entropy_coef,
+            dg=self._gate_dg,
+            dg_temperature=self.args.gate_dg_temperature,
+        )
+
+    def _size_of(self, rows: Rows, log_probs: Tensor | None, advantages: Tensor | None = None) -> Tensor:
+        """(B,) the size of each row's gradient in TRL's loss, by log-probs (B, T)."""
+        advantages = rows["advantages"] if advantages is None else advantages
+        reference = rows.get("ref_per_token_logps")
+        return self._row_size(advantages, log_probs, loss_mask(rows), self._sampler_ratio(rows), reference)
+
+    def _decide_by_size(self, gate: Gate, output: Rows, costs: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """By the loss's own advantages always, so that the expected gradient is the loss's.
+
+        Where no log-probs are at hand the size is |advantage| times the root of the length: the few rows kept more than
+        by exact sizes cost less than a pass over all.
+        """
+        self._learn_noise()  # where an optimizer step has several decisions
+        log_probs, mask = self._log_probs_at_hand(output), loss_mask(output)
+        screened = 0
+        if log_probs is None and self.args.gate_log_probs == "exact":
+            with_terms = self._size_of(output, None) != 0
+            rows = with_terms.nonzero().flatten()
+            screened = int(self._of_all(with_terms).sum())
+            log_probs = torch.zeros(mask.shape, device=mask.device).index_copy(0, rows, self._screen(output, rows))
+        size = self._size_of(output, log_probs)
+        of_all = self._of_all(size)
+        decision = gate(of_all, costs)
+        output["gate_size"], output["gate_weight"] = size, self._mine(decision.weight, size)
+        self._gate_expected = expected_noise(of_all, decision.probability)
+        figures = sized_figures(of_all, decision) | {"screened_rate": screened / len(of_all)}
+        return decision.keep, figures
+
+    def _learn_noise(self) -> None:
+        """Once what was kept has run: tell the gate what its draws really added, by exact sizes, and log it."""
+        if self._gate_expected is None:
+            return
+        sums = self._gate_sums
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
+        measured = NoiseSums(*sums.tolist())
+        self._metrics["train"]["gate/noise"].append(self._gate_expected * measured.ratio)
+        self._gate.learn(measured)  # type: ignore[union-attr]  # only a weighted gate lets expect anything
+        self._gate_expected, self._gate_sums = None, torch.zeros(4, dtype=torch.float64)
+
+    # Log-probs to decide on
+
+    def _log_probs_at_hand(self, output: Rows) -> Tensor | None:
+        """(B, T) log-probs that every process has: of TRL's pass over all rows if there was one, else the sampler's."""
+        log_probs: Tensor | None = output.get("old_per_token_logps")
+        if log_probs is None and self.args.gate_log_probs == "auto" and (self._gate_recorded or self._samples_whole):
+            log_probs = output.get("sampling_per_token_logps")
+        if not self._everywhere(log_probs is not None) or log_probs is None:
+            return None
+        return log_probs.nan_to_num(nan=0.0)  # vLLM has NaN where it could not tell: a token without surprise
+
+    @property
+    def _samples_whole(self) -> bool:
+        """Whether nothing cuts or bends the distribution sampled from, whose log-probs would understate surprisal."""
+        cut = self.top_p != 1 or self.top_k not in (0, -1, None) or self.min_p not in (0, None)
+        return not cut and self.repetition_penalty == 1 and not self.args.generation_kwargs
+
+    @torch.no_grad()
+    def _screen(self, output: Rows, rows: Tensor) -> Tensor:
+        """(n, T) log-probs of `rows`, exact and without a graph; in eval mode, so without dropout or other draws."""
+        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)[rows]
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)[rows]
+        prompt = output["prompt_ids"].shape[1]
+        log_probs = torch.zeros(len(rows), mask.shape[1] - prompt, device=ids.device)
+        if len(rows) == 0:
+            return log_probs
+        self.model.eval()
+        try:
+            for part in mask.sum(dim=1).argsort().split(self.args.per_device_train_batch_size):
+                present = mask[part].any(dim=0).nonzero().flatten()
+                start = min(int(present[0]), prompt - 1) if self._trims_prompts else 0
+                stop = max(int(present[-1]), prompt) + 1
+                log_probs[part, : stop - prompt], _, _ = self._get_per_token_logps_and_entropies(
+                    self.model, ids[part, start:stop], mask[part, start:stop], stop - prompt
+                )
+        finally:
+            self.model.train()
+        return log_probs
+
+    @property
+    def _trims_prompts(self) -> bool:
+        """Whether the model's positions are relative, so that padding left of a prompt can be cut or added."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "rope_parameters", None) is not None or getattr(config, "rope_theta", None) is not None
