@@ -136,11 +136,12 @@ class Frontier:
         )
         return "\n".join([head, *body, f"MB: {self.bytes_are}."])
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path, noise: float = 0.3) -> None:
         """Write a figure: error of the gradient against seconds.
 
         Args:
             path: of any kind that matplotlib writes, such as frontier.png.
+            noise: as for `recommend`, whose setting is marked.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -150,12 +151,12 @@ class Frontier:
         except ImportError as error:
             raise ImportError('Frontier.plot needs matplotlib: pip install "sparkjoy[cli]".') from error
         figure = Figure(figsize=(9, 5.5), layout="constrained")
-        self.draw(figure.subplots())
+        self.draw(figure.subplots(), noise)
         figure.savefig(path, dpi=150)
 
-    def draw(self, axis: Axes) -> None:
+    def draw(self, axis: Axes, noise: float = 0.3) -> None:
         """The figure of `plot`, on an axis of matplotlib's."""
-        recommended = self.recommend().setting
+        recommended = self.recommend(noise).setting
         colours = {"dense": "black", "unbiased": "C0", "biased": "C3", "baseline": "C7"}
         labels = {"unbiased": "unbiased: noise only", "biased": "biased: another algorithm", "baseline": "baseline"}
         for kind, colour in colours.items():
