@@ -42,7 +42,7 @@ def frontier(
     loss: Loss = reinforce,
     normalizer: Normalizer = "batch",
     micro_batch_size: int | None = None,
-    parameters: Iterable[Tensor] = (),
+    parameters: Iterable[Tensor] | None = None,
     rounds: int | None = None,
     seconds: float = 20.0,
     seed: int = 0,
@@ -80,8 +80,8 @@ def frontier(
         normalizer: as `GatedBackward`'s.
         micro_batch_size: rows per forward and backward pass, for all settings; None: the fastest of 1, 4, 16, ... for
             the dense step, up to the first that is slower or does not fit.
-        parameters: whose gradients there are, where the graph of the log-probs does not show it (a reentrant
-            checkpoint); those it shows are found.
+        parameters: all that require a gradient, where the graph of the log-probs does not show them (a reentrant
+            checkpoint); None: found in the graph.
         rounds: turns of each setting; None: as many as fit `seconds`, from 3 to 50.
         seconds: how long to go on.
         seed: of the default gates' draws.
@@ -162,7 +162,7 @@ def frontier(
             else:
                 for name, gate in copy.deepcopy(dict(gates)).items():
                     arms.append(Arm(name, "unbiased" if weighted(gate) else "biased", gate, gated(gate, None)))
-            there_anyway = [*gradients.leaves, *_tensors(batch)]
+            there_anyway = [*gradients.parameters, *_tensors(batch)]
             for arm in turns(arms, rounds, seconds, say):
                 gradients.clear()
                 if arm.peaks:
