@@ -177,6 +177,7 @@ def test_bytes_kept_for_the_backward_pass_follow_the_rows_and_repeat():
     assert peaks(8)[0] < dense / 4
 
 
+@pytest.mark.timing
 def test_a_tiny_mlp_is_told_to_take_the_dense_step():
     torch.manual_seed(0)
     policy = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
@@ -241,7 +242,7 @@ def test_a_batch_without_a_gradient_is_refused():
     with pytest.raises(ValueError, match="gradient of the batch is 0"):
         sj.frontier(lambda rows: 0 * weight[rows] - 1, torch.arange(3), torch.ones(3))
     with pytest.raises(ValueError, match="without a graph"):
-        sj.frontier(lambda rows: -torch.ones(len(rows)), torch.arange(3), torch.ones(3), micro_batch_size=3)
+        sj.frontier(lambda rows: -torch.ones(len(rows)), torch.arange(3), torch.ones(3))
     assert weight.grad is None
 
 

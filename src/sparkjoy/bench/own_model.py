@@ -177,8 +177,10 @@ def reward_function(named: str) -> Callable[..., Any]:
 def _load(config: OwnModel) -> tuple[Any, Any]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise ValueError('sparkjoy frontier needs transformers: pip install "sparkjoy[bench]".') from None
+    disable_progress_bar()  # the command has one
     dtype = torch.bfloat16 if config.bfloat16 else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")

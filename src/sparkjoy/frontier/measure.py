@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.backward import GatedBackward
-from sparkjoy.engine.inputs import check_inputs
+from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.passes import Normalizer
+from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.engine.survivors import map_tensors
 from sparkjoy.frontier.arms import Arm, Outcome, PlainLoop, Progress, check_gates, default_gates, turns
@@ -56,15 +57,15 @@ def frontier(
     changed. While measuring, two more sets of gradients are in memory.
 
     >>> import torch, sparkjoy as sj
+    >>> _ = torch.manual_seed(0)
     >>> policy = torch.nn.Linear(8, 4)
     >>> batch = {"states": torch.randn(100, 8), "actions": torch.randint(4, (100,))}
     >>> def log_prob_fn(rows):
     ...     return policy(rows["states"]).log_softmax(-1).gather(1, rows["actions"][:, None]).squeeze(1)
     >>> found = sj.frontier(log_prob_fn, batch, torch.randn(100), rounds=3)
-    >>> [setting.name for setting in found.settings][:5]
-    ['dense', 'noise 0.1', 'noise 0.3', 'noise 1', 'noise 3']
-    >>> found.recommend().setting.name  # on a policy this small gating costs more than it saves
-    'dense'
+    >>> {setting.name: setting.rows for setting in found.settings if setting.kind in ("dense", "biased")}
+    {'dense': 100.0, 'hard 25%': 25.0, 'hard 10%': 10.0, 'hard 3%': 3.0, 'price 0': 49.0}
+    >>> best, why = found.recommend()  # on a policy this small most likely the dense step
 
     Args:
         log_prob_fn: `rows -> (n,)` or `(n, T)` differentiable log-probs of the actions taken in `rows`.
@@ -107,7 +108,7 @@ def frontier(
         check_gates(gates)
     say = progress or (lambda fraction, what: None)
     device, total = inputs.advantages.device, inputs.total
-    given = {"log_probs": log_probs, "behavior_log_probs": behavior_log_probs, "mask": mask}
+    options: dict[str, Any] = {"loss": loss, "normalizer": normalizer, "count_flops": False}
     gradients = Gradients(parameters)
     seen: list[Tensor] = []
 
@@ -120,15 +121,15 @@ def frontier(
     devices = [] if device.type == "cpu" else [device]
     try:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.enable_grad():
+            _run(GatedBackward(None, **options), watched, inputs.take(slice(0, 1)))  # refuses what is wrong, at once
             size = micro_batch_size
             if size is None:
                 size = _best_size(PlainLoop(watched, inputs, loss), device, lambda what: say(0.0, what))
-            size = min(size, total)
-            options: dict[str, Any] = {"loss": loss, "normalizer": normalizer, "micro_batch_size": size}
+            size = options["micro_batch_size"] = min(size, total)
             say(0.05, "the gradient to compare with")
             gradients.clear()
             seen.clear()
-            GatedBackward(None, count_flops=False, **options)(watched, batch, advantages, **given)
+            _run(GatedBackward(None, **options), watched, inputs)
             if gradients.refer() == 0:
                 raise ValueError("the gradient of the batch is 0; give a batch that has something to teach.")
             found = torch.cat(seen)
@@ -145,10 +146,10 @@ def frontier(
                 return total, tokens, 0.0
 
             def gated(gate: Gate, score: ScoreFunction | None) -> Callable[[], Outcome]:
-                engine = GatedBackward(gate, score=score, count_flops=False, **options)
+                engine = GatedBackward(gate, score=score, **options)
 
                 def step() -> Outcome:
-                    report = engine(log_prob_fn, batch, advantages, **given)
+                    report = _run(engine, log_prob_fn, inputs)
                     return report.kept, int(row_tokens[report.decision.keep.cpu()].sum()), report.noise
 
                 return step
@@ -177,6 +178,17 @@ def frontier(
         gradients.restore()
     settings = tuple(arm.measured() for arm in arms)
     return Frontier(settings, total, tokens, size, log_probs is not None, PEAK_BYTES[device.type == "cuda"])
+
+
+def _run(engine: GatedBackward, log_prob_fn: LogProbFunction, part: Inputs) -> BackwardReport:
+    return engine(
+        log_prob_fn,
+        part.batch,
+        part.advantages,
+        log_probs=part.log_probs,
+        behavior_log_probs=part.behavior_log_probs,
+        mask=part.mask,
+    )
 
 
 def _best_size(plain: PlainLoop, device: torch.device, say: Callable[[str], None]) -> int:
