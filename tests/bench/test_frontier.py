@@ -1,15 +1,17 @@
 """`sparkjoy frontier` on a model made on the spot, with prompts and a reward of the user's own."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import trl_task
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
-from sparkjoy.bench.frontier import FrontierConfig, run
+from sparkjoy.bench.frontier import FrontierConfig, plot, run
 from sparkjoy.bench.own_model import OwnModel, sample
 from sparkjoy.cli import main
+from sparkjoy.frontier import Frontier, Setting
 
 PROMPTS = ["12>", "345>", "6>", "7890>"]
 REWARD = """
@@ -126,6 +128,12 @@ def test_log_probs_are_those_of_each_answer_alone_without_padding(own, model, pr
     torch.testing.assert_close(step.advantages.view(3, 4), rewards.view(3, 4) - rewards.view(3, 4).mean(1, True))
 
 
+def test_the_figure_has_a_panel_for_each_measurement():
+    dense = Setting("dense", None, "dense", 4.0, 16.0, 1.0, 1, 0.0, 1.0, 0.0, 3)
+    one = Frontier((dense,), 4, 16, 4, True, "bytes")
+    assert [len(plot(found, 0.3).axes) for found in ({"known": one}, {"known": one, "not known": one})] == [1, 2]
+
+
 def test_the_same_seed_gives_the_same_batch(own):
     first, again, other = (sample(OwnModel(**options(own, seed=seed))) for seed in (0, 0, 1))
     assert torch.equal(first.batch["tokens"], again.batch["tokens"])
@@ -135,9 +143,11 @@ def test_the_same_seed_gives_the_same_batch(own):
 def test_a_decoder_of_bench_needs_neither_prompts_nor_reward():
     small = OwnModel(model="gpt2-2m", group_size=2, prompts_per_step=2, max_new_tokens=4)
     told = []
-    step, found = run(FrontierConfig(small, rounds=1, micro_batch_size=4, threads=1), lambda *said: told.append(said))
+    config = FrontierConfig(small, rounds=1, micro_batch_size=4, threads=1)
+    step, found = run(config, lambda *said: told.append(said))
     assert [(one.tokens, one.known, one.dense.turns) for one in found.values()] == [(16, True, 1), (16, False, 1)]
     assert step.answers == []
+    assert list(run(replace(config, known_only=True), lambda *said: None)[1]) == ["known"]
     assert [fraction for fraction, _ in told] == sorted(fraction for fraction, _ in told)
 
 

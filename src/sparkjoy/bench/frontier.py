@@ -29,6 +29,8 @@ class FrontierConfig:
     """The most that gating may add to the noise that the batch has itself."""
     rounds: int | None = None
     """Turns of each setting; left out: at least 3, and as many as fit 20 seconds."""
+    known_only: bool = False
+    """Leave out the second measurement, without the sampler's log-probs, which takes longer than the first."""
     micro_batch_size: int | None = None
     """Rows per forward and backward pass; left out: the fastest for the dense step."""
     threads: int = 2
@@ -44,7 +46,7 @@ class FrontierConfig:
 
 
 def run(config: FrontierConfig, progress: Progress) -> tuple[Sampled, dict[str, Frontier]]:
-    """The batch, and what gating does to its step with the sampler's log-probs known, and without.
+    """The batch, and what gating does to its step with the sampler's log-probs known, and without them.
 
     Args:
         config: what to measure.
@@ -58,7 +60,8 @@ def run(config: FrontierConfig, progress: Progress) -> tuple[Sampled, dict[str, 
     step = _random_step(config.step) if config.step.model in get_args(Model) else sample(config.step)
     found: dict[str, Frontier] = {}
     size = config.micro_batch_size
-    for name, begin in (("known", 0.1), ("not known", 0.55)):
+    parts = ("known",) if config.known_only else ("known", "not known")
+    for number, name in enumerate(parts):
         found[name] = frontier(
             step.log_prob_fn,
             step.batch,
@@ -68,8 +71,8 @@ def run(config: FrontierConfig, progress: Progress) -> tuple[Sampled, dict[str, 
             micro_batch_size=size,
             rounds=config.rounds,
             seed=config.step.seed,
-            progress=lambda done, what, name=name, begin=begin: progress(  # type: ignore[misc]  # mypy: defaults
-                begin + 0.45 * done, f"log-probs {name}, {what}"
+            progress=lambda done, what, name=name, number=number: progress(  # type: ignore[misc]  # defaults
+                0.1 + 0.9 * (number + done) / len(parts), f"log-probs {name}, {what}"
             ),
         )
         size = found[name].micro_batch_size
@@ -90,7 +93,7 @@ def plot(found: Mapping[str, Frontier], noise: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5 * len(found)), layout="constrained")
-    for axis, one in zip(figure.subplots(len(found)), found.values(), strict=True):
+    for axis, one in zip(figure.subplots(len(found), squeeze=False).flat, found.values(), strict=True):
         one.draw(axis, noise)
     return figure
 

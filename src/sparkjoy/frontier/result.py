@@ -15,6 +15,9 @@ LEEWAY = 1.25
 """How far above the budget a noise may be estimated and still be within it: as far as the estimate itself may be off
 where sizes are approximate."""
 
+NAME = (0.18, 0.06)
+"""Width and height of a name in the figure, in parts of its longest seconds and greatest error."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -210,12 +213,18 @@ class Frontier:
 
 
 def _places(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Where a name may stand beside each point of the unit square without covering another name."""
+    """Where names may begin, beside their points in the unit square, without covering another name or point."""
+    points = [(x, y if math.isfinite(y) else 0.0) for x, y in points]
     places: dict[int, tuple[float, float]] = {}
     for index in sorted(range(len(points)), key=lambda number: points[number][1]):
-        x, y = points[index]
-        x, y = x + 0.02, (y if math.isfinite(y) else 0.0) + 0.02
-        while any(abs(x - other) < 0.18 and abs(y - height) < 0.06 for other, height in places.values()):
+        x, y = points[index][0] + 0.02, points[index][1] + 0.02
+
+        def free(height: float, x: float = x) -> bool:
+            names = (abs(x - other) < NAME[0] and abs(height - y) < NAME[1] for other, y in places.values())
+            covered = (0 < other - x < NAME[0] and abs(height - y) < NAME[1] / 2 for other, y in points)
+            return not any(names) and not any(covered)
+
+        while not free(y):
             y += 0.01
         places[index] = (x, y)
     return [places[index] for index in range(len(points))]
