@@ -239,8 +239,10 @@ def test_wrong_input_is_refused_before_any_gradient_is_touched(options, message)
 
 def test_a_batch_without_a_gradient_is_refused():
     weight = torch.zeros(3, requires_grad=True)
-    with pytest.raises(ValueError, match="gradient of the batch is 0"):
+    with pytest.raises(ValueError, match="gradient of the batch has a length of 0"):
         sj.frontier(lambda rows: 0 * weight[rows] - 1, torch.arange(3), torch.ones(3))
+    with pytest.raises(ValueError, match="gradient of the batch has a length of nan"):
+        sj.frontier(lambda rows: -weight[rows].sqrt() - 1, torch.arange(3), torch.tensor([1.0, 1.0, 0.0]))
     with pytest.raises(ValueError, match="without a graph"):
         sj.frontier(lambda rows: -torch.ones(len(rows)), torch.arange(3), torch.ones(3))
     assert weight.grad is None

@@ -71,9 +71,7 @@ def run(config: FrontierConfig, progress: Progress) -> tuple[Sampled, dict[str, 
             micro_batch_size=size,
             rounds=config.rounds,
             seed=config.step.seed,
-            progress=lambda done, what, name=name, number=number: progress(  # type: ignore[misc]  # defaults
-                0.1 + 0.9 * (number + done) / len(parts), f"log-probs {name}, {what}"
-            ),
+            progress=_part(progress, number / len(parts), len(parts), name),
         )
         size = found[name].micro_batch_size
     return step, found
@@ -96,6 +94,11 @@ def plot(found: Mapping[str, Frontier], noise: float) -> Figure:
     for axis, one in zip(figure.subplots(len(found), squeeze=False).flat, found.values(), strict=True):
         one.draw(axis, noise)
     return figure
+
+
+def _part(progress: Progress, begin: float, parts: int, name: str) -> Progress:
+    """Progress of one of several measurements, in that of all."""
+    return lambda done, what: progress(0.1 + 0.9 * (begin + done / parts), f"log-probs {name}, {what}")
 
 
 def _random_step(config: OwnModel) -> Sampled:

@@ -31,7 +31,8 @@ class SavedBytes:
         self.peak = 0
         self._held = 0
         self._uses: Counter[int] = Counter()
-        self._there_anyway = {tensor.untyped_storage().data_ptr() for tensor in there_anyway}
+        strided = (tensor for tensor in there_anyway if tensor.layout == torch.strided)
+        self._there_anyway = {tensor.untyped_storage().data_ptr() for tensor in strided}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
 
     def __enter__(self) -> SavedBytes:

@@ -130,8 +130,9 @@ def frontier(
             gradients.clear()
             seen.clear()
             _run(GatedBackward(None, **options), watched, inputs)
-            if gradients.refer() == 0:
-                raise ValueError("the gradient of the batch is 0; give a batch that has something to teach.")
+            length = gradients.refer()
+            if not 0 < length < math.inf:
+                raise ValueError(f"the gradient of the batch has a length of {length:g}; expected one to compare with.")
             found = torch.cat(seen)
             tokens = inputs.tokens(found)
             divisors = {"batch": tokens, "kept": tokens, "samples": total}

@@ -125,10 +125,9 @@ class Frontier:
 
     def table(self) -> str:
         """One line a setting, under a line that says of what."""
-        turns = sorted({setting.turns for setting in self.settings})
         head = (
             f"{self.rows:,} rows, {self.tokens:,} tokens, {self.micro_batch_size:,} rows in a micro-batch, log-probs "
-            f"{'known' if self.known else 'not known'}; {' or '.join(map(str, turns))} turns each"
+            f"{'known' if self.known else 'not known'}; {self.dense.turns} turns each"
         )
         names = ("setting", "rows", "tokens", "ms", "of dense", "MB", "of dense", "error", "cosine", "noise")
         lines = [names, *(self._cells(setting) for setting in self.settings)]
@@ -173,7 +172,7 @@ class Frontier:
             )
         axis.plot(recommended.seconds, recommended.error, "o", ms=14, mfc="none", mec="C2", mew=2, label="recommended")
         longest = max(setting.seconds for setting in self.settings)
-        highest = max((setting.error for setting in self.settings if math.isfinite(setting.error)), default=0.0) or 1.0
+        highest = max(setting.error for setting in self.settings) or 1.0
         places = _places([(setting.seconds / longest, setting.error / highest) for setting in self.settings])
         for setting, (x, y) in zip(self.settings, places, strict=True):
             axis.annotate(
@@ -214,7 +213,6 @@ class Frontier:
 
 def _places(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Where names may begin, beside their points in the unit square, without covering another name or point."""
-    points = [(x, y if math.isfinite(y) else 0.0) for x, y in points]
     places: dict[int, tuple[float, float]] = {}
     for index in sorted(range(len(points)), key=lambda number: points[number][1]):
         x, y = points[index][0] + 0.02, points[index][1] + 0.02
