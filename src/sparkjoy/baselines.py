@@ -1,59 +1,74 @@
 """From rewards to advantages: U = reward − baseline.
 
-Each function returns exact zeros where all rewards of a group are equal. A float mean would leave about 1e-8 there, and
-a gate could not see that such rows teach nothing.
+Rewards come as reward functions return them: a tensor of any real dtype, an array or a list, bool and integers too.
+Statistics are computed in float64, and advantages are float64 where the rewards are, else float32. Rewards of a group
+that are equal up to rounding, within 4 units in the last place of float32 (float64 for float64), are equal: their
+advantages are exact zeros. A mean would leave about 1e-8 there, which a gate would rank and a standard deviation would
+blow up to full size. The steps of a coarser dtype, such as bfloat16's, are differences.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from sparkjoy.scores import at_least_float32, without_graph
 
-def group_mean_advantage(rewards: Tensor, group_size: int | None = None) -> Tensor:
+Rewards = Tensor | Sequence[Any] | np.ndarray[Any, Any]
+"""What reward functions return: bool, integers or floats."""
+
+
+def group_mean_advantage(rewards: Rewards, group_size: int | None = None) -> Tensor:
     """Advantage over the mean of the group, U_i = r_i − mean(r of i's group).
 
     >>> group_mean_advantage(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
 
     Args:
-        rewards: (B,), the answers of one prompt beside one another.
+        rewards: (B,) tensor, array or list, the answers of one prompt beside one another.
         group_size: answers per prompt; B must be a multiple of it. None: the whole batch is one group.
 
     Returns:
-        (B,), exactly 0 where all rewards of the group are equal.
+        (B,), exactly 0 where all rewards of the group are equal up to rounding.
 
     Raises:
-        ValueError: `rewards` not (B,), empty, or not a whole number of groups.
+        ValueError: `rewards` not (B,), empty, no numbers, NaN or infinite, or not a whole number of groups.
     """
+    rewards = as_tensor("rewards", rewards)
     groups = _groups(rewards, group_size)
-    return _zero_where_equal(groups, groups - groups.mean(dim=1, keepdim=True))
+    return _advantages(centred(groups, _rounding(rewards)), rewards)
 
 
-def leave_one_out_advantage(rewards: Tensor, group_size: int | None = None) -> Tensor:
+def leave_one_out_advantage(rewards: Rewards, group_size: int | None = None) -> Tensor:
     """Advantage over the mean of the group's others, U_i = (r_i − mean(r)) · n / (n − 1) (RLOO, arXiv 2402.14740).
 
     >>> leave_one_out_advantage(torch.tensor([1.0, 0.0, 0.0]))
     tensor([ 1.0000, -0.5000, -0.5000])
 
     Args:
-        rewards: (B,), the answers of one prompt beside one another.
+        rewards: (B,) tensor, array or list, the answers of one prompt beside one another.
         group_size: answers per prompt, at least 2. None: the whole batch is one group.
 
     Returns:
-        (B,), exactly 0 where all rewards of the group are equal.
+        (B,), exactly 0 where all rewards of the group are equal up to rounding.
 
     Raises:
         ValueError: as `group_mean_advantage`, or groups of one.
     """
+    rewards = as_tensor("rewards", rewards)
     groups = _groups(rewards, group_size)
     size = groups.shape[1]
     if size < 2:
         raise ValueError("a group of 1 has no others; leave_one_out_advantage needs a group_size of at least 2.")
-    return _zero_where_equal(groups, (groups - groups.mean(dim=1, keepdim=True)) * (size / (size - 1)))
+    return _advantages(centred(groups, _rounding(rewards)) * (size / (size - 1)), rewards)
 
 
-def group_standardised_advantage(rewards: Tensor, group_size: int | None = None) -> Tensor:
+def group_standardised_advantage(rewards: Rewards, group_size: int | None = None) -> Tensor:
     """GRPO's advantage, U_i = (r_i − mean(r)) / sd(r) within the group (arXiv 2402.03300).
 
     The rarer a success in its group, the larger: one in n answers gets (n − 1)/√n. Gate on `group_mean_advantage` where
@@ -63,24 +78,25 @@ def group_standardised_advantage(rewards: Tensor, group_size: int | None = None)
     tensor([ 1.1547, -0.5774, -0.5774])
 
     Args:
-        rewards: (B,), the answers of one prompt beside one another.
+        rewards: (B,) tensor, array or list, the answers of one prompt beside one another.
         group_size: answers per prompt, at least 2. None: the whole batch is one group.
 
     Returns:
-        (B,), exactly 0 where all rewards of the group are equal.
+        (B,), exactly 0 where all rewards of the group are equal up to rounding.
 
     Raises:
         ValueError: as `group_mean_advantage`, or groups of one.
     """
+    rewards = as_tensor("rewards", rewards)
     groups = _groups(rewards, group_size)
     if groups.shape[1] < 2:
         raise ValueError("a group of 1 has no spread; group_standardised_advantage needs a group_size of at least 2.")
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    spread = groups.std(dim=1, keepdim=True).clamp(min=torch.finfo(groups.dtype).tiny)
-    return _zero_where_equal(groups, centred / spread)
+    centred_rewards = centred(groups, _rounding(rewards))
+    spread = centred_rewards.std(dim=1, keepdim=True).clamp(min=torch.finfo(groups.dtype).tiny)
+    return _advantages(centred_rewards / spread, rewards)
 
 
-def good_and_bad_advantage(advantages: Tensor, alpha: float = 0.5) -> Tensor:
+def good_and_bad_advantage(advantages: Rewards, alpha: float = 0.5) -> Tensor:
     """PMPO's weights as advantages: αB/n₊ on the n₊ good answers, −(1 − α)B/n₋ on the n₋ bad ones (arXiv 2410.04166).
 
     Averaged over the batch, −U log π is then PMPO's loss: −α times the mean log-prob of the good answers plus (1 − α)
@@ -96,18 +112,19 @@ def good_and_bad_advantage(advantages: Tensor, alpha: float = 0.5) -> Tensor:
     Raises:
         ValueError: `advantages` not (B,) or not finite, or `alpha` outside [0, 1].
     """
-    if advantages.dim() != 1:
-        raise ValueError(f"advantages has shape {tuple(advantages.shape)}; expected (B,).")
+    given = as_tensor("advantages", advantages)
+    if given.dim() != 1:
+        raise ValueError(f"advantages has shape {tuple(given.shape)}; expected (B,).")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a number in [0, 1].")
-    if not bool(advantages.isfinite().all()):
+    if not bool(given.isfinite().all()):
         raise ValueError("advantages has a value that is NaN or infinite; expected finite numbers.")
-    good, bad = (advantages > 0).to(advantages), (advantages < 0).to(advantages)
+    good, bad = (given > 0).to(_dtype(given)), (given < 0).to(_dtype(given))
     of_good, of_bad = good / good.sum().clamp(min=1), bad / bad.sum().clamp(min=1)
-    return len(advantages) * (alpha * of_good - (1 - alpha) * of_bad)
+    return len(given) * (alpha * of_good - (1 - alpha) * of_bad)
 
 
-def expected_confidence_advantage(rewards: Tensor, probabilities: Tensor) -> Tensor:
+def expected_confidence_advantage(rewards: Rewards, probabilities: Tensor) -> Tensor:
     """Advantage over the expected confidence, U = r − Σ_a π(a|s)² (arXiv 2603.14608).
 
     The baseline is the probability that two draws from the policy agree. It needs no label and no second sample, and
@@ -126,23 +143,91 @@ def expected_confidence_advantage(rewards: Tensor, probabilities: Tensor) -> Ten
     Raises:
         ValueError: shapes that do not go together.
     """
-    if rewards.dim() != 1 or probabilities.dim() != 2 or len(rewards) != len(probabilities):
+    given = as_tensor("rewards", rewards)
+    if given.dim() != 1 or probabilities.dim() != 2 or len(given) != len(probabilities):
         raise ValueError(
-            f"rewards has shape {tuple(rewards.shape)} and probabilities {tuple(probabilities.shape)}; expected (B,) "
+            f"rewards has shape {tuple(given.shape)} and probabilities {tuple(probabilities.shape)}; expected (B,) "
             "and (B, K)."
         )
-    return rewards - probabilities.detach().square().sum(dim=1)
+    probabilities = at_least_float32(without_graph(probabilities))
+    return given.to(_dtype(given)) - probabilities.square().sum(dim=1)
+
+
+def as_tensor(name: str, values: Any) -> Tensor:
+    """Real numbers as a tensor without a graph, whatever a reward function made them: tensor, array or list.
+
+    >>> as_tensor("rewards", [True, False])
+    tensor([ True, False])
+
+    Raises:
+        ValueError: not numbers, or complex ones.
+    """
+    tensor = values
+    if not isinstance(values, Tensor):
+        try:
+            # np.array copies what torch does not take: read-only memory, negative strides.
+            tensor = torch.tensor(np.array(values, order="C") if hasattr(values, "__array__") else values)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{name} is a {type(values).__name__} that no tensor can be made of ({error}); expected a tensor, an "
+                "array or a list of numbers."
+            ) from error
+    if tensor.is_complex():
+        raise ValueError(f"{name} is {tensor.dtype}; expected real numbers.")
+    return without_graph(tensor)
+
+
+def precise(values: Tensor) -> Tensor:
+    """`values` in float64, or in float32 on Apple's GPUs, which have no float64."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def centred(groups: Tensor, rounding: float, size: Tensor | None = None) -> Tensor:
+    """Each row of `groups` less its mean; exactly 0 where its values are equal up to rounding.
+
+    >>> centred(torch.tensor([[1.0, 0.0], [0.3, 0.1 + 0.2]]).double(), torch.finfo(torch.float64).eps)
+    tensor([[ 0.5000, -0.5000],
+            [ 0.0000,  0.0000]], dtype=torch.float64)
+
+    Args:
+        groups: (G, n), as `precise` gives them.
+        rounding: relative size of the last digit that values were computed to; four of them make no difference.
+        size: (G, n) what that is relative to, for sums of larger terms; None: the values themselves.
+    """
+    least, most = groups.aminmax(dim=1, keepdim=True)
+    largest = most.abs() if size is None else size.amax(dim=1, keepdim=True)  # the least's too, where they are equal
+    equal = most - least <= largest * (4 * rounding)
+    return (groups - groups.mean(dim=1, keepdim=True)).masked_fill(equal, 0)
 
 
 def _groups(rewards: Tensor, group_size: int | None) -> Tensor:
+    """(G, n) in float64, checked."""
     if rewards.dim() != 1 or len(rewards) == 0:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected (B,) with at least one reward.")
     size = len(rewards) if group_size is None else group_size
     if size < 1 or len(rewards) % size:
         raise ValueError(f"group_size is {size}, which does not divide the {len(rewards)} rewards into whole groups.")
-    return (rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())).view(-1, size)
+    groups = precise(rewards)
+    # The sum is finite unless a value is not (or it overflows): one cheap pass, and the exact one only in doubt.
+    if not math.isfinite(groups.sum().item()) and not bool(groups.isfinite().all()):
+        bad = (~groups.isfinite()).nonzero().flatten()
+        raise ValueError(
+            f"rewards has {len(bad)} of {len(rewards)} values NaN or infinite, the first at {int(bad[0])}; expected "
+            "finite numbers. Score such an answer, or leave its group out."
+        )
+    return groups.view(-1, size)
 
 
-def _zero_where_equal(groups: Tensor, advantages: Tensor) -> Tensor:
-    equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
-    return advantages.masked_fill(equal, 0).flatten()
+def _rounding(rewards: Tensor) -> float:
+    coarse = rewards.is_floating_point() and rewards.dtype != torch.float64
+    return torch.finfo(torch.float32 if coarse else torch.float64).eps
+
+
+def _dtype(values: Tensor) -> torch.dtype:
+    """That of advantages: float32 at least."""
+    floating = values.dtype if values.is_floating_point() else torch.get_default_dtype()
+    return torch.promote_types(floating, torch.float32)
+
+
+def _advantages(groups: Tensor, rewards: Tensor) -> Tensor:
+    return groups.flatten().to(_dtype(rewards))

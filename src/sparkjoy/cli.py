@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
+from sparkjoy.output import lasting_output
+from sparkjoy.starting import ready
+from sparkjoy.training.memory import within_machine_memory
+from sparkjoy.training.stopping import Terminated, end_on_sigterm
+
 HELP = """usage: sparkjoy COMMAND [flags]
 
   sparkjoy train mnist      train one policy: sparkjoy train mnist --method kondo --rate 0.03 --out out/run
@@ -23,17 +28,33 @@ HELP = """usage: sparkjoy COMMAND [flags]
 Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures. train, pareto, study
 scores, screening and scaling go on from the last checkpoint when started again with the same --out."""
 
+NO_MEMORY = ("allocate memory", "std::bad_alloc", "out of memory", "calculation overflowed", "multiplication overflow")
+"""What torch says of sizes that are beyond memory, or beyond numbers."""
+
 
 def main() -> None:
-    """Run one command; exit status 2 and one line for what the user got wrong."""
-    try:
-        from sparkjoy import commands
-    except ImportError as error:
-        print(
-            f'sparkjoy: {error.name} is missing; the command line needs: pip install "sparkjoy[cli]"', file=sys.stderr
-        )
-        raise SystemExit(2) from None
-    arguments = sys.argv[1:]
+    """Run one command; exit status 2 and one line for what the user got wrong or the machine could not do."""
+    with lasting_output(), within_machine_memory():
+        try:
+            _run(sys.argv[1:])
+        except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+            line = _line(error)
+            if line is None:
+                raise
+            if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
+                print(f"sparkjoy: {line}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("sparkjoy: interrupted; finished work is in --out", file=sys.stderr)
+            raise SystemExit(130) from None
+        except Terminated:
+            print("sparkjoy: terminated; finished work is in --out", file=sys.stderr)
+            raise
+
+
+def _run(arguments: list[str]) -> None:
+    from sparkjoy import commands
+
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
         return
@@ -42,15 +63,22 @@ def main() -> None:
 
         print(f"sparkjoy {__version__}")
         return
-    try:
-        commands.run(arguments)
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
-            print(f"sparkjoy: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("sparkjoy: interrupted; finished work is in --out", file=sys.stderr)
-        raise SystemExit(130) from None
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun has its own ways to end its processes
+        end_on_sigterm()
+    ready()
+    commands.run(arguments)
+
+
+def _line(error: Exception) -> str | None:
+    """What went wrong, in one line; None for what is nobody's fault but the program's."""
+    said = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        return f'{str(error.name).partition(".")[0]} is missing; the command line needs: pip install "sparkjoy[cli]"'
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in said for word in NO_MEMORY)):
+        return "this takes more memory than there is; give smaller sizes."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return None if isinstance(error, RuntimeError) else said
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from sparkjoy.bench import frontier
 from sparkjoy.bench import run as bench
 from sparkjoy.studies import (
     bandit_theory,
+    budget,
+    budget_figure,
     pareto,
     scaling,
     score_comparison,
@@ -31,6 +33,7 @@ from sparkjoy.tasks.rollouts import Task
 from sparkjoy.training.console import (
     LiveRuns,
     print_bench,
+    print_budget,
     print_gains,
     print_runs,
     print_scaling,
@@ -39,10 +42,12 @@ from sparkjoy.training.console import (
     print_slopes,
     study_progress,
 )
+from sparkjoy.training.flags import checked, need, refuse_empty
+from sparkjoy.training.folder import opened
 from sparkjoy.training.loop import summary, train
 from sparkjoy.training.processes import WHOLE, Share, joined, refuse_several_processes, share_of_this_process
 from sparkjoy.training.settings import Settings
-from sparkjoy.training.tracking import prepare_out, save_figure, write_json, write_json_lines
+from sparkjoy.training.tracking import save_figure, write_json, write_json_lines
 
 FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name before them
 
@@ -130,14 +135,13 @@ class StudyBandit:
     study: Annotated[bandit_theory.BanditStudy, FLAT] = field(default_factory=bandit_theory.BanditStudy)
 
     def __call__(self) -> None:
-        prepare_out(self.out)
         torch.set_num_threads(1)
-        with study_progress() as progress:
-            measured = bandit_theory.run(self.study, progress)
-        write_json(self.out / "config.json", asdict(self.study))
-        write_json(self.out / "summary.json", measured)
-        for name, figure in bandit_theory.plot(measured).items():
-            save_figure(figure, self.out, name)
+        with opened(self.out, asdict(self.study)):
+            with study_progress() as progress:
+                measured = bandit_theory.run(self.study, progress)
+            write_json(self.out / "summary.json", measured)
+            for name, figure in bandit_theory.plot(measured).items():
+                save_figure(figure, self.out, name)
         if measured["slopes"]:
             print_slopes(measured["slopes"])
         print(f"results and five figures in {self.out}")
@@ -162,6 +166,22 @@ class StudyScaling:
 
 
 @dataclass(frozen=True)
+class StudyBudget:
+    """One noise budget everywhere, against fixed rates and others that move, each at its best learning rate."""
+
+    out: Path = Path("out/study-budget")
+    """Folder for the results; finished runs in it are not run again."""
+    study: Annotated[budget.BudgetStudy, FLAT] = field(default_factory=budget.BudgetStudy)
+
+    def __call__(self) -> None:
+        with LiveRuns(runs=self.study.most_runs) as live:
+            rows = budget.run(self.study, self.out, live.start)
+        save_figure(budget_figure.plot(rows), self.out, "budget")
+        print_budget(budget.table(rows))
+        print(f"results in {self.out}, the figure in {self.out / 'budget.png'}")
+
+
+@dataclass(frozen=True)
 class StudyGain:
     """What the gate saves a step as prompts, vocabulary and model grow and backward passes get dearer."""
 
@@ -170,13 +190,12 @@ class StudyGain:
     study: Annotated[step_gain.StepGainStudy, FLAT] = field(default_factory=step_gain.StepGainStudy)
 
     def __call__(self) -> None:
-        prepare_out(self.out)
         torch.set_num_threads(1)
-        with study_progress() as progress:
-            records = step_gain.run(self.study, progress)
-        write_json(self.out / "config.json", asdict(self.study))
-        write_json(self.out / "summary.json", {"runs": records})
-        save_figure(step_gain.plot(records), self.out, "gain")
+        with opened(self.out, asdict(self.study)):
+            with study_progress() as progress:
+                records = step_gain.run(self.study, progress)
+            write_json(self.out / "summary.json", {"runs": records})
+            save_figure(step_gain.plot(records), self.out, "gain")
         print_gains(records)
         print(f"results in {self.out}, the figure in {self.out / 'gain.png'}")
 
@@ -190,15 +209,14 @@ class StudyTokens:
     study: Annotated[token_gate.TokenGateStudy, FLAT] = field(default_factory=token_gate.TokenGateStudy)
 
     def __call__(self) -> None:
-        prepare_out(self.out)
         torch.set_num_threads(1)
-        with study_progress() as progress:
-            records = token_gate.run(self.study, progress)
-        write_json(self.out / "config.json", asdict(self.study))
-        write_json_lines(self.out / "records.jsonl", records)
-        ends = {(record["arm"], record["seed"]): record for record in records}
-        write_json(self.out / "summary.json", {"runs": list(ends.values())})
-        save_figure(token_gate.plot(records), self.out, "tokens")
+        with opened(self.out, asdict(self.study)):
+            with study_progress() as progress:
+                records = token_gate.run(self.study, progress)
+            write_json_lines(self.out / "records.jsonl", records)
+            ends = {(record["arm"], record["seed"]): record for record in records}
+            write_json(self.out / "summary.json", {"runs": list(ends.values())})
+            save_figure(token_gate.plot(records), self.out, "tokens")
         for (arm, seed), record in ends.items():
             print(f"{arm}, seed {seed}: error {100 * record['error']:.1f}% after {record['step']} steps")
         print(f"results in {self.out}, the figure in {self.out / 'tokens.png'}")
@@ -230,11 +248,11 @@ class Bench:
     bench: Annotated[bench.BenchConfig, FLAT] = field(default_factory=bench.BenchConfig)
 
     def __call__(self) -> None:
-        prepare_out(self.out)
-        write_json(self.out / "config.json", asdict(self.bench))
-        with study_progress() as progress:
-            result = bench.run(self.bench, self.out, progress)
-        save_figure(bench.plot(result), self.out, "speedup")
+        need("bench", "transformers", *(["kondo_gate"] if "kondo-gate" in self.bench.arms else []))
+        with opened(self.out, asdict(self.bench)):
+            with study_progress() as progress:
+                result = bench.run(self.bench, self.out, progress)
+            save_figure(bench.plot(result), self.out, "speedup")
         print_bench(result)
         print(f"results in {self.out}, the figure in {self.out / 'speedup.png'}")
 
@@ -270,6 +288,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("study", "screening"): StudyScreening,
     ("study", "bandit"): StudyBandit,
     ("study", "scaling"): StudyScaling,
+    ("study", "budget"): StudyBudget,
     ("study", "gain"): StudyGain,
     ("study", "tokens"): StudyTokens,
     ("bench", ""): Bench,
@@ -288,10 +307,13 @@ def run(arguments: list[str]) -> None:
     if command is None:
         known = ", ".join(" ".join(names).strip() for names in COMMANDS)
         raise ValueError(f"no command {' '.join(arguments[:2])!r}; there are: {known}. See sparkjoy --help.")
-    program = f"sparkjoy {' '.join(words)}"
-    parsed = _parse(command, arguments[len(words) :], program)
+    program, flags = f"sparkjoy {' '.join(words)}", arguments[len(words) :]
+    refuse_empty(flags)
+    parsed = checked(_parse(command, flags, program))
     if command is not TrainReversal:
         refuse_several_processes(program)
+    if words[0] != "train":
+        need("cli", "matplotlib")
     parsed()
 
 
@@ -305,9 +327,14 @@ def _parse(command: Callable[..., Any], flags: list[str], program: str) -> Calla
     except SystemExit as stop:
         if not stop.code:
             raise
-        body = itertools.takewhile(lambda line: "────" not in line, said.getvalue().splitlines()[1:])
-        sentence = " ".join(line.strip(" │") for line in body)
+        lines = [line.strip(" │|") for line in said.getvalue().splitlines()]
+        words = itertools.dropwhile(_is_rule, lines[1:])  # after the box's own upper edge
+        sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), words))
         raise ValueError(f"{sentence.rstrip('.')}. See {program} --help.") from None
+
+
+def _is_rule(line: str) -> bool:
+    return "────" in line or "----" in line
 
 
 def _train(task: Task, task_config: Any, settings: Settings, target: float, out: Path, share: Share = WHOLE) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy.scores import ScoreFunction, per_row
-from sparkjoy.sizes import clipped_size, delightful_size, policy_gradient_size
+from sparkjoy.sizes import delightful_size, policy_gradient_size
 
 Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -90,7 +90,7 @@ def clipped(epsilon: float = 0.2) -> Loss:
         ratio = (log_probs - behavior_log_probs).clamp(max=20).exp()
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
 
-    return _sized(loss, clipped_size(epsilon))
+    return loss
 
 
 def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "token") -> Loss:

@@ -133,6 +133,84 @@ class RollingQuantile:
         self._scores = state["scores"]
 
 
+class EffectiveSize:
+    """Lets a fraction of the effective number of positive scores pass: n = (Σ χ₊)² / Σ χ₊², a rate that moves.
+
+    Equal scores count in full, a lone large one counts as one: concentrated signal keeps few rows, spread-out many. A
+    hard gate at this price is as biased as at any other; `UnbiasedGate` moves its rate the same way without bias.
+
+    >>> EffectiveSize(0.5)(torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0])) < 1  # four equal ones stay together
+    tensor(True)
+    >>> torch.tensor([9.0, 1.0, 0.5]) > EffectiveSize(0.5)(torch.tensor([9.0, 1.0, 0.5]))
+    tensor([ True, False, False])
+
+    Args:
+        fraction: of the effective number, in (0, 1].
+
+    Raises:
+        ValueError: `fraction` outside (0, 1].
+    """
+
+    def __init__(self, fraction: float = 0.5) -> None:
+        self.fraction = checked_rate(fraction)
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
+        ranked = score.clamp(min=0).sort(descending=True).values
+        squares = float(ranked.double().square().sum())
+        effective = float(ranked.double().sum()) ** 2 / squares if squares > 0 else 0.0
+        return _price_of_best(ranked, math.ceil(self.fraction * effective - 1e-9))
+
+    def __repr__(self) -> str:
+        return f"EffectiveSize({self.fraction:g})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Nucleus:
+    """Lets the fewest scores pass that hold a share of the sum of positive ones, a rate that moves.
+
+    >>> torch.tensor([5.0, 4.0, 1.0, -3.0]) > Nucleus(0.5)(torch.tensor([5.0, 4.0, 1.0, -3.0]))
+    tensor([ True, False, False, False])
+
+    Args:
+        share: in (0, 1].
+
+    Raises:
+        ValueError: `share` outside (0, 1].
+    """
+
+    def __init__(self, share: float = 0.5) -> None:
+        self.share = checked_rate(share)
+
+    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
+        ranked = score.clamp(min=0).sort(descending=True).values
+        held = ranked.double().cumsum(0)
+        return _price_of_best(ranked, int((held < self.share * held[-1] * (1 - 1e-9)).count_nonzero()) + 1)
+
+    def __repr__(self) -> str:
+        return f"Nucleus({self.share:g})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def _price_of_best(ranked: Tensor, count: int) -> Tensor:
+    """A price that the `count` best pass, and those equal to the last of them; never below 0."""
+    return just_below(ranked[max(0, min(count, len(ranked)) - 1)]).clamp(min=0)
+
+
+def just_below(score: Tensor) -> Tensor:
+    """The next smaller number."""
+    return torch.nextafter(score, torch.full_like(score, -math.inf))
+
+
 def remember(earlier: Tensor | None, now: Tensor, window: int) -> Tensor:
     """The last `window` values, or all of `now` where it has more."""
     both = now if earlier is None else torch.cat((earlier.to(now), now))

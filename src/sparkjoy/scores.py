@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ScoreFunction = Callable[..., Tensor]
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row.
 
 What a function may say of itself, as an attribute: `reads_log_probs = False`, so that none are computed for it;
-`sign_of_advantage = True`, so that signs may decide without them; `is_size = True`, for the size of a gradient;
-`reads_behavior = True`, to be given the behaviour's log-probs as a third argument.
+`sign_of_advantage = True`, so that signs may decide without them; `is_size = True`, for the size of a gradient,
+whose squares are summed over tokens instead.
 """
 
 
@@ -49,22 +49,36 @@ def surprisal(log_probs: Tensor) -> Tensor:
         log_probs: log-probabilities of the actions taken, any shape.
 
     Returns:
-        The same shape, detached, never negative: what rounding lifts above a log-probability of 0 counts as 0.
+        The same shape, detached, at least in float32, never negative: what rounding lifts above a log-probability of 0
+        counts as 0.
 
     Raises:
-        ValueError: a log-probability above 0 (beyond rounding), which no discrete action has. For densities give
-            `GatedBackward(score=...)` a function of your own, for instance `lambda U, logp: -(U * logp).detach()`.
+        ValueError: a log-probability above 0 beyond the rounding of its dtype (or of a coarser one that all of them
+            were converted from), which no discrete action has. The surprisal of a density has no zero, so that its
+            sign tells nothing: decide by another score, such as `advantage_score`.
     """
     log_probs = without_graph(log_probs)
     greatest = log_probs.max().item() if log_probs.numel() else 0.0
-    if not greatest > 0:  # NaN passes, for the caller to find
-        return -log_probs
-    if greatest > 16 * max(torch.finfo(log_probs.dtype).eps, 1e-5):
+    if greatest > _rounding(log_probs.dtype) and not _rounded_elsewhere(log_probs, greatest):
         raise ValueError(
-            f"log_probs has a value of {greatest:g}; the log-probability of a discrete action is at most "
-            "0. If these are densities, pass a score of your own: score=lambda U, logp: -(U * logp).detach()."
+            f"log_probs has a value of {greatest:g}; the log-probability of a discrete action is at most 0. If these "
+            "are densities: their surprisal is below 0 where the policy is sharp, and delight would rank failures "
+            "above successes. Decide by the advantage, score=sparkjoy.scores.advantage_score, or by a score of your "
+            "own, for instance the advantage times log π(mode) - log π(a), which is never below 0."
         )
-    return -log_probs.clamp(max=0)
+    log_probs = at_least_float32(log_probs)
+    return -log_probs.clamp(max=0) if greatest > 0 else -log_probs  # NaN passes, for the caller to find
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far above 0 a log-probability may lie that was computed in `dtype`."""
+    return 16 * max(torch.finfo(dtype).eps, 1e-5)
+
+
+def _rounded_elsewhere(log_probs: Tensor, greatest: float) -> bool:
+    """Whether every value has the few digits of a coarser dtype, within whose rounding the greatest lies."""
+    coarser = (torch.bfloat16, torch.float16) if torch.finfo(log_probs.dtype).bits >= 32 else ()
+    return any(greatest <= _rounding(dtype) and bool((log_probs == log_probs.to(dtype)).all()) for dtype in coarser)
 
 
 def delight(advantages: Tensor, log_probs: Tensor) -> Tensor:
@@ -108,7 +122,6 @@ def sequence_delight(advantages: Tensor, log_probs: Tensor, mask: Tensor | None 
     """
     if log_probs.dim() != 2:
         raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}; a sequence delight needs (B, T).")
-    log_probs = at_least_float32(log_probs)
     advantages = at_least_float32(per_row(advantages, log_probs)).expand_as(log_probs)
     if mask is not None:
         if mask.shape != log_probs.shape:

@@ -70,7 +70,7 @@ def select(
     Raises:
         ValueError: NaN, infinite or misshapen input, or log-probs that the decision needs and were not given.
     """
-    inputs = check_inputs(torch.empty(len(advantages), 0), advantages, log_probs, None, mask)
+    inputs = check_inputs({}, advantages, log_probs, None, mask)
     if score is None:
         size = advantage_size if log_probs is None else size_of(loss)
         score = size if weighted(gate) else delight

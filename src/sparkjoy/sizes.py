@@ -19,6 +19,9 @@ from sparkjoy.scores import per_row, surprisal
 def policy_gradient_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """Size of a term of REINFORCE, PPO and GRPO: U (1 − π(a)).
 
+    Of a clipped loss it is the size while the policy is the one that sampled; later, rows that the clip stops keep
+    theirs, which costs a few rows and can never drop one that the clip lets through.
+
     >>> policy_gradient_size(torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.75]).log())
     tensor([ 0.5000, -0.2500])
 
@@ -27,7 +30,7 @@ def policy_gradient_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
         log_probs: (B,) or (B, T), log-probabilities of the actions taken.
 
     Returns:
-        The shape of `log_probs`, detached; the engine sums it over a row's tokens.
+        The shape of `log_probs`, detached; over a row's tokens the engine adds squares.
 
     Raises:
         ValueError: shapes that do not go together, or a log-probability above 0.
@@ -46,7 +49,7 @@ def update_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
         log_probs: (B,) or (B, T), log-probabilities of the actions taken.
 
     Returns:
-        The shape of `log_probs`, detached; the engine sums it over a row's tokens.
+        The shape of `log_probs`, detached; over a row's tokens the engine adds squares.
 
     Raises:
         ValueError: shapes that do not go together, or a log-probability above 0.
@@ -63,21 +66,6 @@ def delightful_size(temperature: float, unit: Literal["token", "sample"]) -> Cal
     return as_size(size)
 
 
-def clipped_size(epsilon: float) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Size of a term of the clipped surrogate: ρ U (1 − π(a)), and 0 where the clip stops the gradient."""
-
-    def size(advantages: Tensor, log_probs: Tensor, behavior_log_probs: Tensor | None = None) -> Tensor:
-        plain = policy_gradient_size(advantages, log_probs)
-        if behavior_log_probs is None:
-            return plain
-        ratio = (log_probs - behavior_log_probs).clamp(max=20).exp()
-        stopped = ((ratio > 1 + epsilon) & (plain > 0)) | ((ratio < 1 - epsilon) & (plain < 0))
-        return (plain * ratio).masked_fill(stopped, 0)
-
-    size.__dict__["reads_behavior"] = True
-    return as_size(size)
-
-
 def advantage_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """|U| alone, for each token: a size that needs no log-probs, and so no forward pass; more rows are kept by it.
 
@@ -87,8 +75,8 @@ def advantage_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
     return per_row(advantages, log_probs).expand_as(log_probs)
 
 
-def as_size(size: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Say of a function that it gives sizes: those of a row's tokens add up whatever their signs."""
+def as_size(size: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Say of a function that it gives sizes: those of a row's tokens add as squares, whatever their signs."""
     size.__dict__["is_size"] = True
     return size
 

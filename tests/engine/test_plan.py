@@ -208,3 +208,7 @@ def test_a_token_budget_needs_a_mask():
         sj.GatedBackward(None, backward_over_forward=0)
     with pytest.raises(ValueError, match="TrimRight"):
         sj.TrimRight()
+    mask = torch.tensor([[True, False]])
+    for batch in ({"other": mask}, mask):
+        with pytest.raises(ValueError, match="finds no 'tokens'"):
+            sj.TrimRight("tokens")(batch, mask)

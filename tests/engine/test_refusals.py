@@ -22,8 +22,9 @@ WRONG_INPUTS = {
         wrong("advantages", lambda a: a.index_fill(0, torch.tensor([3]), math.inf)),
         "advantages has 1",
     ),
-    "integer advantages": (wrong("advantages", lambda a: a.long()), "floating-point"),
-    "no advantages": (wrong("advantages", [1.0] * ROWS), "no tensor"),
+    "complex advantages": (wrong("advantages", lambda a: a * 1j), "real numbers"),
+    "no advantages": (wrong("advantages", None), "advantages is a NoneType that no tensor"),
+    "advantages of three dimensions": (wrong("advantages", lambda a: a.view(-1, 1, 1)), r"expected \(B,\) or \(B, T\)"),
     "short advantages": (wrong("advantages", lambda a: a[:-1]), r"batch\['state'\] has shape"),
     "empty batch": (wrong("advantages", lambda a: a[:0]), "the batch is empty"),
     "a batch of lists": (wrong("batch", {"state": [1, 2]}), "is a list"),
@@ -48,6 +49,19 @@ def test_wrong_input_is_refused_before_any_gradient(name):
     with pytest.raises(ValueError, match=message):
         sj.gated_backward(policy.log_probs, gate=sj.KondoGate(rate=0.3), **case)
     assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("gate", [sj.KondoGate(price=0), sj.KondoGate(rate=0.3), None])
+def test_advantages_may_be_what_reward_functions_return(gate):
+    policy, batch, _, _ = make_case("rows", dtype=torch.float32)
+    signs = torch.arange(ROWS) % 3 - 1
+    gradients = []
+    for advantages in (signs.float(), signs, signs.tolist(), signs.numpy(), signs.double().tolist()):
+        sj.gated_backward(policy.log_probs, batch, advantages, gate)
+        gradients.append(policy.layer.weight.grad)
+        policy.zero_grad()
+    assert gradients[0].abs().sum() > 0
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 @pytest.mark.parametrize(

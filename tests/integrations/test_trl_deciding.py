@@ -55,6 +55,16 @@ def test_centred_advantages_weigh_several_rewards():
     assert centred_advantages(rewards, torch.tensor([1.0, 3.0]), group_size=2).tolist() == [-1.0, 1.0]
 
 
+def test_centred_advantages_of_sums_that_differ_by_rounding_are_zero():
+    # 0.1 + 0.2 + 0.7 in another order each: the sums of the float32 rewards differ by their last digits.
+    rewards = torch.tensor([[0.1, 0.2, 0.7], [0.7, 0.1, 0.2], [1.0, 0.0, 0.0]])
+    assert len(rewards.double().sum(dim=1).unique()) > 1
+    assert centred_advantages(rewards, torch.ones(3), group_size=3).tolist() == [0, 0, 0]
+    # A bonus and a malus of 1000 leave their rounding behind; with an answer that no function scored beside them.
+    rewards = torch.tensor([[1000.1, -1000.0], [1000.3, -1000.2], [math.nan, math.nan]])
+    assert centred_advantages(rewards, torch.ones(2), group_size=3).tolist() == [0, 0, 0]
+
+
 def test_a_lone_success_does_not_saturate_the_gate():
     # Standardised, one success in 8 has an advantage of 7 / √8 = 2.5 and one in 2 of 0.7; centred, 0.875 and 0.5.
     lone = torch.tensor([1.0] + [0.0] * 7)

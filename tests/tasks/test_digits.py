@@ -68,6 +68,20 @@ def damage_empty(folder):
     (folder / "train-labels-idx1-ubyte").write_bytes(b"")
 
 
+def damage_longer(folder):
+    path = folder / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes() + b"\x00")
+
+
+def damage_dimensions(folder):
+    (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">HBB", 0, 8, 255) + bytes(2000))
+
+
+def damage_sizes(folder):
+    path = folder / "train-images-idx3-ubyte"
+    path.write_bytes(struct.pack(">HBBIII", 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1) + path.read_bytes()[16:])
+
+
 def damage_labels(folder):
     path = folder / "train-labels-idx1-ubyte"
     path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
@@ -81,6 +95,9 @@ def damage_labels(folder):
         (damage_gzip, r"train-images-idx3-ubyte.gz is not a whole IDX file"),
         (damage_magic, "train-labels-idx1-ubyte is not a whole IDX file"),
         (damage_empty, "train-labels-idx1-ubyte is not a whole IDX file"),
+        (damage_longer, "more values for the shape"),
+        (damage_dimensions, "train-labels-idx1-ubyte is not a whole IDX file"),
+        (damage_sizes, "expected 1 to 1,000,000 images of 28 by 28"),
         (damage_labels, "labels 0 to 9"),
     ],
 )
@@ -95,3 +112,28 @@ def test_a_corrupt_folder_is_named(tmp_path, damage, message):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load_digits(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("count", [20, 2**32 - 1])
+def test_a_file_that_expands_beyond_its_header_is_not_read_to_the_end(tmp_path, monkeypatch, count):
+    write_folder(tmp_path, compress=False)
+    header = struct.pack(">HBBIII", 0, 8, 3, count, 28, 28)
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write(header + bytes(50_000_000))
+    taken = []
+    read = gzip._GzipReader.read
+
+    def counted(reader, size=-1):
+        taken.append(len(got := read(reader, size)))
+        return got
+
+    monkeypatch.setattr(gzip._GzipReader, "read", counted)
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is not a whole IDX file"):
+        load_digits(str(tmp_path))
+    assert sum(taken) < 1_000_000
+
+
+def test_a_folder_may_be_below_home(tmp_path, monkeypatch):
+    write_folder(tmp_path, compress=True)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert len(load_digits(f"~/{tmp_path.name}").train_labels) == 20

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparkjoy.policies.adapters import LowRankAdapter
+from sparkjoy.training.memory import FLOAT, check_memory
 
 Model = Literal["gpt2-2m", "gpt2-14m", "gpt2-60m", "llama-2m", "llama-14m", "llama-60m", "qwen-0.5b"]
 
@@ -40,8 +41,8 @@ class Workload:
     """lora: a frozen body, with rank-8 adapters on the attention's projections."""
     bfloat16: bool = False
     """Weights and activations in bfloat16."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it runs."""
     seed: int = 0
     """Of weights, tokens and advantages."""
 
@@ -53,6 +54,10 @@ class Workload:
             raise ValueError(f"--positive {self.positive} --zero {self.zero}: expected fractions of at most 1 in all.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees none here; leave the flag out to run on the CPU.")
+        if self.device == "cpu":
+            tokens, logits = 8 * self.rows * self.length, FLOAT * self.length * self.vocabulary
+            flags = f"--rows {self.rows} --length {self.length} --vocabulary {self.vocabulary}"
+            check_memory(tokens + logits + 2 * FLOAT * SIZES["2m"][0] * self.vocabulary, flags)
 
 
 @dataclass(frozen=True)

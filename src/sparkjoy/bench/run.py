@@ -54,6 +54,8 @@ class BenchConfig:
     """Threads of torch."""
 
     def __post_init__(self) -> None:
+        if not self.arms or not self.rates:
+            raise ValueError("--arms and --rates: expected at least one of each.")
         for rate in (*self.rates, *self.memory_rates):
             checked_rate(rate)
         for noise in self.noises:

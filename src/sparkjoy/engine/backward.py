@@ -70,7 +70,8 @@ class GatedBackward:
         module: under several processes, the `DistributedDataParallel` or `fully_shard` module that `log_prob_fn` calls:
             then one decision is made about the rows of all processes; kept rows stay where they are, and a process with
             fewer runs rows of weight 0. "local": this process decides for itself.
-        backward: called on each micro-batch's loss, for instance `accelerator.backward`.
+        backward: called on each micro-batch's loss, for instance `accelerator.backward`, whose division by accelerate's
+            gradient_accumulation_steps is undone: a call is normalised as `normalizer` says, and calls add up.
         count_flops: measure FLOPs on the first pass over rows of a new shape. Off, the report has None; turn it off for
             a compiled `log_prob_fn`, which a counting pass would run uncompiled.
         backward_over_forward: r, what a backward pass costs in forward passes, for the choice of a plan; None: measured
@@ -162,8 +163,19 @@ class GatedBackward:
         score_tells = score_tells and rule_of(self.gate) is not None and behavior_log_probs is None
         inputs = ranks.open(lambda: check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells))
         watches = self._size is not None  # exact sizes of the kept rows, to compare with those decided on
+        # Given log-probs are looked at to decide; others may not be, where signs decide, or nobody does.
+        discrete = self.score is delight and self.gate is not None and (log_probs is None or self._keeps_everything)
         passes = Passes(
-            log_prob_fn, inputs, ledger, self.loss, self.normalizer, self._packing, self.backward, ranks, watches
+            log_prob_fn,
+            inputs,
+            ledger,
+            self.loss,
+            self.normalizer,
+            self._packing,
+            self.backward,
+            ranks,
+            watches,
+            discrete,
         )
         choice, decision, noise = self._run(passes, inputs)
         kept, total = int(decision.keep.count_nonzero()), ranks.total(inputs.total)

@@ -20,17 +20,18 @@ from sparkjoy.sizes import is_size
 def row_scores(score_function: ScoreFunction, inputs: Inputs, log_probs: Tensor) -> Tensor:
     """(B,) scores, summed over valid tokens; 0 for rows whose advantage is 0 at every one.
 
-    A score that has the sign of the advantage is 0 for no other row; sizes add up whatever their signs.
+    A score that has the sign of the advantage is 0 for no other row; sizes of tokens add as squares, whatever
+    their signs: their gradients point in unlike directions, so that the length of the sum is near that.
     """
-    given = [at_least_float32(inputs.advantages), at_least_float32(log_probs)]
-    if getattr(score_function, "reads_behavior", False):
-        behavior = inputs.log_probs if inputs.behavior_log_probs is None else inputs.behavior_log_probs
-        given += [] if behavior is None else [at_least_float32(behavior)]
-    score = score_function(*given)
+    # Log-probs stay in their dtype, which says how far above 0 their rounding reaches; `surprisal` makes them float32.
+    score = score_function(at_least_float32(inputs.advantages), log_probs)
     if score.dim() == 2:
         score = score if inputs.mask is None else score.where(inputs.mask, 0)
-        total = score.sum(dim=1)
-        score = torch.copysign(score.abs().sum(dim=1), total) if is_size(score_function) else total
+        precise = torch.promote_types(score.dtype, torch.float32)
+        total = score.sum(dim=1, dtype=precise)
+        if is_size(score_function):
+            total = torch.copysign(score.to(precise).square().sum(dim=1).sqrt(), total)
+        score = total
     if score.shape != (inputs.total,):
         raise ValueError(f"the score has shape {tuple(score.shape)}; expected ({inputs.total},), one per row.")
     if sign_of_advantage(score_function):

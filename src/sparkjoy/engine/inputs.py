@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.survivors import Rows, row_shapes, take
+from sparkjoy.baselines import as_tensor
+from sparkjoy.engine.survivors import Rows, devices_differ, row_shapes, take
 from sparkjoy.scores import without_graph
 
 
@@ -36,14 +37,14 @@ class Inputs:
     row_shapes: tuple[tuple[int, ...], ...]
 
     def take(self, rows: Rows) -> Inputs:
-        """The given rows of everything."""
+        """The given rows of everything, those of the batch as a copy that may be written into."""
 
         def part(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else take(tensor, rows)
+            return None if tensor is None else _rows_of(tensor, rows)
 
         return Inputs(
             take(self.batch, rows),
-            take(self.advantages, rows),
+            _rows_of(self.advantages, rows),
             part(self.log_probs),
             part(self.behavior_log_probs),
             part(self.mask),
@@ -90,7 +91,7 @@ class Inputs:
 
 def check_inputs(
     batch: Any,
-    advantages: Tensor,
+    advantages: Any,
     log_probs: Tensor | None,
     behavior_log_probs: Tensor | None,
     mask: Tensor | None,
@@ -104,19 +105,21 @@ def check_inputs(
     Raises:
         ValueError: what was given, what is expected and what to do.
     """
-    if not isinstance(advantages, Tensor) or not advantages.is_floating_point() or advantages.dim() not in (1, 2):
-        given = (
-            f"of shape {tuple(advantages.shape)}, {advantages.dtype}" if isinstance(advantages, Tensor) else "no tensor"
-        )
-        raise ValueError(f"advantages is {given}; expected a floating-point tensor (B,) or (B, T).")
+    advantages = as_tensor("advantages", advantages)
+    if not advantages.is_floating_point():
+        advantages = advantages.to(torch.get_default_dtype())
+    if advantages.dim() not in (1, 2):
+        raise ValueError(f"advantages has shape {tuple(advantages.shape)}; expected (B,) or (B, T).")
     total = advantages.shape[0]
     if total == 0:
         raise ValueError("the batch is empty: advantages has 0 rows; expected at least one. Skip the step instead.")
-    shapes = row_shapes(batch, total)
+    shapes = row_shapes(batch, total, advantages.device)
     for name, tensor in (("log_probs", log_probs), ("behavior_log_probs", behavior_log_probs), ("mask", mask)):
         if tensor is not None and not (isinstance(tensor, Tensor) and (name == "mask" or tensor.is_floating_point())):
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{name} is a {kind}; expected a tensor{'' if name == 'mask' else ' of floating point'}.")
+        if tensor is not None and tensor.device != advantages.device:
+            raise devices_differ(name, tensor.device, advantages.device)
     shape = _token_shape(advantages, log_probs, behavior_log_probs, mask)
     row_tokens = None
     if mask is not None:
@@ -128,6 +131,7 @@ def check_inputs(
                     "mask has values other than 0 and 1; give 1 for tokens that count and 0 for the others."
                 )
             mask = mask.bool()
+        mask = _usable(mask)
         row_tokens = mask.sum(dim=1).cpu()
     behavior = behavior_log_probs
     inputs = Inputs(
@@ -155,6 +159,8 @@ def check_log_probs(log_probs: Any, inputs: Inputs) -> Tensor:
         raise ValueError(
             f"the log-prob function returned a {type(log_probs).__name__}; expected a floating-point tensor."
         )
+    if log_probs.device != inputs.advantages.device:
+        raise devices_differ("what the log-prob function returned", log_probs.device, inputs.advantages.device)
     others = (inputs.mask, inputs.advantages if inputs.advantages.dim() == 2 else None, inputs.log_probs)
     expected = next((tuple(tensor.shape) for tensor in others if tensor is not None), None)
     if expected is None:
@@ -212,5 +218,14 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 def _cleaned(tensor: Tensor, mask: Tensor | None) -> Tensor:
     """`tensor` without its graph, and zeros where the mask is 0."""
-    tensor = without_graph(tensor)
+    tensor = _usable(without_graph(tensor))
     return tensor if mask is None else tensor.where(mask if tensor.dim() == 2 else mask.any(dim=1), 0)
+
+
+def _rows_of(tensor: Tensor, rows: Rows) -> Tensor:
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one made under `torch.inference_mode`, which no loss could be differentiated with."""
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -48,6 +48,12 @@ class TrimRight:
 
     def __call__(self, batch: Any, mask: Tensor) -> tuple[Any, slice]:
         """The batch, and the columns of the mask, without the shared padding."""
+        absent = [name for name in self.names if not hasattr(batch, "keys") or name not in batch.keys()]  # noqa: SIM118
+        if absent:
+            raise ValueError(
+                f"TrimRight finds no {absent[0]!r} in a {type(batch).__name__}; expected names of tensors in a Mapping "
+                "or TensorDict. Trim other batches by a function of your own."
+            )
         width = mask.shape[1]
         used = mask.any(dim=0).nonzero()
         length = 1 + int(used[-1]) if len(used) else 1

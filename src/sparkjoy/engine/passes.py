@@ -18,6 +18,7 @@ from sparkjoy.engine.ranks import ALONE, Ranks
 from sparkjoy.engine.screening import LogProbFunction, screening
 from sparkjoy.engine.survivors import Rows
 from sparkjoy.losses import Loss, reinforce
+from sparkjoy.scores import at_least_float32, surprisal
 
 Normalizer = Literal["batch", "samples", "kept"] | float
 
@@ -44,6 +45,7 @@ class Passes:
         backward: as `GatedBackward`'s.
         ranks: the processes that run as many passes each.
         watches: whether `differentiated` is to be filled.
+        discrete: refuse log-probs above 0 that would be differentiated.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Passes:
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
         ranks: Ranks = ALONE,
         watches: bool = False,
+        discrete: bool = False,
     ) -> None:
         self.log_prob_fn = log_prob_fn
         self.inputs = inputs
@@ -66,6 +69,7 @@ class Passes:
         self.packing = packing
         self.backward = backward
         self.ranks = ranks
+        self.discrete = discrete
         self.seen: Tensor | None = None
         """Log-probs that were computed to decide on, 0 elsewhere; None: none were."""
         self.differentiated: Tensor | None = None
@@ -135,8 +139,7 @@ class Passes:
                     part, part_weight = self._filler(), self.inputs.advantages.new_zeros(1)
                 else:
                     part_rows = parts[number - 1]
-                    everything = len(parts) == 1 and rows is None and self.packing.trim is None
-                    part, columns = self.packing.trimmed(inputs if everything else inputs.take(part_rows))
+                    part, columns = self.packing.trimmed(inputs.take(part_rows))
                     part_weight = None if weight is None else weight[part_rows]
                 self.ledger.lap("gather")
                 log_probs = self.ranks.forward(partial(self.ledger.forward, self.log_prob_fn, part))
@@ -158,11 +161,31 @@ class Passes:
     ) -> None:
         loss = self._terms(log_probs, part, weight).sum() / divisor
         _check_graph(loss, log_probs)
-        self.ranks.hold(partial(_check_finite_loss, loss, log_probs, where))
+        self.ranks.hold(partial(self._check, loss, log_probs, part, where))
         self.ledger.lap("forward")
-        self.ledger.backward(self.backward, loss, part)
+        steps = _accumulation_steps(self.backward)
+        self.ledger.backward(self.backward, loss if steps == 1 else loss * steps, part)
         self.ledger.lap("backward")
         self._losses.append(loss.detach())
+
+    def _check(self, loss: Tensor, log_probs: Tensor, part: Inputs, where: str) -> None:
+        """Raise a ValueError that names the pass, before it is differentiated, if its gradient would be wrong."""
+        _check_finite_loss(loss, log_probs, where)
+        if self.discrete:
+            try:
+                surprisal(_valid(log_probs.detach(), part.mask))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        if part.mask is not None and self.ranks.size == 1 and not _is_finite(log_probs):
+            rows, tokens = self.ledger.backward_rows, self.ledger.backward_tokens
+            sound = _zero_arrives(log_probs)
+            self.ledger.backward_rows, self.ledger.backward_tokens = rows, tokens
+            if not sound:
+                raise ValueError(
+                    f"{where}: log-probs are NaN or infinite where the mask is 0, and the gradient of the others would "
+                    "be NaN with them (0 times NaN); replace the padding before it is computed with, as by "
+                    "logits.where(mask, 0), not afterwards."
+                )
 
     def _filler(self) -> Inputs:
         """A row to run at weight zero."""
@@ -189,6 +212,7 @@ class Passes:
         """Weighted terms of the loss, 0 where the mask is 0."""
         if rows.mask is not None:
             log_probs = log_probs.where(rows.mask, 0)
+        log_probs = at_least_float32(log_probs)  # float16 has no sum above 65504
         known = rows.log_probs if rows.behavior_log_probs is None else rows.behavior_log_probs
         terms = self.loss(log_probs, rows.advantages, log_probs.detach() if known is None else known, rows.mask)
         if terms.shape != log_probs.shape:
@@ -242,3 +266,37 @@ def _check_finite_loss(loss: Tensor, log_probs: Tensor, where: str) -> None:
             f"{where}: the loss is {loss.item()}, from log-probs between {log_probs.min().item():g} and "
             f"{log_probs.max().item():g}; expected finite numbers. Earlier micro-batches have added to .grad: zero it."
         )
+
+
+def _is_finite(log_probs: Tensor) -> bool:
+    return math.isfinite(log_probs.detach().sum(dtype=torch.promote_types(log_probs.dtype, torch.float32)).item())
+
+
+def _zero_arrives(log_probs: Tensor) -> bool:
+    """Whether a gradient of 0 at `log_probs` stays a number on its way to the leaves, whose `.grad` is left alone.
+
+    A backward pass of its own, for the rare function that returns padding as NaN or infinite. Where a graph does not
+    allow two, as a compiled function's, nothing is known, and the answer is no.
+    """
+    leaves, nodes = [], [log_probs.grad_fn]
+    met = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            following = {node for node, _ in node.next_functions} - met
+            met |= following
+            nodes += following
+    try:
+        zeros = torch.zeros_like(log_probs)
+        gradients = torch.autograd.grad(log_probs, leaves, zeros, retain_graph=True, allow_unused=True)
+    except RuntimeError:
+        return False
+    return all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+def _accumulation_steps(backward: Callable[[Tensor], Any]) -> int:
+    """What accelerate's `backward` divides a loss by: steps of its own, where a call here is normalised already."""
+    accelerator = getattr(getattr(backward, "func", backward), "__self__", None)
+    steps = getattr(accelerator, "gradient_accumulation_steps", 1)
+    return steps if isinstance(steps, int) else 1

@@ -1,75 +1,119 @@
 """Rows of a batch: checking, gathering and slicing, whatever the batch is made of.
 
 A batch is a tensor, a TensorDict, a Mapping, a namedtuple or a dataclass of tensors, nested as one likes, each with the
-rows as its leading dimension.
+rows as its leading dimension; ragged rows in nested tensors or lazy stacks. What is taken is a copy, which whoever gets
+it may write into, and no class is initialised anew for it.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Rows = Tensor | slice
 
 
 def take(batch: Any, rows: Rows) -> Any:
-    """The given rows of every tensor: a copy for indices (n,), a view for a slice.
+    """A copy of the given rows of every tensor.
 
-    >>> import torch
     >>> take({"x": torch.arange(4)}, torch.tensor([0, 3]))
     {'x': tensor([0, 3])}
+
+    Args:
+        batch: as `row_shapes` found it sound.
+        rows: indices (n,), or a slice.
     """
     if isinstance(batch, Tensor):
-        return batch[rows] if isinstance(rows, slice) else batch.index_select(0, rows)
+        if batch.is_nested:
+            return _take_ragged(batch, rows)
+        if batch.layout != torch.strided:
+            return batch.index_select(0, _indices(rows, batch))
+        return batch[rows].clone() if isinstance(rows, slice) else batch.index_select(0, rows)
     if _is_tensor_collection(batch):
-        return batch[rows]
+        return batch[rows].clone()  # an index of a lazy stack shares the rows it holds
     return _rebuild(batch, lambda part: take(part, rows))
 
 
-def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with every tensor changed; `change` gives all of them the same number of rows.
-
-    >>> import torch
-    >>> map_tensors({"x": torch.arange(4)}, lambda rows: rows[:1])
-    {'x': tensor([0])}
-    """
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if _is_tensor_collection(batch):
-        return batch.apply(change, batch_size=[]).auto_batch_size_(batch_dims=1)
-    return _rebuild(batch, lambda part: map_tensors(part, change))
-
-
-def row_shapes(batch: Any, total: int) -> tuple[tuple[int, ...], ...]:
+def row_shapes(batch: Any, total: int, device: torch.device | None = None) -> tuple[tuple[int, ...], ...]:
     """The shape of one row of every tensor: what a row costs depends on it, and on nothing else of the batch.
 
+    Args:
+        batch: of tensors.
+        total: the rows it has to have.
+        device: where it has to be; None: anywhere.
+
+    Returns:
+        A ragged dimension is -1.
+
     Raises:
-        ValueError: the leading dimension of a tensor, which is named, is not `total`.
+        ValueError: a tensor, which is named, has another leading dimension than `total`, is somewhere else than the
+            advantages, or is of a layout that rows cannot be taken from.
     """
     shapes = []
-    for name, shape in _shapes(batch, "batch"):
+    for name, shape, where in _shapes(batch, "batch"):
         if not shape or shape[0] != total:
             raise ValueError(f"{name} has shape {shape}; expected a leading dimension of {total}, as advantages.")
+        if device is not None and where != device:
+            raise devices_differ(name, where, device)
         shapes.append(shape[1:])
     return tuple(shapes)
 
 
-def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def devices_differ(name: str, where: torch.device, device: torch.device) -> ValueError:
+    """What to raise where a tensor is not on the device of the advantages."""
+    return ValueError(
+        f"{name} is on {where} and advantages on {device}; expected one device. Move one of them, for instance by "
+        f'torch.as_tensor(advantages, device="{where}").'
+    )
+
+
+def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], torch.device]]:
     if isinstance(batch, Tensor):
-        yield name, tuple(batch.shape)
+        yield name, _shape(batch, name), batch.device
     elif _is_tensor_collection(batch):
-        if not batch.batch_size:
-            raise ValueError(f"{name} is a {type(batch).__name__} of no batch_size; expected batch_size=[B].")
-        for key, value in batch.items(include_nested=True, leaves_only=True):
-            yield f"{name}[{key!r}]", tuple(value.shape)
+        yield from _shapes_of_collection(batch, name)
     else:
         for key, value in _parts(batch, name):
             yield from _shapes(value, key)
+
+
+def _shape(tensor: Tensor, name: str) -> tuple[int, ...]:
+    if tensor.is_nested:
+        return tuple(_size(tensor, dim) for dim in range(tensor.dim()))
+    if tensor.layout not in (torch.strided, torch.sparse_coo):
+        raise ValueError(
+            f"{name} has the layout {tensor.layout}, of which rows cannot be taken; expected a dense or a nested "
+            "tensor, such as its to_dense()."
+        )
+    return tuple(tensor.shape)
+
+
+def _size(nested: Tensor, dim: int) -> int:
+    """The size of a dimension of a nested tensor, -1 where it is ragged."""
+    try:
+        size: Any = nested.size(dim)
+    except RuntimeError:  # how the strided layout says so
+        return -1
+    return size if isinstance(size, int) else -1
+
+
+def _shapes_of_collection(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], torch.device]]:
+    """Of a TensorDict or tensorclass; entries of a lazy stack are not put together, since they may be ragged."""
+    if not batch.batch_size:
+        raise ValueError(f"{name} is a {type(batch).__name__} of no batch_size; expected batch_size=[B].")
+    if _is_lazy(batch):
+        for key, value in batch[0].items(include_nested=True, leaves_only=True):
+            if isinstance(value, Tensor):
+                yield f"{name}[{key!r}]", tuple(batch.get_item_shape(key)), value.device
+    else:
+        for key, value in batch.items():
+            yield from _shapes(value, f"{name}[{key!r}]")
 
 
 def _parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -78,7 +122,7 @@ def _parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(batch, tuple) and isinstance(getattr(batch, "_fields", None), tuple):
         yield from ((f"{name}.{key}", value) for key, value in zip(batch._fields, batch, strict=True))  # type: ignore[attr-defined]
     elif is_dataclass(batch) and not isinstance(batch, type):
-        yield from ((f"{name}.{field.name}", getattr(batch, field.name)) for field in fields(batch))
+        yield from ((f"{name}.{field}", getattr(batch, field)) for field in _field_names(batch))
     else:
         raise ValueError(
             f"{name} is a {type(batch).__name__}; expected a tensor, or a TensorDict, Mapping, namedtuple or dataclass "
@@ -87,15 +131,47 @@ def _parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _rebuild(batch: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(batch, Mapping):
-        parts = {key: change(value) for key, value in batch.items()}
-        return parts if isinstance(batch, defaultdict) else type(batch)(parts)  # type: ignore[call-arg]
+    """`batch` with its parts changed, made without its class's own `__init__` or `__new__`: those have run already."""
     if isinstance(batch, tuple):
-        return type(batch)(*(change(value) for value in batch))
-    return replace(batch, **{field.name: change(getattr(batch, field.name)) for field in fields(batch)})
+        return batch._make(change(value) for value in batch)  # type: ignore[attr-defined]
+    if type(batch) is dict:
+        return {key: change(value) for key, value in batch.items()}
+    if isinstance(batch, MutableMapping):
+        changed = copy.copy(batch)
+        for key, value in batch.items():
+            changed[key] = change(value)
+        return changed
+    if isinstance(batch, Mapping):
+        return type(batch)({key: change(value) for key, value in batch.items()})  # type: ignore[call-arg]
+    changed = object.__new__(type(batch))
+    if hasattr(batch, "__dict__"):
+        vars(changed).update(vars(batch))
+    for field in _field_names(batch):
+        object.__setattr__(changed, field, change(getattr(batch, field)))  # frozen ones too
+    return changed
+
+
+def _field_names(batch: Any) -> list[str]:
+    """Fields of a dataclass that have a value: not those of init=False that nothing has set."""
+    return [field.name for field in fields(batch) if hasattr(batch, field.name)]
+
+
+def _take_ragged(nested: Tensor, rows: Rows) -> Tensor:
+    parts = nested.unbind()
+    chosen = range(len(parts))[rows] if isinstance(rows, slice) else rows.tolist()
+    return torch.nested.as_nested_tensor([parts[row] for row in chosen], layout=nested.layout)
+
+
+def _indices(rows: Rows, tensor: Tensor) -> Tensor:
+    return torch.arange(tensor.shape[0], device=tensor.device)[rows] if isinstance(rows, slice) else rows
 
 
 def _is_tensor_collection(batch: Any) -> bool:
     """Whether this is a TensorDict or tensorclass; who holds one has imported tensordict, so we need not."""
     tensordict = sys.modules.get("tensordict")
     return tensordict is not None and bool(tensordict.is_tensor_collection(batch))
+
+
+def _is_lazy(collection: Any) -> bool:
+    """Whether this is a lazy stack, which holds its rows one by one."""
+    return isinstance(collection, sys.modules["tensordict"].LazyStackedTensorDict)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy.gates.decision import Decision, checked_cost, checked_score
-from sparkjoy.prices import checked_rate, checked_window, remember
+from sparkjoy.prices import checked_rate, checked_window, just_below, remember
 
 ONE_ROW = 0.8
 """Of a mean row: what a budget may owe when its tolerance is less than a row, and a little below one."""
@@ -121,18 +121,14 @@ def _ranked(score: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
 def _spending_at_most(amount: float, ranked: Tensor, spending: Tensor) -> Tensor:
     """The lowest price of which the rows above spend no more than `amount`."""
     affordable = int((spending <= amount).count_nonzero())
-    return ranked[affordable] if affordable < len(ranked) else _just_below(ranked[-1])
+    return ranked[affordable] if affordable < len(ranked) else just_below(ranked[-1])
 
 
 def _spending_at_least(amount: float, ranked: Tensor, spending: Tensor) -> Tensor:
     """The highest price of which the rows above spend no less than `amount`, or all they can."""
     if amount <= 0:
         return torch.full_like(ranked[0], math.inf)
-    return _just_below(ranked[min(int((spending < amount).count_nonzero()), len(ranked) - 1)])
-
-
-def _just_below(score: Tensor) -> Tensor:
-    return torch.nextafter(score, torch.full_like(score, -math.inf))
+    return just_below(ranked[min(int((spending < amount).count_nonzero()), len(ranked) - 1)])
 
 
 def _logit(rate: float) -> float:

@@ -20,6 +20,7 @@ from sparkjoy.gates import KondoGate
 from sparkjoy.studies import bandit_contexts, bandit_gambling, bandit_guards, bandit_sums, bandit_zero_price
 from sparkjoy.tasks.bandit import SoftmaxBandit, checked_arms, checked_probability
 from sparkjoy.tasks.gambling import Gambling, checked_sigma
+from sparkjoy.training.memory import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,6 +108,11 @@ class BanditStudy:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; expected at least 0.")
         KondoGate(rate=self.rate)
+        counts, learned = self.batches * max(self.arms), self.seeds * max(self.batch, self.steps, self.memory)
+        check_memory(
+            8 * max(self.draws, counts, learned),
+            "--arms, --draws, --batches, --seeds, --steps, --batch and --memory as given",
+        )
 
     @property
     def tasks(self) -> list[Gambling]:

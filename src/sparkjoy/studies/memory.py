@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def peak_memory(prepare: Callable[..., Step], *arguments: Any, threads: int = 1)
         A `PeakMemory`.
 
     Raises:
+        ValueError: the process ended before it had measured.
         Exception: what `prepare` or the step raises.
     """
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
@@ -59,6 +61,8 @@ def peak_memory(prepare: Callable[..., Step], *arguments: Any, threads: int = 1)
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
             return fresh.submit(_measure, prepare, arguments, threads).result()
+    except BrokenProcessPool:
+        raise ValueError("the process that measures memory was ended from outside, as where memory runs out.") from None
     finally:
         for name, value in before.items():
             if value is None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparkjoy.tasks.rollouts import Task
-from sparkjoy.training.loop import OnStep, Record, open_run, summary, train
+from sparkjoy.training.folder import opened
+from sparkjoy.training.loop import OnStep, Record, summary, train
 from sparkjoy.training.settings import Method, Settings
 from sparkjoy.training.tracking import save_figure, write_json, write_json_lines
 
@@ -35,6 +36,8 @@ class ParetoConfig:
     """Fractions that uniform keeps, rows at random: what any choice has to beat."""
     prices: tuple[float, ...] = ()
     """Fixed prices at which to train kondo too, such as 0."""
+    noises: tuple[float, ...] = ()
+    """Noise budgets at which to train unbiased too, such as 0.3 and 1."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every arm for each."""
     steps: int = 4_000
@@ -68,6 +71,7 @@ class ParetoConfig:
             if method == "kondo":
                 choices = [{"rate": rate} for rate in self.rates] + [{"price": price} for price in self.prices]
             arms += [Settings(method=method, seed=self.seeds[0], **choice, **shared) for choice in choices]
+        arms += [Settings("unbiased", noise=noise, seed=self.seeds[0], **shared) for noise in self.noises]
         return arms
 
 
@@ -89,9 +93,10 @@ def run(
     Raises:
         ValueError: the folder cannot be written, or holds results with other settings.
     """
-    open_run(out, {"task": task.name, **task_config, **asdict(config)})
     arms = [(arm, seed) for arm in config.arms() for seed in config.seeds]
-    return train_all([Settings(**{**asdict(arm), "seed": seed}) for arm, seed in arms], task, out, task_config, on_run)
+    runs = [Settings(**{**asdict(arm), "seed": seed}) for arm, seed in arms]
+    with opened(out, {"task": task.name, **task_config, **asdict(config)}):
+        return train_all(runs, task, out, task_config, on_run)
 
 
 def train_all(
@@ -204,11 +209,14 @@ def _frontier(axis: Axes, curves: dict[str, Any], cost: str) -> None:
 
 
 def _style(arm: str, rates: dict[str, float | None]) -> dict[str, Any]:
-    """Black for DG, gray for PG; a colour for each rate, solid for the gate and dotted for rows at random."""
+    """Black for DG, gray for PG, blue for noise budgets; a colour for each rate, dotted for rows at random."""
     from matplotlib import colormaps
 
     if arm in ("pg", "dg"):
         return {"color": "gray" if arm == "pg" else "black", "linewidth": 2}
+    budgets = sorted(name for name in rates if name.startswith("unbiased noise"))
+    if arm in budgets:
+        return {"color": "tab:blue", "linestyle": ("-", "--", "-.", ":")[budgets.index(arm) % 4], "linewidth": 2}
     known = sorted({rate for rate in rates.values() if rate is not None})
     rate = rates[arm]
     color = "tab:red" if rate is None else colormaps["viridis"](0.9 * known.index(rate) / max(1, len(known) - 1))

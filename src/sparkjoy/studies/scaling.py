@@ -6,7 +6,6 @@ brings to the target at one length is not tried at longer ones.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparkjoy.studies.pareto import OnRun, train_one
+from sparkjoy.studies.tuning import soonest
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.training.loop import Record, open_run, summary
+from sparkjoy.training.folder import opened
+from sparkjoy.training.loop import Record, summary
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import write_json
 
@@ -64,6 +65,8 @@ class ScalingStudy:
         for name in ("prompt_lengths", "arms", "learning_rates", "tuning_seeds", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least one.")
+        if self.answers < 1:
+            raise ValueError(f"--answers {self.answers}: expected at least 1.")
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
             raise ValueError(f"--arms {unknown[0]!r}: expected some of {', '.join(ARMS)}.")
@@ -74,7 +77,8 @@ class ScalingStudy:
         for length in self.prompt_lengths:
             self.task(length)
         for arm in self.arms:
-            self.settings(arm, self.learning_rates[0], 0)
+            for rate in self.learning_rates:
+                self.settings(arm, rate, 0)
 
     def task(self, length: int) -> ReversalConfig:
         """The task at one length."""
@@ -101,7 +105,11 @@ def run(study: ScalingStudy, out: Path, on_run: OnRun | None = None) -> list[Rec
     Returns:
         One record per method, length and seed that counts: what the target took, or null where it was not reached.
     """
-    open_run(out, asdict(study))
+    with opened(out, asdict(study)):
+        return _run(study, out, on_run)
+
+
+def _run(study: ScalingStudy, out: Path, on_run: OnRun | None) -> list[Record]:
     rows: list[Record] = []
     solving = dict.fromkeys(study.arms, True)
     best: dict[str, float] = {}
@@ -173,23 +181,7 @@ def _arm_at_length(
         named = None if on_run is None else _named(on_run, f"H={length} lr={learning_rate:g} ")
         return summary(train_one(settings, task, folder, asdict(config), named), study.target_error)
 
-    def cost(learning_rate: float, least: float) -> tuple[float, float]:
-        """Errors of unsolved seeds, then answers; needing more than `least` is losing."""
-        missed, answers = 0.0, 0
-        for seed in study.tuning_seeds:
-            allowed = min(study.answers, least - answers)
-            if allowed < batch:
-                return math.inf, math.inf
-            record = run_one(learning_rate, seed, int(allowed))
-            missed += record["error"] if record["to_target"] is None else 0.0
-            answers += record["samples"]
-        return missed, answers
-
-    best, least = rates[0], (math.inf, math.inf)
-    for rate in rates:
-        of_rate = cost(rate, math.inf if least[0] else least[1])
-        if of_rate < least:
-            best, least = rate, of_rate
+    best = soonest(rates, study.tuning_seeds, study.answers, batch, run_one)
     of_arm = {"arm": arm, "prompt_length": length, "learning_rate": best}
     return [{**of_arm, **_row(run_one(best, seed, study.answers))} for seed in study.seeds]
 

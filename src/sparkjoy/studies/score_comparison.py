@@ -10,7 +10,8 @@ import numpy as np
 
 from sparkjoy.studies.pareto import OnRun, train_all
 from sparkjoy.tasks.mnist import MnistTask
-from sparkjoy.training.loop import Record, open_run
+from sparkjoy.training.folder import opened
+from sparkjoy.training.loop import Record
 from sparkjoy.training.settings import Score, Settings
 from sparkjoy.training.tracking import write_json, write_json_lines
 
@@ -74,14 +75,14 @@ def run(study: ScoresStudy, task: MnistTask, out: Path, on_run: OnRun | None = N
     Returns:
         The records of all runs, each with its "baseline".
     """
-    open_run(out, asdict(study))
     records: list[Record] = []
-    for baseline in BASELINES:
-        task.config = replace(task.config, baseline=baseline)
-        of_baseline = train_all(study.arms(), task, out / baseline, asdict(task.config), on_run)
-        records += [{"baseline": baseline, **record} for record in of_baseline]
-    write_json_lines(out / "records.jsonl", records)
-    write_json(out / "summary.json", {"scores": table(records)})
+    with opened(out, asdict(study)):
+        for baseline in BASELINES:
+            task.config = replace(task.config, baseline=baseline)
+            of_baseline = train_all(study.arms(), task, out / baseline, asdict(task.config), on_run)
+            records += [{"baseline": baseline, **record} for record in of_baseline]
+        write_json_lines(out / "records.jsonl", records)
+        write_json(out / "summary.json", {"scores": table(records)})
     return records
 
 

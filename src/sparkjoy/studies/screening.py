@@ -14,7 +14,8 @@ from sparkjoy.studies.pareto import OnRun, train_one
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.tasks.rollouts import Task
-from sparkjoy.training.loop import Record, open_run
+from sparkjoy.training.folder import opened
+from sparkjoy.training.loop import Record
 from sparkjoy.training.screening import Screen
 from sparkjoy.training.settings import Settings
 from sparkjoy.training.tracking import write_json, write_json_lines
@@ -85,7 +86,11 @@ def run(study: ScreeningStudy, out: Path, on_run: OnRun | None = None) -> dict[s
     Returns:
         The tables of summary.json: "screeners", "noise" and "unbiased".
     """
-    open_run(out, asdict(study))
+    with opened(out, asdict(study)):
+        return _run(study, out, on_run)
+
+
+def _run(study: ScreeningStudy, out: Path, on_run: OnRun | None) -> dict[str, list[Record]]:
     tasks: dict[Any, Task] = {}
     records: list[Record] = []
     for arm in arms(study):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import math
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 FULL_TRAIN = 60_000
+MOST_IMAGES = 1_000_000
 PIXELS = 784
 
 
@@ -38,7 +41,7 @@ def load_digits(data: str) -> Digits:
         return _embedded()
     if data == "openml":
         return _openml()
-    return _idx_folder(Path(data))
+    return _idx_folder(Path(os.path.expanduser(data)))
 
 
 @cache
@@ -92,14 +95,18 @@ def _read_idx(folder: Path, stem: str, kind: str) -> np.ndarray[Any, np.dtype[np
     if path is None:
         raise ValueError(f"--data {folder}: no {stem}-{kind} or {stem}-{kind}.gz in it.")
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zeros, unsigned_byte, dimensions = struct.unpack(">HBB", raw[:4])
-        shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
-        values = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dimensions)
-        if zeros != 0 or unsigned_byte != 8 or len(values) == 0 or len(values) != int(np.prod(shape)):
-            raise ValueError(f"{len(values)} values for the shape {shape}")
-        return values.reshape(shape)
-    except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            zeros, unsigned_byte, dimensions = struct.unpack(">HBB", file.read(4))
+            if (zeros, unsigned_byte, dimensions) != (0, 8, 3 if kind.startswith("idx3") else 1):
+                raise ValueError("its first four bytes are another kind's")
+            shape = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
+            if not 0 < shape[0] <= MOST_IMAGES or shape[1:] not in ((), (28, 28)):
+                raise ValueError(f"the shape {shape}; expected 1 to {MOST_IMAGES:,} images of 28 by 28")
+            raw = file.read(math.prod(shape) + 1)  # one more tells a file that is longer than its header says
+        if len(raw) != math.prod(shape):
+            raise ValueError(f"{'more' if len(raw) > math.prod(shape) else len(raw)} values for the shape {shape}")
+        return np.frombuffer(raw, dtype=np.uint8).reshape(shape)
+    except (OSError, EOFError, zlib.error, struct.error, ValueError, MemoryError) as error:
         raise ValueError(f"--data {folder}: {path.name} is not a whole IDX file ({error}); fetch it again.") from None
 
 

@@ -13,6 +13,7 @@ from sparkjoy.baselines import expected_confidence_advantage, group_mean_advanta
 from sparkjoy.policies.mlp import MLP
 from sparkjoy.tasks.digits import load_digits
 from sparkjoy.tasks.rollouts import Rollout
+from sparkjoy.training.memory import FLOAT, TRAINED, check_memory
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class MnistConfig:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1.")
         if not 0 <= self.label_noise <= 1:
             raise ValueError(f"--label-noise {self.label_noise}: expected a fraction, such as 0.2 for 20%.")
+        weights = self.hidden * (784 + self.hidden + 10)
+        check_memory(
+            TRAINED * weights + FLOAT * 784 * self.batch_size, f"--batch-size {self.batch_size} --hidden {self.hidden}"
+        )
 
 
 class MnistTask:

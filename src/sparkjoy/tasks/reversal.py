@@ -11,6 +11,7 @@ from torch import Tensor
 from sparkjoy.baselines import group_mean_advantage
 from sparkjoy.policies.transformer import Transformer
 from sparkjoy.tasks.rollouts import Rollout
+from sparkjoy.training.memory import FLOAT, TRAINED, check_memory
 from sparkjoy.training.processes import WHOLE, Share
 
 
@@ -54,6 +55,16 @@ class ReversalConfig:
             raise ValueError("--credit token: expected --shaping fraction; no other reward is a sum over positions.")
         if self.width % self.heads:
             raise ValueError(f"--width {self.width}: expected a multiple of --heads {self.heads}.")
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """By weights and their moments, and the keys of the answers that are sampled side by side."""
+        block = 4 * self.width**2 + 2 * self.width * self.feed_forward
+        weights = self.layers * block + (self.vocab_size + 2 * self.prompt_length) * self.width
+        answers = max(self.held_out, self.prompts * self.answers) * self.prompt_length
+        names = ("prompt_length", "vocab_size", "prompts", "answers", "held_out", "layers", "width", "feed_forward")
+        flags = " ".join(f"--{name.replace('_', '-')} {getattr(self, name)}" for name in names)
+        check_memory(TRAINED * weights + FLOAT * answers * self.layers * self.width, flags)
 
 
 class ReversalTask:

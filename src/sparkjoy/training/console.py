@@ -49,15 +49,16 @@ class LiveRuns:
         self._all = self._progress.add_task("all runs", total=runs, state="", visible=runs > 1)
         self._current = self._progress.add_task("", total=1, state="")
         self._drawn_at = 0.0
+        self._started = False
 
     def __enter__(self) -> LiveRuns:
-        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._started:
+            self._progress.stop()
 
     def start(self, name: str, settings: Settings) -> OnStep:
         """Show a new run; what comes back is called after each of its steps."""
@@ -69,6 +70,9 @@ class LiveRuns:
             if not done and now - self._drawn_at < REFRESH_SECONDS:
                 return
             self._drawn_at = now
+            if not self._started:  # only now: a run that is refused says nothing else
+                self._progress.start()
+                self._started = True
             self._progress.update(self._current, completed=step, state=_state(record, settings.updates))
             if done:
                 self._progress.advance(self._all)
@@ -167,6 +171,28 @@ def print_scaling(rows: list[dict[str, Any]]) -> None:
             *(f"{cost / other:.3f}" for cost, other in zip(costs[1:], of_dg[1:], strict=False)),
         )
     _console().print(table)
+
+
+def print_budget(rows: list[dict[str, Any]]) -> None:
+    """One row a task and arm: error or steps, that over DG's, what was kept, and seconds over DG's."""
+    table = Table(title="mean over seeds; error after the same steps, or steps to the target error")
+    for column in ("task", "arm", "lr", "solved", "error / steps", "of dg's", "kept", "seconds of dg's"):
+        table.add_column(column, justify="left" if column in ("task", "arm") else "right", no_wrap=column != "task")
+    for row in rows:
+        value, spread = ("-", "") if row["value"] is None else _value_and_spread(row)
+        ratios = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("value_of_dg", "seconds_of_dg")]
+        solved = f"{row['solved']} of {row['seeds']}"
+        kept = f"{100 * row['kept']:.1f}%"
+        table.add_row(
+            row["task"], row["arm"], f"{row['learning_rate']:g}", solved, value + spread, ratios[0], kept, ratios[1]
+        )
+    _console().print(table)
+
+
+def _value_and_spread(row: dict[str, Any]) -> tuple[str, str]:
+    unit, scale, digits = ("%", 100, 2) if row["measure"] == "error" else ("", 1, 0)
+    spread = "" if row["sd"] is None else f" ± {scale * row['sd']:.{digits}f}{unit}"
+    return f"{scale * row['value']:.{digits}f}{unit}", spread
 
 
 def print_gains(records: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparkjoy.engine.ledger import FlopCount
 from sparkjoy.tasks.rollouts import Rollout, Task
-from sparkjoy.training.checkpoint import load_checkpoint, save_checkpoint
+from sparkjoy.training.checkpoint import save_checkpoint
 from sparkjoy.training.processes import WHOLE, Share
+from sparkjoy.training.restoring import check_state, found_state
 from sparkjoy.training.screening import screener
 from sparkjoy.training.settings import Settings
+from sparkjoy.training.stopping import Stopping
 from sparkjoy.training.tally import Tally
-from sparkjoy.training.tracking import as_json, prepare_out, read_json, write_json, write_json_lines
+from sparkjoy.training.tracking import write_json, write_json_lines
 
 Record = dict[str, Any]
 OnStep = Callable[[int, Record | None], None]
@@ -95,10 +98,20 @@ class Training:
         self.tally.seconds["total"] += time.perf_counter() - start
 
     def evaluate(self) -> Record:
-        """A record of the run so far, of all processes."""
+        """A record of the run so far, of all processes.
+
+        Raises:
+            ValueError: the weights are no longer finite.
+        """
+        self.check_finite()
         self.tally.hand_over(self.share)
         self.records.append(self.share.told(self._record() if self.share.first else None))
         return self.records[-1]
+
+    def check_finite(self) -> None:
+        """Raise a ValueError where a weight is not finite: there is nothing to go on from."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.policy.parameters()):
+            raise self._diverged()
 
     def _record(self) -> Record:
         settings = self.settings
@@ -137,13 +150,22 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_random_state"])
-        self.backward.load_state_dict(state["backward"])
-        if self.share.first:  # it has the counts of all
-            self.tally.load_state_dict(state["tally"])
+        """Go on from a state; where it is refused, this object is of no more use.
+
+        Raises:
+            ValueError: it is not the state of such a run.
+        """
+        try:
+            check_state(state, self.state_dict(), list(self.policy.parameters()), self.settings)
+            self.policy.load_state_dict(state["policy"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["torch_random_state"])
+            self.backward.load_state_dict(state["backward"])
+            if self.share.first:  # it has the counts of all
+                self.tally.load_state_dict(state["tally"])
+        except Exception as error:  # whatever a state of another kind breaks
+            raise ValueError(f"the checkpoint does not fit this run: {error}. Give another --out.") from None
         self._rollout_flops = state["rollout_flops"]
         self.steps_done = state["steps_done"]
         self.records = state["records"]
@@ -156,15 +178,32 @@ class Training:
     def _rollout(self) -> Rollout:
         if self._rollout_flops is None:
             with FlopCount() as count:
-                rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
+                rollout = self._sampled()
             # Counted for every rollout to come: more than run where a sampler shares what answers have in common.
             self._rollout_flops = self.share.told(count.flops if self.share.first else None)
         else:
-            rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
+            rollout = self._sampled()
         rows = len(rollout.advantages)
         tokens = rollout.log_probs.numel() if rollout.mask is None else int(rollout.mask.sum())
         self.tally.sampled(rows, tokens, self._rollout_flops, rollout.reward)
         return rollout
+
+    def _sampled(self) -> Rollout:
+        try:
+            rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):  # torch draws from no distribution with a NaN in it
+                raise
+            raise self._diverged() from None
+        if not bool(rollout.log_probs.isfinite().all()):
+            raise self._diverged()
+        return rollout
+
+    def _diverged(self) -> ValueError:
+        return ValueError(
+            f"after {self.steps_done} steps the policy gives no finite numbers any more: --learning-rate "
+            f"{self.settings.learning_rate:g} is too large for it. What was written before is as it was."
+        )
 
 
 def train(
@@ -192,50 +231,42 @@ def train(
         ValueError: the folder cannot be written, or holds a run with other settings.
     """
     torch.set_num_threads(settings.threads)
-    if share.first:
-        open_run(out, {"task": task.name, **task_config, **asdict(settings)})
-    training = Training(task, settings, share)
-    state = load_checkpoint(out / "checkpoint.pt")
-    if state is not None:
-        training.load_state_dict(state)
+    config = {"task": task.name, **task_config, **asdict(settings)}
+    with ExitStack() as folder, Stopping(enabled=share.count == 1) as stopping:
+        state = found_state(folder, out, config, share)
+        training = Training(task, settings, share)
+        if state is not None:
+            training.load_state_dict(state)
+        _run(training, out, config, on_step, stopping)
+        if share.first:
+            write_json_lines(out / "records.jsonl", training.records)
+            write_json(out / "summary.json", {"runs": [summary(training.records, settings.target_error)]})
+        stopping.end_if_asked()
+    return training.records
+
+
+def _run(training: Training, out: Path, config: dict[str, Any], on_step: OnStep | None, stopping: Stopping) -> None:
+    """Step, evaluate and save, to the end or until a signal asks to stop."""
+    settings, first = training.settings, training.share.first
     saved_at = time.monotonic()
     while not training.finished:
         training.step()
         record = training.records[-1] if training.records else None
-        if training.steps_done % settings.evaluate_every == 0 or training.steps_done == settings.steps:
+        evaluated = training.steps_done % settings.evaluate_every == 0 or training.steps_done == settings.steps
+        if evaluated:
             record = training.evaluate()
-            if share.first:
+            if first:
                 write_json_lines(out / "records.jsonl", training.records)
-            if share.first and (training.finished or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
-                save_checkpoint(out / "checkpoint.pt", training.state_dict())
-                saved_at = time.monotonic()
+        stop = stopping.asked is not None
+        due = evaluated and (training.finished or time.monotonic() - saved_at > CHECKPOINT_SECONDS)
+        if first and (due or stop):
+            training.check_finite()
+            save_checkpoint(out / "checkpoint.pt", training.state_dict(), config)
+            saved_at = time.monotonic()
         if on_step is not None:
             on_step(training.steps_done, record)
-    if not share.first:
-        return training.records
-    write_json_lines(out / "records.jsonl", training.records)
-    write_json(out / "summary.json", {"runs": [summary(training.records, settings.target_error)]})
-    return training.records
-
-
-def open_run(out: Path, config: dict[str, Any]) -> None:
-    """Make `out` the folder of a run or study with this config, or go on with it if it is one already.
-
-    Raises:
-        ValueError: it cannot be written, or holds results of another config.
-    """
-    prepare_out(out)
-    config = as_json(config)
-    path = out / "config.json"
-    if path.exists():
-        earlier = read_json(path)
-        differing = sorted(key for key in earlier.keys() | config.keys() if earlier.get(key) != config.get(key))
-        if differing:
-            raise ValueError(
-                f"--out {out} holds results with other settings ({', '.join(differing)}); give another folder, or "
-                "remove it."
-            )
-    write_json(path, config)
+        if stop and not training.finished:
+            stopping.end_if_asked()
 
 
 def summary(records: list[Record], target_error: float | None) -> Record:

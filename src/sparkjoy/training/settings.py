@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from sparkjoy.engine.speculative import SpeculativeBackward
 from sparkjoy.engine.token_gate import TokenGatedBackward
 from sparkjoy.gates import BudgetGate, Gate, KondoGate, SoftGate, UnbiasedGate
 from sparkjoy.losses import Loss, clipped, delightful, reinforce, weighted_by
-from sparkjoy.prices import RollingQuantile
+from sparkjoy.prices import EffectiveSize, Nucleus, RollingQuantile
 from sparkjoy.scores import (
     ScoreFunction,
     absolute_advantage_score,
@@ -31,7 +32,7 @@ from sparkjoy.training.processes import WHOLE, Share
 from sparkjoy.training.screening import Screen
 
 Method = Literal["pg", "dg", "kondo", "uniform", "unbiased", "ppo", "grpo", "pmpo"]
-PriceKind = Literal["batch", "rolling", "budget"]
+PriceKind = Literal["batch", "rolling", "budget", "effective", "nucleus"]
 Score = Literal["delight", "advantage", "absolute-advantage", "surprisal", "additive", "uniform"]
 
 DEFAULT_RATE = 0.03
@@ -52,7 +53,8 @@ class Settings:
     price: float | None = None
     """Keep only samples whose score is above this; 0 is the papers' zero price."""
     price_kind: PriceKind = "batch"
-    """What the rate is of: of every batch; of a rolling window of scores; or, as a budget, of all tokens so far."""
+    """What the rate is of: of every batch; of a rolling window of scores; as a budget, of all tokens so far; of the
+    effective number of positive scores; or, a nucleus, of their sum."""
     temperature: float = 0.0
     """Softness of the gate; 0 is the hard gate."""
     negative_share: float = 0.0
@@ -116,8 +118,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a fraction, such as 0.05 for 5%.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning-rate {self.learning_rate}: expected a number above 0.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate {self.learning_rate}: expected a finite number above 0.")
         if not self.gated and (self.rate is not None or self.price is not None):
             raise ValueError(
                 f"--method {self.method} keeps every sample; --rate and --price go with kondo, uniform and unbiased."
@@ -247,8 +249,9 @@ class Settings:
             return UnbiasedGate(noise=self.gate_noise, rate=self.gate_rate, generator=generator)
         if self.gate_rate is not None and self.price_kind == "budget":
             return BudgetGate(self.gate_rate)
-        if self.gate_rate is not None and self.price_kind == "rolling":
-            return KondoGate(price=RollingQuantile(self.gate_rate), negative_share=self.negative_share)
+        prices = {"rolling": RollingQuantile, "effective": EffectiveSize, "nucleus": Nucleus}
+        if self.gate_rate is not None and self.price_kind in prices:
+            return KondoGate(price=prices[self.price_kind](self.gate_rate), negative_share=self.negative_share)
         if self.temperature:
             return SoftGate(self.temperature, self.gate_rate, self.price, generator)
         return KondoGate(self.gate_rate, self.price, self.negative_share)

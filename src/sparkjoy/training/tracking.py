@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +15,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a temporary file of a name of its own beside `path`, then rename it to `path`.
+
+    Raises:
+        ValueError: it cannot be written: a full disk, a limit on a file's size, no permission. `path` is as it was.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(8)}")
     try:
-        write(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(data)
         temporary.replace(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror or error}); what was there before is as it was."
+        ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
     """Write one JSON document; NaN and infinities become null."""
-    text = json.dumps(as_json(value), indent=1) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text))
+    write_whole(path, (json.dumps(as_json(value), indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
@@ -36,36 +48,26 @@ def read_json(path: Path) -> Any:
         ValueError: the file is not one.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); remove it to start anew.") from None
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read as JSON ({said}); nothing was changed.") from None
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line; NaN and infinities become null."""
     text = "".join(json.dumps(as_json(record)) + "\n" for record in records)
-    write_whole(path, lambda temporary: temporary.write_text(text))
+    write_whole(path, text.encode())
 
 
 def save_figure(figure: Figure, out: Path, name: str) -> None:
     """Write a figure as NAME.png and NAME.svg."""
     for suffix in ("png", "svg"):
-        write_whole(out / f"{name}.{suffix}", lambda temporary: figure.savefig(temporary, dpi=150))
-
-
-def prepare_out(out: Path) -> None:
-    """Create the folder for results and see that it can be written to, before any work is done.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    try:
-        write_whole(out / "probe", lambda temporary: temporary.write_text(""))
-        (out / "probe").unlink()
-    except OSError as error:
-        raise ValueError(
-            f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written."
-        ) from None
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=suffix, dpi=150)
+        write_whole(out / f"{name}.{suffix}", drawn.getvalue())
 
 
 def as_json(value: Any) -> Any:

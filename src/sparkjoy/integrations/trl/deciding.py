@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparkjoy.baselines import centred, precise
 from sparkjoy.gates import KondoGate
 from sparkjoy.scores import sequence_delight
 from sparkjoy.signs import undecided
@@ -17,7 +18,7 @@ LEAST_SURPRISAL = 1e-30
 
 
 def centred_advantages(rewards_per_func: Tensor, weights: Tensor, group_size: int) -> Tensor:
-    """Weighted reward less its group's mean; exactly 0 where the group's rewards are equal, or where there is none.
+    """Weighted reward less its group's mean; 0 where the group's are equal up to float32's rounding, or there is none.
 
     >>> centred_advantages(torch.tensor([[1.0], [0.0], [2.0], [2.0]]), torch.ones(1), group_size=2)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
@@ -30,13 +31,13 @@ def centred_advantages(rewards_per_func: Tensor, weights: Tensor, group_size: in
     Returns:
         (N,)
     """
-    unscored = rewards_per_func.isnan().all(dim=1)
-    rewards = (rewards_per_func * weights).nansum(dim=1)
-    groups = rewards.masked_fill(unscored, torch.nan).view(-1, group_size)
-    centred = groups - groups.nanmean(dim=1, keepdim=True)
-    least = groups.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
-    most = groups.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
-    return centred.masked_fill(groups.isnan() | (least == most), 0).flatten()
+    terms = precise(rewards_per_func) * precise(weights)
+    unscored = terms.isnan().all(dim=1).view(-1, group_size)
+    groups = terms.nansum(dim=1).view(-1, group_size).masked_fill(unscored, torch.nan)
+    scored = groups.where(~unscored, groups.nanmean(dim=1, keepdim=True))
+    size = terms.abs().nansum(dim=1).view(-1, group_size)
+    advantages = centred(scored, torch.finfo(torch.float32).eps, size).masked_fill(unscored, 0)
+    return advantages.flatten().to(rewards_per_func.dtype)
 
 
 def worth(advantages: Tensor, own_advantages: Tensor, mask: Tensor) -> Tensor:
