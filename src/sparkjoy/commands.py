@@ -266,14 +266,14 @@ class Frontier:
     config: Annotated[frontier.FrontierConfig, FLAT] = field(default_factory=frontier.FrontierConfig)
 
     def __call__(self) -> None:
-        prepare_out(self.out)
-        write_json(self.out / "config.json", asdict(self.config))
-        with study_progress() as progress:
-            step, found = frontier.run(self.config, progress)
-        if step.answers:
-            write_json_lines(self.out / "answers.jsonl", step.answers)
-        write_json(self.out / "summary.json", frontier.summary(found, self.config.noise))
-        save_figure(frontier.plot(found, self.config.noise), self.out, "frontier")
+        need("bench", "transformers")
+        with opened(self.out, asdict(self.config)):
+            with study_progress() as progress:
+                step, found = frontier.run(self.config, progress)
+            if step.answers:
+                write_json_lines(self.out / "answers.jsonl", step.answers)
+            write_json(self.out / "summary.json", frontier.summary(found, self.config.noise))
+            save_figure(frontier.plot(found, self.config.noise), self.out, "frontier")
         for one in found.values():
             print(f"{one.table()}\n{one.recommend(self.config.noise).reason}\n")
         print(f"results in {self.out}, the figure in {self.out / 'frontier.png'}")

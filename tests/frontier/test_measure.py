@@ -171,9 +171,9 @@ def test_bytes_kept_for_the_backward_pass_follow_the_rows_and_repeat():
 
     dense, hard = peaks(64)
     assert peaks(64) == [dense, hard]
-    outputs = 2 * 16 * 4  # tanh and log_softmax keep theirs
-    assert dense == pytest.approx(64 * outputs, rel=0.1)
-    assert hard == pytest.approx(16 * (outputs + 32 * 4), rel=0.1)  # and the gathered rows are a copy
+    of_a_row = (32 + 2 * 16) * 4  # the copy of a row, and what tanh and log_softmax keep
+    assert dense == pytest.approx(64 * of_a_row, rel=0.1)
+    assert hard == pytest.approx(16 * of_a_row, rel=0.1)
     assert peaks(8)[0] < dense / 4
 
 

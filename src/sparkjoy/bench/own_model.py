@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class OwnModel:
     """What logits are divided by, for sampling and for the log-probs."""
     bfloat16: bool = False
     """Weights and activations in bfloat16."""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """cpu or cuda."""
     seed: int = 0
     """Of prompts, answers and draws."""
@@ -175,11 +175,9 @@ def reward_function(named: str) -> Callable[..., Any]:
 
 
 def _load(config: OwnModel) -> tuple[Any, Any]:
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError:
-        raise ValueError('sparkjoy frontier needs transformers: pip install "sparkjoy[bench]".') from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()  # the command has one
     dtype = torch.bfloat16 if config.bfloat16 else torch.float32
     try:

@@ -15,7 +15,7 @@ from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.frontier.result import Kind, Setting
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.losses import Loss
-from sparkjoy.scores import ScoreFunction
+from sparkjoy.scores import ScoreFunction, at_least_float32
 from sparkjoy.signs import worth
 
 Progress = Callable[[float, str], None]
@@ -85,11 +85,12 @@ class PlainLoop:
         self.divisor = divisor
 
     def __call__(self, rows: slice) -> None:
-        """Forward and backward over these rows."""
-        part = self.inputs if rows == slice(0, self.inputs.total) else self.inputs.take(rows)
+        """Forward and backward over these rows, copies of them: the function may write into what it gets."""
+        part = self.inputs.take(rows)
         log_probs = self.log_prob_fn(part.batch)
         if part.mask is not None:
             log_probs = log_probs.where(part.mask, 0)
+        log_probs = at_least_float32(log_probs)
         known = part.log_probs if part.behavior_log_probs is None else part.behavior_log_probs
         terms = self.loss(log_probs, part.advantages, log_probs.detach() if known is None else known, part.mask)
         if part.mask is not None:

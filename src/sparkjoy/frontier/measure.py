@@ -16,7 +16,6 @@ from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.passes import Normalizer
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
-from sparkjoy.engine.survivors import map_tensors
 from sparkjoy.frontier.arms import Arm, Outcome, PlainLoop, Progress, check_gates, default_gates, turns
 from sparkjoy.frontier.cost import PEAK_BYTES, timed, with_peak
 from sparkjoy.frontier.gradients import Gradients
@@ -164,13 +163,12 @@ def frontier(
             else:
                 for name, gate in copy.deepcopy(dict(gates)).items():
                     arms.append(Arm(name, "unbiased" if weighted(gate) else "biased", gate, gated(gate, None)))
-            there_anyway = [*gradients.parameters, *_tensors(batch)]
             for arm in turns(arms, rounds, seconds, say):
                 gradients.clear()
                 if arm.peaks:
                     taken, outcome = timed(arm.step, device)
                 else:
-                    taken, (outcome, peak) = timed(partial(with_peak, arm.step, device, there_anyway), device)
+                    taken, (outcome, peak) = timed(partial(with_peak, arm.step, device, gradients.parameters), device)
                     arm.peaks.append(peak)
                 arm.seconds.append(taken)
                 arm.outcomes.append(outcome)
@@ -211,14 +209,3 @@ def _best_size(plain: PlainLoop, device: torch.device, say: Callable[[str], None
         if size == total:
             return best
         size = min(LARGER * size, total)
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def look(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(batch, look)
-    return found
