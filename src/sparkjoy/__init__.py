@@ -15,6 +15,8 @@ from sparkjoy.engine.backward import gated_backward as gated_backward
 from sparkjoy.engine.packing import TrimRight as TrimRight
 from sparkjoy.engine.report import BackwardReport as BackwardReport
 from sparkjoy.engine.speculative import SpeculativeBackward as SpeculativeBackward
+from sparkjoy.frontier import Frontier as Frontier
+from sparkjoy.frontier import frontier as frontier
 from sparkjoy.gates import BudgetGate as BudgetGate
 from sparkjoy.gates import Decision as Decision
 from sparkjoy.gates import Gate as Gate
@@ -39,6 +41,7 @@ __all__ = [
     "BudgetGate",
     "Decision",
     "FixedPrice",
+    "Frontier",
     "Gate",
     "GatedBackward",
     "KondoGate",
@@ -52,6 +55,7 @@ __all__ = [
     "delight",
     "delightful",
     "expected_confidence_advantage",
+    "frontier",
     "gated_backward",
     "good_and_bad_advantage",
     "group_mean_advantage",

@@ -23,6 +23,7 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy study tokens     gating single tokens against gating whole answers
   sparkjoy study bandit     the papers' bandit theory, checked number by number
   sparkjoy bench            seconds and peak memory of one step: dense, gated, and what else one could do
+  sparkjoy frontier         what gating saves, and costs, on your own model, prompts and reward
 
 Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures. train, pareto, study
 scores, screening and scaling go on from the last checkpoint when started again with the same --out."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from sparkjoy.bench import frontier
 from sparkjoy.bench import run as bench
 from sparkjoy.studies import (
     bandit_theory,
@@ -256,6 +257,28 @@ class Bench:
         print(f"results in {self.out}, the figure in {self.out / 'speedup.png'}")
 
 
+@dataclass(frozen=True)
+class Frontier:
+    """What gating saves of a step on your own model and batch, and what it does to the gradient."""
+
+    out: Path = Path("out/frontier")
+    """Folder for config.json, answers.jsonl, summary.json and the figure; written when everything is measured."""
+    config: Annotated[frontier.FrontierConfig, FLAT] = field(default_factory=frontier.FrontierConfig)
+
+    def __call__(self) -> None:
+        need("bench", "transformers")
+        with opened(self.out, asdict(self.config)):
+            with study_progress() as progress:
+                step, found = frontier.run(self.config, progress)
+            if step.answers:
+                write_json_lines(self.out / "answers.jsonl", step.answers)
+            write_json(self.out / "summary.json", frontier.summary(found, self.config.noise))
+            save_figure(frontier.plot(found, self.config.noise), self.out, "frontier")
+        for one in found.values():
+            print(f"{one.table()}\n{one.recommend(self.config.noise).reason}\n")
+        print(f"results in {self.out}, the figure in {self.out / 'frontier.png'}")
+
+
 COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("train", "mnist"): TrainMnist,
     ("train", "reversal"): TrainReversal,
@@ -269,6 +292,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("study", "gain"): StudyGain,
     ("study", "tokens"): StudyTokens,
     ("bench", ""): Bench,
+    ("frontier", ""): Frontier,
 }
 
 

@@ -80,7 +80,7 @@ def test_every_arm_passes_the_rows_it_says(arm):
     _, rows = step_of(arm, 0.25, 2, problem)()
     assert rows == {"dense": 6, "kondo-gate": 6, "non-zero": 3, "positive": 2}.get(arm, 2)
     assert any(parameter.grad is not None for parameter in problem.module.parameters())
-    assert arm in WITHOUT_RATE or arm in ("uniform", "pods", "kondo-gate", "known", "screened")
+    assert arm in WITHOUT_RATE or arm in ("uniform", "pods", "kondo-gate", "known", "screened", "noise")
 
 
 def test_known_and_screened_arms_add_the_same_gradient_as_a_plain_loop_over_their_rows():

@@ -20,7 +20,7 @@ def bench(monkeypatch, out, *flags):
 def test_a_bench_leaves_seconds_by_phase_a_figure_and_the_machine(monkeypatch, tmp_path, capsys):
     result = bench(monkeypatch, tmp_path, *FLAGS, "--rates", "1.0", "0.4", "--no-memory")
     assert {row["arm"] for row in result["arms"]} == {
-        "dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened",
+        "dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened", "noise",
     }  # fmt: skip
     for row in result["arms"]:
         assert set(row["seconds"]["total"]) == {"p20", "p50", "p80"}
@@ -28,6 +28,9 @@ def test_a_bench_leaves_seconds_by_phase_a_figure_and_the_machine(monkeypatch, t
         assert row["seconds"]["total"]["p50"] > 0
     known = next(row for row in result["arms"] if row["arm"] == "known" and row["rate"] == 0.4)
     assert known["backward_rows"] == 3
+    budgets = [(row["rate"], row["noise"]) for row in result["arms"] if row["arm"] == "noise"]
+    assert budgets == [(None, 0.3), (None, 1.0)]
+    assert all(row["noise"] is None for row in result["arms"] if row["arm"] != "noise")
     assert result["arms"][0]["speedup"] == 1
     assert result["machine"]["torch"]
     assert result["backward_over_forward"]["flops"] == pytest.approx(2, abs=0.1)
@@ -36,7 +39,9 @@ def test_a_bench_leaves_seconds_by_phase_a_figure_and_the_machine(monkeypatch, t
     assert "speed-up" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--rates", "1.5"], ["--rounds", "0"], ["--model", "gpt3"], ["--device", "cuda"]])
+@pytest.mark.parametrize(
+    "flags", [["--rates", "1.5"], ["--noises", "0"], ["--rounds", "0"], ["--model", "gpt3"], ["--device", "cuda"]]
+)
 def test_wrong_flags_end_with_status_two(monkeypatch, tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as stop:
         bench(monkeypatch, tmp_path, *flags)

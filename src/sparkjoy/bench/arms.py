@@ -11,18 +11,18 @@ from torch import Tensor
 from sparkjoy.bench.models import Problem, Workload, build
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.ledger import Ledger
-from sparkjoy.gates import KondoGate
-from sparkjoy.scores import delight, uniform_score
+from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
+from sparkjoy.scores import uniform_score
 from sparkjoy.signs import rate_count
 
-Arm = Literal["dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened"]
+Arm = Literal["dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened", "noise"]
 """Ways to take a step.
 
 dense: a plain loop over all rows. non-zero: over those of non-zero advantage (dynamic sampling's filter). positive:
 over those of positive advantage. uniform: rows at random, through the engine. pods: a plain loop over the subset of
 greatest reward variance (PODS, arXiv 2504.13818). kondo-gate: the PyPI package of that name, which multiplies the loss
 by the gate. known: sparkjoy's gate on log-probs that the sampler recorded. screened: on an exact forward pass without a
-graph.
+graph. noise: the noise budget, on recorded log-probs; where the others have a rate it has a noise.
 """
 Seconds = dict[str, float]
 Step = Callable[[], tuple[Seconds, int]]
@@ -36,18 +36,20 @@ def step_of(arm: Arm, rate: float, micro_batch_size: int, problem: Problem) -> S
 
     Args:
         arm: which.
-        rate: fraction of the rows to keep; arms without a rate do not read it.
+        rate: fraction of the rows to keep, or the budget of "noise"; arms without a rate do not read it.
         micro_batch_size: rows per forward and backward pass.
         problem: model and batch.
     """
     rows = len(problem.advantages)
     if arm == "kondo-gate":
         return _kondo_gate(rate, micro_batch_size, problem)
-    if arm in ("known", "screened", "uniform"):
-        score = uniform_score(torch.Generator().manual_seed(0)) if arm == "uniform" else delight
+    if arm in ("known", "screened", "uniform", "noise"):
+        generator = torch.Generator().manual_seed(0)
+        gate: Gate = UnbiasedGate(noise=rate, generator=generator) if arm == "noise" else KondoGate(rate)
+        score = uniform_score(generator) if arm == "uniform" else None
         # Counting tells the planner what a backward pass costs in this model, frozen or checkpointed as it may be.
-        gated = GatedBackward(KondoGate(rate), score=score, micro_batch_size=micro_batch_size, count_flops=True)
-        log_probs = problem.log_probs if arm == "known" else None
+        gated = GatedBackward(gate, score=score, micro_batch_size=micro_batch_size, count_flops=True)
+        log_probs = problem.log_probs if arm in ("known", "noise") else None
 
         def engine_step() -> tuple[Seconds, int]:
             report = gated(problem.log_prob_fn, problem.batch, problem.advantages, log_probs=log_probs)

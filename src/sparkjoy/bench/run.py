@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import tyro
 from sparkjoy.bench.arms import WITHOUT_RATE, Arm, Step, prepare, step_of
 from sparkjoy.bench.models import Problem, Workload, build
 from sparkjoy.engine.flops import FlopCount
+from sparkjoy.gates import UnbiasedGate
 from sparkjoy.prices import checked_rate
 from sparkjoy.studies.memory import peak_memory
 from sparkjoy.training.tracking import write_json
@@ -35,10 +36,12 @@ class BenchConfig:
     """What to measure."""
 
     workload: Annotated[Workload, tyro.conf.arg(name="")] = field(default_factory=Workload)
-    arms: tuple[Arm, ...] = ("dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened")
+    arms: tuple[Arm, ...] = get_args(Arm)
     """Ways to take a step; the plain dense loop is always among them."""
     rates: tuple[float, ...] = (1.0, 0.9, 0.7, 0.5, 0.25, 0.1, 0.03)
     """Fractions of the rows to keep."""
+    noises: tuple[float, ...] = (0.3, 1.0)
+    """Budgets of the arm noise, which finds its own rate."""
     micro_batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
     """Rows per forward and backward pass that each arm may choose from."""
     rounds: int = 5
@@ -55,17 +58,20 @@ class BenchConfig:
             raise ValueError("--arms and --rates: expected at least one of each.")
         for rate in (*self.rates, *self.memory_rates):
             checked_rate(rate)
+        for noise in self.noises:
+            UnbiasedGate(noise=noise)
         if self.rounds < 1 or self.threads < 1 or not self.micro_batch_sizes or min(self.micro_batch_sizes) < 1:
             raise ValueError("--rounds, --threads and every one of --micro-batch-sizes: expected at least 1.")
 
     def cases(self) -> list[tuple[Arm, float]]:
-        """Every arm at every rate it knows, the dense loop first."""
+        """Every arm at every rate, or budget of noise, that it knows, the dense loop first."""
         arms: tuple[Arm, ...] = ("dense", *(arm for arm in self.arms if arm != "dense"))
         # kondo-gate's step costs the same at every rate: the full one.
         once = {"kondo-gate": min(self.rates)}
         cases: list[tuple[Arm, float]] = []
         for arm in arms:
             rates = (1.0,) if arm in WITHOUT_RATE else (once[arm],) if arm in once else self.rates
+            rates = self.noises if arm == "noise" else rates
             cases += [(arm, rate) for rate in rates]
         return cases
 
@@ -154,8 +160,9 @@ def _summary(
         rows.append(
             {
                 "arm": arm,
-                "rate": None if arm in WITHOUT_RATE else rate,
-                "backward_rows": records[-1]["rows"],
+                "rate": None if arm in WITHOUT_RATE or arm == "noise" else rate,
+                "noise": rate if arm == "noise" else None,
+                "backward_rows": round(float(np.mean([record["rows"] for record in records]))),
                 "micro_batch_size": sizes[arm],
                 "speedup": dense / total,
                 "seconds": {key: _quantiles([r[key] for r in records]) for key in records[-1] if key != "rows"},

@@ -220,7 +220,8 @@ def print_bench(result: dict[str, Any]) -> None:
         milliseconds = [f"{1000 * value:,.1f}" for value in row["seconds"]["total"].values()]
         rate = "" if row["rate"] is None else f"{row['rate']:g}"
         sizes = (str(row["backward_rows"]), str(row["micro_batch_size"]))
-        table.add_row(row["arm"], rate, *sizes, *milliseconds, f"{row['speedup']:.2f}")
+        name = row["arm"] if row["noise"] is None else f"noise {row['noise']:g}"
+        table.add_row(name, rate, *sizes, *milliseconds, f"{row['speedup']:.2f}")
     _console().print(table)
     if not result.get("memory"):
         return

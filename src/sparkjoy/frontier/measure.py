@@ -1,0 +1,211 @@
+"""Does gating pay for me, and at which setting: each gate's step on one batch, beside the dense one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.engine.inputs import Inputs, check_inputs
+from sparkjoy.engine.passes import Normalizer
+from sparkjoy.engine.report import BackwardReport
+from sparkjoy.engine.screening import LogProbFunction
+from sparkjoy.frontier.arms import Arm, Outcome, PlainLoop, Progress, check_gates, default_gates, turns
+from sparkjoy.frontier.cost import PEAK_BYTES, timed, with_peak
+from sparkjoy.frontier.gradients import Gradients
+from sparkjoy.frontier.result import Frontier
+from sparkjoy.gates import Gate, UnbiasedGate
+from sparkjoy.gates.decision import weighted
+from sparkjoy.losses import Loss, reinforce
+from sparkjoy.scores import ScoreFunction
+from sparkjoy.selecting import select
+
+LARGER, FASTER = 4, 0.9
+"""Micro-batches are tried so many times as large as the last, while a row takes less than this part of its seconds."""
+
+
+def frontier(
+    log_prob_fn: LogProbFunction,
+    batch: Any,
+    advantages: Tensor,
+    *,
+    gates: Mapping[str, Gate] | None = None,
+    log_probs: Tensor | None = None,
+    behavior_log_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+    loss: Loss = reinforce,
+    normalizer: Normalizer = "batch",
+    micro_batch_size: int | None = None,
+    parameters: Iterable[Tensor] | None = None,
+    rounds: int | None = None,
+    seconds: float = 20.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Frontier:
+    """What each gate would save of a step on this batch, and what it would do to its gradient.
+
+    All settings take turns, so that what else the machine does falls on all alike: the dense step as a plain loop, the
+    gates through `GatedBackward`. Nothing is trained: gradients are put back as they were, no optimizer is stepped, and
+    torch's random state is left alone. What `log_prob_fn` itself changes, such as a batch norm's statistics, stays
+    changed. While measuring, two more sets of gradients are in memory.
+
+    >>> import torch, sparkjoy as sj
+    >>> _ = torch.manual_seed(0)
+    >>> policy = torch.nn.Linear(8, 4)
+    >>> batch = {"states": torch.randn(100, 8), "actions": torch.randint(4, (100,))}
+    >>> def log_prob_fn(rows):
+    ...     return policy(rows["states"]).log_softmax(-1).gather(1, rows["actions"][:, None]).squeeze(1)
+    >>> found = sj.frontier(log_prob_fn, batch, torch.randn(100), rounds=3)
+    >>> {setting.name: setting.rows for setting in found.settings if setting.kind in ("dense", "biased")}
+    {'dense': 100.0, 'hard 25%': 25.0, 'hard 10%': 10.0, 'hard 3%': 3.0, 'price 0': 49.0}
+    >>> best, why = found.recommend()  # on a policy this small most likely the dense step
+
+    Args:
+        log_prob_fn: `rows -> (n,)` or `(n, T)` differentiable log-probs of the actions taken in `rows`.
+        batch: a tensor, or a TensorDict, Mapping, namedtuple or dataclass of tensors, with leading dimension B.
+        advantages: (B,), or (B, T) with log-probs of (B, T).
+        gates: by name, beside the dense step; copies of them decide. None: a noise of 0.1, 0.3, 1 and 3, the hard gate
+            at 25, 10 and 3%, as many rows as a noise of 0.3 keeps but at random, and a price of 0.
+        log_probs: known ones to decide on, such as the sampler's; None: the gates look at the rows first, as they would
+            in training.
+        behavior_log_probs: as `GatedBackward`'s.
+        mask: (B, T), 1 for tokens that count.
+        loss: as `GatedBackward`'s.
+        normalizer: as `GatedBackward`'s.
+        micro_batch_size: rows per forward and backward pass, for all settings; None: the fastest of 1, 4, 16, ... for
+            the dense step, up to the first that is slower or does not fit.
+        parameters: all that require a gradient, where the graph of the log-probs does not show them (a reentrant
+            checkpoint); None: found in the graph.
+        rounds: turns of each setting; None: as many as fit `seconds`, from 3 to 50.
+        seconds: how long to go on.
+        seed: of the default gates' draws.
+        progress: called with the fraction done and what comes next.
+
+    Returns:
+        A `Frontier`: `.settings`, `.table()`, `.plot(path)`, `.recommend()`.
+
+    Raises:
+        ValueError: as `GatedBackward`; a batch without an advantage other than 0, or whose gradient is 0; a parameter
+            whose gradient runs a hook.
+    """
+    inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
+    if not bool(inputs.teaches().any()):
+        raise ValueError("advantages are all 0, so there is no gradient; give a batch that has something to teach.")
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ValueError(f"micro_batch_size is {micro_batch_size}; expected at least 1, or None to look for the best.")
+    if rounds is not None and rounds < 1:
+        raise ValueError(f"rounds is {rounds}; expected at least 1, or None for as many as fit.")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds is {seconds}; expected a number of at least 0.")
+    if gates is not None:
+        check_gates(gates)
+    say = progress or (lambda fraction, what: None)
+    device, total = inputs.advantages.device, inputs.total
+    options: dict[str, Any] = {"loss": loss, "normalizer": normalizer, "count_flops": False}
+    gradients = Gradients(parameters)
+    seen: list[Tensor] = []
+
+    def watched(rows: Any) -> Tensor:
+        found = log_prob_fn(rows)
+        gradients.find(found)
+        seen.append(found.detach())
+        return found
+
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.enable_grad():
+            _run(GatedBackward(None, **options), watched, inputs.take(slice(0, 1)))  # refuses what is wrong, at once
+            size = micro_batch_size
+            if size is None:
+                size = _best_size(PlainLoop(watched, inputs, loss), device, lambda what: say(0.0, what))
+            size = options["micro_batch_size"] = min(size, total)
+            say(0.05, "the gradient to compare with")
+            gradients.clear()
+            seen.clear()
+            _run(GatedBackward(None, **options), watched, inputs)
+            length = gradients.refer()
+            if not 0 < length < math.inf:
+                raise ValueError(f"the gradient of the batch has a length of {length:g}; expected one to compare with.")
+            found = torch.cat(seen)
+            tokens = inputs.tokens(found)
+            divisors = {"batch": tokens, "kept": tokens, "samples": total}
+            divisor = divisors[normalizer] if isinstance(normalizer, str) else normalizer
+            plain = PlainLoop(log_prob_fn, inputs, loss, divisor)
+            row_tokens = inputs.row_tokens
+            row_tokens = torch.full((total,), tokens // total) if row_tokens is None else row_tokens
+
+            def dense() -> Outcome:
+                for start in range(0, total, size):
+                    plain(slice(start, min(start + size, total)))
+                return total, tokens, 0.0
+
+            def gated(gate: Gate, score: ScoreFunction | None) -> Callable[[], Outcome]:
+                engine = GatedBackward(gate, score=score, **options)
+
+                def step() -> Outcome:
+                    report = _run(engine, log_prob_fn, inputs)
+                    return report.kept, int(row_tokens[report.decision.keep.cpu()].sum()), report.noise
+
+                return step
+
+            arms = [Arm("dense", "dense", None, dense)]
+            if gates is None:
+                known = found if inputs.log_probs is None else inputs.log_probs
+                kept = select(UnbiasedGate(noise=0.3), inputs.advantages, known, inputs.mask, loss=loss)
+                for name, kind, gate, score in default_gates(float(kept.decision.probability.mean()), seed):
+                    arms.append(Arm(name, kind, gate, gated(gate, score)))
+            else:
+                for name, gate in copy.deepcopy(dict(gates)).items():
+                    arms.append(Arm(name, "unbiased" if weighted(gate) else "biased", gate, gated(gate, None)))
+            for arm in turns(arms, rounds, seconds, say):
+                gradients.clear()
+                if arm.peaks:
+                    taken, outcome = timed(arm.step, device)
+                else:
+                    taken, (outcome, peak) = timed(partial(with_peak, arm.step, device, gradients.parameters), device)
+                    arm.peaks.append(peak)
+                arm.seconds.append(taken)
+                arm.outcomes.append(outcome)
+                arm.compared.append(gradients.compare())
+    finally:
+        gradients.restore()
+    settings = tuple(arm.measured() for arm in arms)
+    return Frontier(settings, total, tokens, size, log_probs is not None, PEAK_BYTES[device.type == "cuda"])
+
+
+def _run(engine: GatedBackward, log_prob_fn: LogProbFunction, part: Inputs) -> BackwardReport:
+    return engine(
+        log_prob_fn,
+        part.batch,
+        part.advantages,
+        log_probs=part.log_probs,
+        behavior_log_probs=part.behavior_log_probs,
+        mask=part.mask,
+    )
+
+
+def _best_size(plain: PlainLoop, device: torch.device, say: Callable[[str], None]) -> int:
+    """The fastest micro-batch size, by seconds a row: 1, 4, 16, ... while the larger one is clearly faster."""
+    total = plain.inputs.total
+    best, best_seconds, size = 0, math.inf, 1
+    while True:
+        say(f"{size:,} rows in a micro-batch")
+        step = partial(plain, slice(0, size))
+        try:
+            seconds = min(timed(step, device)[0] for _ in range(2)) / size
+        except torch.OutOfMemoryError:
+            if not best:
+                raise
+            return best
+        if seconds > FASTER * best_seconds:
+            return best
+        best, best_seconds = size, seconds
+        if size == total:
+            return best
+        size = min(LARGER * size, total)
