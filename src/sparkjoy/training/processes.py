@@ -99,7 +99,8 @@ def joined(share: Share) -> Iterator[None]:
         return
     dist.init_process_group("gloo")
     ended = threading.Event()
-    threading.Thread(target=_watch, args=(share, ended), daemon=True).start()
+    watch = threading.Thread(target=_watch, args=(share, ended), daemon=True)
+    watch.start()
     try:
         yield
         dist.barrier()  # a process that is done goes on to beat while the others work
@@ -114,6 +115,7 @@ def joined(share: Share) -> Iterator[None]:
         raise SystemExit(2) from None
     finally:
         ended.set()
+        watch.join()  # an interpreter that shuts down around a thread in C++ aborts
         dist.destroy_process_group()
 
 
