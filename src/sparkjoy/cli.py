@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 
 from sparkjoy.output import lasting_output
 from sparkjoy.starting import ready
 from sparkjoy.training.memory import within_machine_memory
-from sparkjoy.training.stopping import Terminated, end_on_sigterm
+from sparkjoy.training.stopping import Terminated, ending_on_sigterm
 
 HELP = """usage: sparkjoy COMMAND [flags]
 
@@ -62,10 +63,10 @@ def _run(arguments: list[str]) -> None:
 
         print(f"sparkjoy {__version__}")
         return
-    if os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun has its own ways to end its processes
-        end_on_sigterm()
     ready()
-    commands.run(arguments)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # torchrun has its own ways to end its processes
+    with ending_on_sigterm() if alone else nullcontext():
+        commands.run(arguments)
 
 
 def _say(line: str) -> None:

@@ -11,7 +11,7 @@ from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.training.checkpoint import load_checkpoint
 from sparkjoy.training.loop import train
 from sparkjoy.training.settings import Settings
-from sparkjoy.training.stopping import Stopping, Terminated
+from sparkjoy.training.stopping import Stopping, Terminated, ending_on_sigterm
 
 TASK = ReversalConfig(prompt_length=3, prompts=2, answers=4, layers=1, width=8, heads=1, feed_forward=8, held_out=10)
 SETTINGS = Settings(steps=12, evaluate_every=4, price=0.0, temperature=0.5)
@@ -67,5 +67,9 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_sigterm_ends_with_128_and_its_number():
-    assert Terminated().code == 143
+def test_sigterm_ends_with_128_and_its_number_and_only_inside():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated) as stop, ending_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -56,8 +57,14 @@ def end(number: int, frame: FrameType | None = None) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
-def end_on_sigterm() -> None:
-    """From now on SIGTERM unwinds the program as Ctrl-C does, unless it is ignored or somebody's own."""
-    with contextlib.suppress(ValueError):  # not in the main thread
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, end)
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM unwind the program as Ctrl-C does, unless it is ignored or somebody's own."""
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
