@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparkjoy.engine.added_noise import added_noise
 from sparkjoy.engine.deciding import decide, row_scores, scored_rows
 from sparkjoy.engine.distributed import ranks_of
 from sparkjoy.engine.flops import KnownFlops
@@ -30,7 +31,6 @@ from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Decision, Gate
 from sparkjoy.gates.decision import load_state, rule_of, state_of, weighted
 from sparkjoy.losses import Loss, reinforce, size_of
-from sparkjoy.noise import NoiseSums, expected_noise, noise_sums
 from sparkjoy.scores import ScoreFunction, delight, reads_log_probs, sign_of_advantage
 from sparkjoy.signs import mixed, undecided, worth
 
@@ -267,7 +267,7 @@ class GatedBackward:
         decision = self._ranks.same(decide(gate, scored, inputs))
         passes.ledger.lap("screen")
         self._differentiate_kept(passes, inputs, decision)
-        return KNOWN, decision, self._noise(passes, inputs, scored, decision, exact=False)
+        return KNOWN, decision, self._noise(passes, inputs, scored, decision, False)
 
     def _run_unknown(self, gate: Gate, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision, float | None]:
         """As `_run`, where log-probs have to be computed to decide."""
@@ -306,6 +306,16 @@ class GatedBackward:
         exact = self.screen is None and self.score is self._size
         return choice, decision, self._noise(passes, inputs, known, decision, exact)
 
+    def _noise(self, passes: Passes, inputs: Inputs, scored: Scored, decision: Decision, exact: bool) -> float | None:
+        """What a weighted gate's draws added; the gate is told of it where the sizes it decided on were approximate."""
+        if self._size is None:
+            return None
+        noise, sums = added_noise(self._size, passes, inputs, scored, decision, exact)
+        learn = getattr(self.gate, "learn", None)
+        if sums is not None and learn is not None:
+            learn(sums)
+        return noise
+
     def _differentiate_kept(self, passes: Passes, inputs: Inputs, decision: Decision) -> None:
         """Differentiate what is kept of all processes' rows, this process its share."""
         keep = self._ranks.own(decision.keep)
@@ -314,33 +324,6 @@ class GatedBackward:
         everything = None if len(kept_rows) == inputs.total > 0 else kept_rows
         kept_everywhere = len(kept_rows) if self._ranks.size == 1 else int(decision.keep.count_nonzero())
         passes.differentiate(inputs, everything, weight, keep, kept_everywhere)
-
-    def _noise(self, passes: Passes, inputs: Inputs, scored: Scored, decision: Decision, exact: bool) -> float | None:
-        """What a weighted gate's draws added, over the batch's own second moment; the gate is told of it.
-
-        Where the sizes decided on are exact it is a sum over all rows. Else the exact sizes of the kept rows correct
-        it.
-        """
-        if self._size is None:
-            return None
-        size = scored.score if scored.teaches is None else scored.score.where(scored.teaches.bool(), 0)
-        noise = expected_noise(size, decision.probability)
-        if exact:
-            return noise
-        sums = NoiseSums(*self._ranks.add(self._local_sums(passes, inputs, scored.score, decision)).tolist())
-        learn = getattr(self.gate, "learn", None)
-        if learn is not None:
-            learn(sums)
-        return noise * sums.ratio
-
-    def _local_sums(self, passes: Passes, inputs: Inputs, score: Tensor, decision: Decision) -> Tensor:
-        """(4,) this process's part of the `NoiseSums`."""
-        assert self._size is not None  # the caller saw to it
-        rows = self._ranks.own(decision.keep).nonzero().squeeze(1)
-        if passes.differentiated is None or len(rows) == 0:
-            return torch.zeros(4, dtype=torch.float64)
-        exact = row_scores(self._size, inputs, passes.differentiated)[rows]
-        return noise_sums(exact, self._ranks.own(score)[rows], self._ranks.own(decision.weight)[rows]).cpu()
 
 
 def gated_backward(
