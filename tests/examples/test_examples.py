@@ -31,7 +31,7 @@ def test_your_own_loop_learns_and_saves_backward_rows(tmp_path):
     example = EXAMPLES / "01_your_own_loop.py"
     said = run([sys.executable, "-W", "error", example, "--iterations", 10, "--episodes", 8], tmp_path / "log")
     kept, total = map(int, re.search(r"(\d+) of (\d+) rows", said).groups())
-    assert 0 < kept <= 0.2 * total + 10
+    assert 0 < kept < 0.6 * total  # the budget finds its own rate
 
 
 @pytest.mark.slow
