@@ -47,11 +47,17 @@ def flat_gradient(policy):
     return flat
 
 
+BUDGETS = [(shape, loss, source, {"noise": 1.0}) for shape in SHAPES for loss in LOSSES for source in SOURCES]
+OTHERS = [
+    (shape, "dg", source, options)
+    for shape in ("rows", "ragged tokens")
+    for source in ("exact", "stale")
+    for options in ({"rate": 0.3}, {"noise": 1.0, "floor": 0.1})
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("gate_options", [{"noise": 1.0}, {"rate": 0.3}, {"noise": 1.0, "floor": 0.1}], ids=str)
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "loss", "source", "gate_options"), [*BUDGETS, *OTHERS], ids=str)
 def test_the_mean_gradient_is_the_dense_one(shape, loss, source, gate_options, generator):
     policy, batch, advantages, mask = make_case(shape)
     behavior = policy.log_probs(batch).detach()
