@@ -130,7 +130,8 @@ class Settings:
             raise ValueError("--method unbiased goes by a score of its own, at a --noise or --rate; expected no other.")
         if self.noise is not None and (self.method != "unbiased" or self.rate is not None):
             raise ValueError(
-                f"--noise {self.noise:g}: a budget that finds its own rate; give it with --method unbiased, and no --rate."
+                f"--noise {self.noise:g}: a budget that finds its own rate; give it with --method "
+                "unbiased, and no --rate."
             )
         if self.score_noise and not (self.method == "dg" or (self.method == "kondo" and self.unit == "sample")):
             raise ValueError(
