@@ -8,6 +8,8 @@ Every process draws rows of its own; the gate decides about all of them at one p
 """
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -107,3 +109,5 @@ if __name__ == "__main__":
         train()
     finally:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # at once: threads of torch now and then abort the interpreter's own way out
