@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sparkjoy.engine.deciding import decide, row_scores, scored_rows
@@ -47,7 +46,7 @@ def select(
     by: the batch's rows or tokens, not the kept ones'. For a loss proportional to its advantages the gradient is then
     that of the whole batch with the skipped rows at 0, on average the whole batch's own for a weighted gate.
 
-    >>> import sparkjoy as sj
+    >>> import torch, sparkjoy as sj
     >>> advantages, log_probs = torch.tensor([1.0, -1.0, 0.5, 0.0]), torch.tensor([-0.5, -1.0, -3.0, -1.0])
     >>> rows, weights, _ = sj.select(sj.KondoGate(rate=0.25), advantages, log_probs)
     >>> rows, weights
@@ -75,9 +74,7 @@ def select(
         size = advantage_size if log_probs is None else size_of(loss)
         score = size if weighted(gate) else delight
     if log_probs is not None or not reads_log_probs(score):
-        known = inputs.log_probs
-        if known is None:
-            known = torch.zeros_like(inputs.advantages if inputs.mask is None else inputs.mask, dtype=torch.float32)
+        known = inputs.blank_log_probs() if inputs.log_probs is None else inputs.log_probs
         scores = row_scores(score, inputs, known)
     else:
         scores = worth(inputs.advantages)

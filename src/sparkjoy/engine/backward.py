@@ -260,7 +260,7 @@ class GatedBackward:
             return EVERYTHING, decision, None
         gate, log_probs = self.gate, inputs.log_probs
         if log_probs is None and not reads_log_probs(self.score):
-            log_probs = torch.zeros_like(inputs.advantages if inputs.mask is None else inputs.mask, dtype=torch.float32)
+            log_probs = inputs.blank_log_probs()
         if log_probs is None:
             return self._run_unknown(gate, passes, inputs)
         scored = self._ranks.gather(scored_rows(gate, row_scores(self.score, inputs, log_probs), inputs))

@@ -75,6 +75,10 @@ class Inputs:
             return int(self.row_tokens.sum())
         return self.total * (log_probs.shape[1] if log_probs.dim() == 2 else 1)
 
+    def blank_log_probs(self) -> Tensor:
+        """Zeros, (B, T) where rows have tokens, for scores that do not read log-probs."""
+        return torch.zeros_like(self.advantages if self.mask is None else self.mask, dtype=torch.float32)
+
     def check_finite(self) -> None:
         """Raise a ValueError that names a valid value that is NaN or infinite, if there is one."""
         check_finite("advantages", self.advantages)
