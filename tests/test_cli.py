@@ -3,20 +3,10 @@ import subprocess
 import sys
 
 import pytest
+from command_line import sparkjoy
 
 from sparkjoy import cli, commands
 from sparkjoy.tasks import digits
-
-
-def sparkjoy(monkeypatch, capsys, *arguments):
-    """Exit status and what was printed to stderr."""
-    monkeypatch.setattr(sys, "argv", ["sparkjoy", *map(str, arguments)])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    return status, capsys.readouterr().err
 
 
 def test_train_leaves_a_run_folder(monkeypatch, capsys, tmp_path):

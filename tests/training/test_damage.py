@@ -4,24 +4,12 @@ import json
 import os
 import random
 import shutil
-import sys
 
 import pytest
+from command_line import sparkjoy
 
-from sparkjoy import cli
 from sparkjoy.training import loop
 from sparkjoy.training.checkpoint import load_checkpoint
-
-
-def sparkjoy(monkeypatch, capsys, *arguments):
-    """Exit status and what was said on stderr."""
-    monkeypatch.setattr(sys, "argv", ["sparkjoy", *map(str, arguments)])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    return status, capsys.readouterr().err
 
 
 def damage_bit(path, chance):

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import sparkjoy
 
-from sparkjoy import cli
 from sparkjoy.training.folder import LOCK, opened
 from sparkjoy.training.tracking import write_json, write_whole
 
@@ -20,17 +20,6 @@ CONFIG = {"steps": 10, "rates": (0.1, 0.3), "price": None}
 
 def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def sparkjoy(monkeypatch, capsys, *arguments):
-    """Exit status and what was said on stderr."""
-    monkeypatch.setattr(sys, "argv", ["sparkjoy", *map(str, arguments)])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    return status, capsys.readouterr().err
 
 
 def test_a_folder_is_open_once_and_can_be_opened_again(tmp_path):
