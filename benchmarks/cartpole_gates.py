@@ -1,4 +1,4 @@
-"""What examples/01_your_own_loop.py learns with another gate in it, beside how its gradient compares with the dense one.
+"""What examples/01_your_own_loop.py learns with another gate, and how its gradient compares with the dense one.
 
 pip install sparkjoy gymnasium
 python benchmarks/cartpole_gates.py                       # five seeds of three arms, in a few minutes

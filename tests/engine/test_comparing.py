@@ -153,7 +153,7 @@ def test_parameters_that_only_skipped_rows_reach_are_compared_too():
 def test_what_steps_in_a_hook_is_refused_before_grad_is_touched():
     policy, batch, advantages, _ = make_case("rows")
     next(policy.parameters()).register_post_accumulate_grad_hook(lambda parameter: None)
-    with pytest.raises(ValueError, match="compare_every: a parameter of shape .* has a hook"):
+    with pytest.raises(ValueError, match=r"compare_every: a parameter of shape .* has a hook"):
         sj.GatedBackward(sj.KondoGate(rate=0.3), compare_every=1)(policy.log_probs, batch, advantages)
     assert all(parameter.grad is None for parameter in policy.parameters())
 

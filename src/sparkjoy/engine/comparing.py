@@ -1,4 +1,4 @@
-"""How near the gated gradient comes to the dense one: the second is computed too, of the same rows, now and then a step.
+"""How near the gated gradient comes to the dense one, which is computed too, of the same rows, now and then a step.
 
 One comparison is noise. What tells is whether the dense gradient says the same from comparison to comparison, and
 whether the gated one says it too.
