@@ -339,7 +339,7 @@ class GatedBackward:
         return Beside(self._ranks.parameters())
 
     def _compared(self, beside: Beside, gated: Passes, inputs: Inputs) -> Comparison:
-        """The gradient of the passes that have run beside that of all rows with weights 1, which is taken away again."""
+        """The gradient of the passes that have run beside that of all rows at weight 1, which is taken away again."""
         assert self._comparisons is not None
         began, ranks, ledger, device = time.perf_counter(), self._ranks, Ledger(None), inputs.advantages.device
         options = (self.loss, self.normalizer, self._packing, self.backward, ranks)
