@@ -44,7 +44,7 @@ def launch(folder, processes, only, limit):
 def test_two_processes_pack_to_the_masked_gradient(tmp_path):
     (first, logs), (second, _) = launch(tmp_path, 2, "all", limit=150)
     names = sorted({name.split(": ")[0] for name in first})
-    assert len(names) == 12
+    assert len(names) == 14
     for name in names:
         packed, masked = first[f"{name}: packed"], first[f"{name}: masked"]
         assert len(packed) == len(masked) > 0

@@ -52,6 +52,23 @@ def test_only_kept_rows_run(tmp_path):
     assert made.state.log_history[0]["gate/kept_rate"] == 5 / 16
 
 
+def test_packing_for_memory_spreads_rows_over_the_step(tmp_path):
+    ran = {"speed": [], "memory": []}
+
+    class Counting(KondoGRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
+            if torch.is_grad_enabled():
+                ran[self.args.gate_pack_for].append(input_ids.shape)
+            return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+
+    for pack_for, passes in (("speed", 2), ("memory", 4)):
+        made, _ = trained(tmp_path, cls=Counting, gate_rate=0.5, gate_pack_for=pack_for)
+        assert made.state.log_history[0]["gate/micro_steps"] == len(ran[pack_for]) == passes
+        assert sum(rows for rows, _ in ran[pack_for]) == 8
+    largest = {pack_for: max(rows * tokens for rows, tokens in shapes) for pack_for, shapes in ran.items()}
+    assert largest["memory"] <= 0.6 * largest["speed"]
+
+
 def test_figures_of_trl_count_what_was_generated_and_ours_what_was_differentiated(tmp_path):
     changes = {"include_num_input_tokens_seen": "all"}
     (gated, _), (whole, _) = (trained(tmp_path, gate_rate=rate, **changes) for rate in (0.3, 1.0))
@@ -269,6 +286,8 @@ def test_dg_weights_the_terms_by_their_delight(tmp_path):
         ({"gate_rate": 0.1, "gate_score": "surprise"}, "gate_score is 'surprise'; expected one of 'delight'"),
         ({"gate_rate": 0.1, "gate_advantages": "raw"}, "gate_advantages is 'raw'"),
         ({"gate_rate": 0.1, "gate_empty_step": "stop"}, "gate_empty_step is 'stop'"),
+        ({"gate_rate": 0.1, "gate_pack_for": "least"}, "gate_pack_for is 'least'; expected one of 'speed', 'memory'"),
+        ({"gate_pack_for": "memory"}, "gate_pack_for='memory' is set without a gate"),
     ],
 )
 def test_what_does_not_go_with_a_gate_is_refused(tmp_path, options, message):

@@ -2,7 +2,7 @@
 
 _generate_single_turn             TRL's, watched for the log-probs of what it samples
 _generate_and_score_completions   TRL's, then one decision over all processes (`decision.py`): a column `gate_keep`
-_prepare_inputs                   TRL's, then: the kept rows of an optimizer step packed into few micro-batches
+_prepare_inputs                   TRL's, then: the kept rows of an optimizer step in micro-batches, few or small
 _compute_loss                     TRL's on a packed micro-batch; nothing on one left without rows
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +155,18 @@ class KondoGRPOMixin(DecidingMixin):
                 self._tokenizer.pad_token_id,
                 trim_prompts=self._trims_prompts,
                 share_out=self._share_out,
+                spread=self.args.gate_pack_for == "memory",
             )
         return packed
 
-    def _share_out(self, rows: list[Rows]) -> tuple[list[Rows], int]:
-        """This process's share of the kept rows of all, and how many rows every process is to run."""
+    def _share_out(self, rows: list[Rows]) -> tuple[list[Rows], list[int]]:
+        """This process's share of the kept rows of all; of every rank in length, the longest of any process."""
         processes, device = self.accelerator.num_processes, self.accelerator.device
         if processes == 1:
-            return rows, len(rows)
+            return rows, sorted(map(length, rows))
         if not self._trims_prompts:  # rows cannot move to a process that pads prompts to another length
-            counts = self.accelerator.gather(torch.tensor([len(rows)], device=device))
-            return rows, int(counts.max())
+            of_each = gather_object([sorted(map(length, rows), reverse=True)])
+            return rows, [max(of_rank) for of_rank in zip_longest(*of_each, fillvalue=0)][::-1]
         on_cpu = [
             {name: value.cpu() if isinstance(value, Tensor) else value for name, value in row.items()} for row in rows
         ]
@@ -174,7 +176,7 @@ class KondoGRPOMixin(DecidingMixin):
             {name: value.to(device) if isinstance(value, Tensor) else value for name, value in row.items()}
             for row in share
         ]
-        return share, -(-len(everyone) // processes)
+        return share, [length(row) for row in everyone[::-processes]][::-1]
 
     # The loss
 
