@@ -58,10 +58,20 @@ class KondoGRPOMixin(DecidingMixin):
             self._refuse_unproven_setups()
 
     def _refuse_unproven_setups(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.parallelism_config is not None:
+        if self.args.parallelism_config is not None:
             raise ValueError(
-                "the gate is not proven with DeepSpeed, FSDP or a parallelism_config, where every process must "
-                "run the same passes. Train with DDP (accelerate launch --multi_gpu, or torchrun), or without the gate."
+                "the gate is not proven with a parallelism_config, which splits a completion or a layer over "
+                "processes. Train with DDP, FSDP2 or DeepSpeed, or without the gate."
+            )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "the gate is not proven with version 1 of FSDP. Set version=2 in fsdp_config (fsdp_version: 2 in "
+                "accelerate's), or train without the gate."
+            )
+        if self.is_deepspeed_enabled and self.args.gate_empty_step != "momentum":
+            raise ValueError(
+                "DeepSpeed steps its optimizer itself, so a step without any kept completion cannot leave the weights. "
+                "Set gate_empty_step='momentum', or train without the gate."
             )
         if self.aux_loss_enabled:
             raise ValueError(
@@ -184,7 +194,7 @@ class KondoGRPOMixin(DecidingMixin):
         if not self.model.training:
             return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]  # TRL is untyped
         sync = self.accelerator.sync_gradients
-        if inputs.get("gate_idle", False) and not (sync and self._owes_a_pass()):
+        if inputs.get("gate_idle", False) and not self._owes_a_pass(sync):
             loss = torch.zeros((), device=inputs["advantages"].device, requires_grad=True)
         else:
             own = inputs["advantages"]
@@ -212,12 +222,17 @@ class KondoGRPOMixin(DecidingMixin):
         self._gate_micro_steps = 0
         self._learn_noise()
 
-    def _owes_a_pass(self) -> bool:
-        """Whether the last micro-step of an optimizer step must run although it has no rows.
+    def _owes_a_pass(self, sync: bool) -> bool:
+        """Whether a micro-step must run although it has no rows; `sync`: it is the last of an optimizer step.
 
-        Under several processes, earlier ones have left gradients that only a pass outside `no_sync` averages. Without
-        earlier ones, float16's scaler wants a gradient, and so does whoever wants Adam's momentum to go on.
+        DeepSpeed wants a gradient of every parameter in every micro-step. Under several processes, earlier ones of the
+        step have left gradients that only a pass outside `no_sync` averages. Without earlier ones, float16's scaler
+        wants a gradient, and so does whoever wants Adam's momentum to go on.
         """
+        if self.is_deepspeed_enabled:
+            return True
+        if not sync:
+            return False
         if self._gate_micro_steps:
             return bool(self.accelerator.num_processes > 1)
         return self.args.gate_empty_step == "momentum" or bool(self.accelerator.mixed_precision == "fp16")
