@@ -18,11 +18,15 @@ SHARDED = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 def launch(folder, processes, only, limit, worker="trl_worker.py"):
     """Run the worker in `processes` processes; kill them all when they take longer than `limit` seconds."""
     paths = [ROOT / "src", ROOT / "tests", ROOT / "benchmarks"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "OMP_NUM_THREADS": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    } | ({"ACCELERATE_USE_CPU": "true"} if worker == "trl_worker.py" else SHARDED)
+    environment = (
+        os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "OMP_NUM_THREADS": "1",
+            "TRL_EXPERIMENTAL_SILENCE": "1",
+        }
+        | ({"ACCELERATE_USE_CPU": "true"} if worker == "trl_worker.py" else SHARDED)
+    )
     group = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(group if processes > 1 else []), f"tests/integrations/{worker}", str(folder), only]
     with subprocess.Popen(

@@ -1,5 +1,6 @@
 """The trainer around the gradient: off is TRL's own, rows that run, evaluation, resuming, logging, refusals."""
 
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -231,7 +232,7 @@ def test_ratios_of_a_foreign_sampler_travel_with_their_rows(tmp_path, rollouts, 
         rolled["logprobs"] = [
             [value - 0.3 * float(torch.rand(1, generator=draws)) for value in row] for row in rolled["logprobs"]
         ]
-        rolled["logprobs"][0][0] = None
+        rolled["logprobs"][0][0] = math.nan
         return rolled
 
     steps = []
@@ -299,15 +300,27 @@ def test_what_needs_every_row_is_fine_without_a_gate(tmp_path):
     KondoGRPOConfig(**trl_task.options(output_dir=str(tmp_path), gate_rate=1.0, beta=0.04, entropy_coef=0.01))
 
 
-@pytest.mark.parametrize("engine", ["is_deepspeed_enabled", "is_fsdp_enabled", "aux_loss_enabled"])
-def test_unproven_set_ups_are_refused(tmp_path, engine):
+@pytest.mark.parametrize(
+    ("set_up", "message"),
+    [
+        ({"is_deepspeed_enabled": True}, "Set gate_empty_step='momentum'"),
+        ({"is_fsdp_enabled": True}, "version 1 of FSDP. Set version=2"),
+        ({"aux_loss_enabled": True}, "Set router_aux_loss_coef=0"),
+        ({"use_liger_kernel": True}, "Set use_liger_kernel=False"),
+        ({"parallelism_config": "tensor parallel"}, "a parallelism_config, which splits"),
+    ],
+    ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
+)
+def test_unproven_set_ups_are_refused_before_training(tmp_path, set_up, message):
     class SetUp(KondoGRPOTrainer):
         def _refuse_unproven_setups(self):
-            setattr(self, engine, True)
+            for name, value in set_up.items():
+                setattr(self.args if name == "parallelism_config" else self, name, value)
             super()._refuse_unproven_setups()
 
-    with pytest.raises(ValueError, match=r"or(\s| train )without the gate"):
+    with pytest.raises(ValueError, match=message) as refusal:
         trainer(tmp_path, cls=SetUp, gate_rate=0.1)
+    assert "without the gate" in str(refusal.value)
 
 
 def test_images_are_refused(tmp_path):
@@ -325,7 +338,12 @@ def test_images_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("stand_in", "message"),
-    [("None", "pip install sparkjoy[trl]"), ("types.SimpleNamespace(__version__='1.17.0')", "found 1.17.0")],
+    [
+        ("None", "pip install sparkjoy[trl]"),
+        ("types.SimpleNamespace(__version__='1.17.0')", "found 1.17.0"),
+        ("types.SimpleNamespace(__version__='1.9.2')", "found 1.9.2"),
+        ("types.SimpleNamespace(__version__='1.10.0')", "cannot import name 'GRPOConfig'"),  # let through
+    ],
 )
 def test_a_missing_or_another_trl_is_said(stand_in, message):
     code = f"import sys, types; sys.modules['trl'] = {stand_in}; import sparkjoy.integrations.trl"

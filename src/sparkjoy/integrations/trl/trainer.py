@@ -73,6 +73,12 @@ class KondoGRPOMixin(DecidingMixin):
                 "DeepSpeed steps its optimizer itself, so a step without any kept completion cannot leave the weights. "
                 "Set gate_empty_step='momentum', or train without the gate."
             )
+        if getattr(self, "use_liger_kernel", False):  # of TRL before 1.15; later ones have no such loss
+            raise ValueError(
+                "use_liger_kernel=True computes the loss apart from log-probs, where the gate cannot weight it. Set "
+                "use_liger_kernel=False (TRL 1.15 and later take Liger's layers with the gate), or train without the "
+                "gate."
+            )
         if self.aux_loss_enabled:
             raise ValueError(
                 "the router's auxiliary loss needs every completion, and the gate skips most. Set "
