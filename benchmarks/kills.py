@@ -150,6 +150,7 @@ def main() -> None:
             f"{task}: {len(failures)} failures in {done.total()} kills ({dict(done)})", *failures, sep="\n", flush=True
         )
     write_json(options.out, {"seed": options.seed, "tasks": results})
+    raise SystemExit(any(task["failures"] for task in results.values()))
 
 
 if __name__ == "__main__":

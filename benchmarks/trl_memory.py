@@ -37,6 +37,7 @@ PLAIN = "TRL's own"
 GATES: dict[str, dict[str, Any]] = {
     "25%": {"gate_rate": 0.25},
     "10%": {"gate_rate": 0.1},
+    "10% screened": {"gate_rate": 0.1, "gate_log_probs": "exact"},
     "3%": {"gate_rate": 0.03},
     "noise 0.3": {"gate_noise": 0.3},
 }
