@@ -99,8 +99,7 @@ def prepare(arm: str, seed: int, checkpointing: bool, size: dict[str, int] = SIZ
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
 
     def step() -> dict[str, float]:
-        trainer._buffered_inputs = None
-        trainer._step = 0
+        trainer._step = 0  # so that it asks for completions anew
         trainer.train()
         return next(entry for entry in reversed(trainer.state.log_history) if "reward" in entry)
 
