@@ -143,8 +143,7 @@ def expected_confidence_advantage(rewards: Rewards, probabilities: Tensor) -> Te
         ValueError: shapes that do not go together.
     """
     given = as_tensor("rewards", rewards)
-    checks.tensor("probabilities", probabilities, (2,), checks.FLOATING, "(B, K)")
-    checks.same_device("probabilities", probabilities, given.device, "rewards")
+    checks.tensor("probabilities", probabilities, (2,), checks.FLOATING, "(B, K)", given)
     if given.dim() != 1 or len(given) != len(probabilities):
         raise ValueError(
             f"rewards has shape {tuple(given.shape)} and probabilities {tuple(probabilities.shape)}; expected (B,) "

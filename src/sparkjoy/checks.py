@@ -147,9 +147,14 @@ def function(name: str, value: Any, expected: str, *arguments: Any) -> Any:
 
 
 def tensor(
-    name: str, value: Any, dims: tuple[int, ...] = (), kinds: frozenset[torch.dtype] = REAL, shape: str = ""
+    name: str,
+    value: Any,
+    dims: tuple[int, ...] = (),
+    kinds: frozenset[torch.dtype] = REAL,
+    shape: str = "",
+    beside: Tensor | None = None,
 ) -> Tensor:
-    """`value`, a dense tensor of one of these dtypes and numbers of dimensions (none: any).
+    """`value`, a dense tensor of one of these dtypes and numbers of dimensions (none: any), on the device of another.
 
     Raises:
         TypeError: something else than a tensor.
@@ -161,6 +166,8 @@ def tensor(
     if value.dtype not in kinds:
         wanted = "floating point: float32, float64, bfloat16 or float16" if kinds is FLOATING else "real numbers"
         raise ValueError(f"{name} is {value.dtype}; expected {wanted}.")
+    if beside is not None:
+        same_device(name, value, beside.device)
     if value.is_nested or value.layout != torch.strided or value.device.type == "meta":
         kind = "nested" if value.is_nested else "on the device meta" if value.is_meta else f"of layout {value.layout}"
         raise ValueError(f"{name} is {kind}; expected a dense tensor of values, such as its to_dense().")
@@ -173,7 +180,7 @@ def row(name: str, value: Any) -> Tensor:
     """`value`, floating-point (N,) of at least one."""
     tensor(name, value, (1,), FLOATING, "(N,)")
     if len(value) == 0:
-        raise ValueError(f"{name} is empty; expected (N,) of at least one. Skip the step instead.")
+        raise ValueError(f"{name} has shape (0,); expected (N,) of at least one. Skip the step instead.")
     return value  # type: ignore[no-any-return]
 
 
@@ -200,7 +207,7 @@ def floating(values: Tensor) -> Tensor:
 
 
 def same_device(name: str, value: Tensor, device: torch.device, other: str = "advantages") -> None:
-    """`value` is where the advantages are."""
+    """`value` is where another argument is."""
     if value.device != device:
         raise ValueError(
             f"{name} is on {value.device} and {other} on {device}; expected one device. Move one of them, for instance "
@@ -261,7 +268,8 @@ def finite(name: str, values: Tensor, advice: str = "") -> None:
     if math.isfinite(values.sum().item()) or bool(values.isfinite().all()):
         return
     bad = ~values.isfinite()
-    first = tuple(bad.nonzero()[0].tolist())
+    place = bad.nonzero()[0].tolist()
+    first = place[0] if len(place) == 1 else tuple(place)
     raise ValueError(
         f"{name} has {int(bad.sum())} of {values.numel()} values NaN or infinite, the first at {first}; expected "
         f"finite numbers.{advice}"

@@ -53,10 +53,8 @@ class RepeatedDraws:
     def update(self, keys: Tensor, rewards: Tensor) -> None:
         """Add a batch: keys (B,) and rewards (B,)."""
         size = len(self.count)
-        checks.tensor("keys", keys, shape="whole numbers (B,)")
-        checks.tensor("rewards", rewards, shape="(B,)")
-        for name, tensor in (("keys", keys), ("rewards", rewards)):
-            checks.same_device(name, tensor, self.count.device, "the statistics")
+        checks.tensor("keys", keys, shape="whole numbers (B,)", beside=self.count)
+        checks.tensor("rewards", rewards, shape="(B,)", beside=self.count)
         if keys.dtype != torch.int64:
             raise ValueError(f"keys is {keys.dtype}; expected whole numbers of torch.int64.")
         if keys.shape != rewards.shape or keys.dim() != 1:

@@ -220,8 +220,7 @@ def _is_plain_linear(layer: nn.Linear) -> bool:
 def _used_positions(hidden: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor | None:
     """The flat positions where the mask is 1; None for all. Checks the shapes."""
     checks.tensor("hidden", hidden, shape="(..., d)")
-    checks.tensor("targets", targets, shape="(...)")
-    checks.same_device("targets", targets, hidden.device, "hidden")
+    checks.tensor("targets", targets, shape="(...)", beside=hidden)
     if hidden.dtype not in checks.FLOATING or hidden.dim() != targets.dim() + 1 or hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"hidden is {hidden.dtype} {tuple(hidden.shape)} and targets {tuple(targets.shape)}; expected floating-"
@@ -237,8 +236,7 @@ def _used_positions(hidden: Tensor, targets: Tensor, mask: Tensor | None) -> Ten
 def _check_weight(hidden: Tensor, weight: Tensor, bias: Tensor | None, taken: Tensor) -> None:
     for name, tensor in (("output_layer, as a weight,", weight), ("bias", bias)):
         if tensor is not None:
-            checks.tensor(name, tensor, kinds=checks.FLOATING, shape="(V, d), or (V,) of a bias")
-            checks.same_device(name, tensor, hidden.device, "hidden")
+            checks.tensor(name, tensor, (), checks.FLOATING, "(V, d), or (V,) of a bias", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or len(weight) == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (V, {hidden.shape[-1]}), as hidden has.")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -88,8 +88,7 @@ def clipped(epsilon: float = 0.2) -> Loss:
         if behavior_log_probs is None:
             raise ValueError("clipped needs behavior_log_probs, those the actions were sampled with.")
         advantages = per_row(advantages, log_probs)
-        checks.tensor("behavior_log_probs", behavior_log_probs, kinds=checks.FLOATING)
-        checks.same_device("behavior_log_probs", behavior_log_probs, log_probs.device, "log_probs")
+        checks.tensor("behavior_log_probs", behavior_log_probs, kinds=checks.FLOATING, beside=advantages)
         if behavior_log_probs.shape != log_probs.shape:
             raise ValueError(
                 f"behavior_log_probs has shape {tuple(behavior_log_probs.shape)}; expected that of log_probs, "

@@ -259,8 +259,7 @@ def noisy_score(
 def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """`advantages`, detached and shaped to multiply `log_probs`: (B,) becomes (B, 1) beside (B, T)."""
     advantages = checks.advantages(advantages)
-    checks.tensor("log_probs", log_probs, kinds=checks.FLOATING)
-    checks.same_device("log_probs", log_probs, advantages.device)
+    checks.tensor("log_probs", log_probs, kinds=checks.FLOATING, beside=advantages)
     if advantages.shape == log_probs.shape:
         return advantages
     if advantages.dim() == 1 and log_probs.dim() == 2 and len(advantages) == len(log_probs):

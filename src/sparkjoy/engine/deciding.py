@@ -26,8 +26,8 @@ def row_scores(score_function: ScoreFunction, inputs: Inputs, log_probs: Tensor)
     """
     # Log-probs stay in their dtype, which says how far above 0 their rounding reaches; `surprisal` makes them float32.
     score = score_function(at_least_float32(inputs.advantages), log_probs)
-    checks.tensor("the score", score, (1, 2), checks.FLOATING, f"({inputs.total},), one per row")
-    checks.same_device("the score", score, inputs.advantages.device)
+    shape = f"({inputs.total},), one per row"
+    checks.tensor("the score", score, (1, 2), checks.FLOATING, shape, inputs.advantages)
     if score.dim() == 2 and score.shape != log_probs.shape:
         raise ValueError(
             f"the score has shape {tuple(score.shape)}; expected that of log_probs, {tuple(log_probs.shape)}."
@@ -64,8 +64,7 @@ def decide(gate: Gate, scored: Scored, inputs: Inputs) -> Decision:
     if not isinstance(decision, Decision):
         raise ValueError(f"the gate returned a {type(decision).__name__}; expected a sparkjoy Decision.")
     for name in ("keep", "probability", "weight"):
-        part = checks.tensor(f"the gate's {name}", getattr(decision, name), shape="(B,)")
-        checks.same_device(f"the gate's {name}", part, score.device)
+        part = checks.tensor(f"the gate's {name}", getattr(decision, name), shape="(B,)", beside=score)
         if part.shape != score.shape or (name == "keep" and part.dtype != torch.bool):
             raise ValueError(
                 f"the gate's {name} is {part.dtype} {tuple(part.shape)}; expected "

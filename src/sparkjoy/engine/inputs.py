@@ -119,8 +119,7 @@ def check_inputs(
     shapes = row_shapes(batch, total, advantages.device)
     for name, tensor in (("log_probs", log_probs), ("behavior_log_probs", behavior_log_probs), ("mask", mask)):
         if tensor is not None:
-            checks.tensor(name, tensor, kinds=checks.REAL if name == "mask" else checks.FLOATING)
-            checks.same_device(name, tensor, advantages.device)
+            checks.tensor(name, tensor, (), checks.REAL if name == "mask" else checks.FLOATING, beside=advantages)
     shape = _token_shape(advantages, log_probs, behavior_log_probs, mask)
     row_tokens = None
     if mask is not None:
@@ -152,8 +151,8 @@ def check_log_probs(log_probs: Any, inputs: Inputs) -> Tensor:
         raise ValueError(
             f"the log-prob function returned a {type(log_probs).__name__}; expected a floating-point tensor."
         )
-    checks.tensor("what the log-prob function returned", log_probs, kinds=checks.FLOATING)
-    checks.same_device("what the log-prob function returned", log_probs, inputs.advantages.device)
+    what = "what the log-prob function returned"
+    checks.tensor(what, log_probs, kinds=checks.FLOATING, beside=inputs.advantages)
     others = (inputs.mask, inputs.advantages if inputs.advantages.dim() == 2 else None, inputs.log_probs)
     expected = next((tuple(tensor.shape) for tensor in others if tensor is not None), None)
     if expected is None:

@@ -255,8 +255,7 @@ class Passes:
         log_probs = at_least_float32(log_probs)  # float16 has no sum above 65504
         known = rows.log_probs if rows.behavior_log_probs is None else rows.behavior_log_probs
         terms = self.loss(log_probs, rows.advantages, log_probs.detach() if known is None else known, rows.mask)
-        checks.tensor("the loss", terms, kinds=checks.FLOATING, shape="terms, one for each log-prob")
-        checks.same_device("the loss", terms, log_probs.device, "log_probs")
+        checks.tensor("the loss", terms, (), checks.FLOATING, "terms, one for each log-prob", log_probs)
         if terms.shape != log_probs.shape:
             raise ValueError(
                 f"the loss has shape {tuple(terms.shape)}; expected that of log_probs, {tuple(log_probs.shape)}."

@@ -137,9 +137,7 @@ def frontier(
             _run(GatedBackward(None, **options), watched, inputs)
             length = gradients.refer()
             if not 0 < length < math.inf:
-                raise ValueError(
-                    f"the gradient of these advantages has a length of {length:g}; expected one to compare with."
-                )
+                raise ValueError(f"the gradient of the batch has a length of {length:g}; expected one to compare with.")
             found = torch.cat(seen)
             tokens = inputs.tokens(found)
             divisors = {"batch": tokens, "kept": tokens, "samples": total}
