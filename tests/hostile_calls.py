@@ -526,7 +526,7 @@ def like_tensor(valid: torch.Tensor) -> dict[str, Any]:
         "transposed": valid.mT if valid.dim() > 1 else valid.flip(0),
         "expanded": valid[:1].expand_as(valid),
         "sparse": valid.to_sparse(),
-        "nested": torch.nested.nested_tensor(list(floating.unsqueeze(-1) if floating.dim() == 1 else floating)),
+        "nested": torch.nested.nested_tensor(list(floating.view(len(floating), -1)), layout=torch.jagged),
         "with a graph": floating.clone().requires_grad_() * 1.0,
         "a parameter": torch.nn.Parameter(floating.clone()),
     }
