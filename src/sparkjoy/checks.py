@@ -5,7 +5,7 @@
   takes what reward functions return (`as_tensor`).
 - A mask is a tensor of bool, or of exactly 0 and 1.
 - A function takes the arguments that it will be called with. A class is neither a function nor an object of that class.
-- A state is that of an object made with the same options.
+- A state is that of an object made with the same options (`sparkjoy.states`).
 
 What is of another kind is a TypeError, what is out of range a ValueError, and so is a number of another kind. Both say
 what was given, what is expected and what to do.
@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -81,7 +80,7 @@ def whole(name: str, value: Any, expected: str = "a whole number of at least 1",
     >>> whole("window", np.int64(3))
     3
     """
-    if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= LARGEST:
+    if isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= int(value) <= LARGEST:
         return int(value)
     raise ValueError(f"{name} is {described(value)}; expected {expected}.")
 
@@ -112,7 +111,7 @@ def instance(name: str, value: Any, kind: type[Kind] | tuple[type[Kind], ...], e
     """`value`, which is of a kind."""
     if isinstance(value, kind):
         return value
-    raise TypeError(f"{name} is {_not_made(value)}; expected {expected}.")
+    raise TypeError(f"{name} is {not_made(value)}; expected {expected}.")
 
 
 def generator(value: Any) -> torch.Generator | None:
@@ -132,7 +131,7 @@ def function(name: str, value: Any, expected: str, *arguments: Any) -> Any:
         TypeError: a class, nothing that can be called, or something that takes other arguments.
     """
     if isinstance(value, type) or not callable(value):
-        raise TypeError(f"{name} is {_not_made(value)}; expected {expected}.")
+        raise TypeError(f"{name} is {not_made(value)}; expected {expected}.")
     if arguments:
         try:
             inspect.signature(value).bind(*arguments)
@@ -162,7 +161,7 @@ def tensor(
     """
     if not isinstance(value, Tensor):
         way_out = f" Make it one by torch.as_tensor({name})." if isinstance(value, list | tuple | np.ndarray) else ""
-        raise TypeError(f"{name} is {_not_made(value)}; expected a tensor{f' of {shape}' if shape else ''}.{way_out}")
+        raise TypeError(f"{name} is {not_made(value)}; expected a tensor{f' of {shape}' if shape else ''}.{way_out}")
     if value.dtype not in kinds:
         wanted = "floating point: float32, float64, bfloat16 or float16" if kinds is FLOATING else "real numbers"
         raise ValueError(f"{name} is {value.dtype}; expected {wanted}.")
@@ -276,43 +275,6 @@ def finite(name: str, values: Tensor, advice: str = "") -> None:
     )
 
 
-def state(owner: str, given: Any, **fits: Callable[[Any], bool]) -> None:
-    """`given` is a state that an object like `owner` saved: these entries and no others, each as it should be.
-
-    >>> state("RollingQuantile(0.5)", {"scores": None}, scores=is_row)
-
-    Raises:
-        TypeError: no dict.
-        ValueError: another object's state, or a damaged one.
-    """
-    if not isinstance(given, Mapping):
-        raise TypeError(f"state is {_not_made(given)}; expected what state_dict() of {owner} returned, a dict.")
-    if set(given) != set(fits):
-        has, wanted = (", ".join(map(str, names)) or "nothing" for names in (given, fits))
-        raise ValueError(
-            f"state has {has}; expected {wanted}, as state_dict() of {owner} returns: load what an object of the same "
-            "kind and options saved."
-        )
-    for name, fit in fits.items():
-        if not fit(given[name]):
-            raise ValueError(
-                f"state has {name}: {described(given[name])}, which state_dict() of {owner} does not return; load what "
-                "an object of the same kind and options saved."
-            )
-
-
-def load_into(name: str, into: Any, given: Any) -> None:
-    """Have a module or an optimizer of torch take up a state.
-
-    Raises:
-        ValueError: one that does not fit it, in torch's words.
-    """
-    try:
-        into.load_state_dict(given)
-    except Exception as error:  # torch has many kinds for what is wrong with a state
-        raise ValueError(f"state has {name} that does not fit this {type(into).__name__}: {error}") from error
-
-
 def is_number(value: Any) -> bool:
     """Whether this is a finite real number, of Python's or numpy's."""
     try:
@@ -322,28 +284,7 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def is_count(value: Any) -> bool:
-    """Whether this is a whole number of at least 0."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) <= LARGEST
-
-
-def is_row(value: Any) -> bool:
-    """Whether this is None or a tensor (N,) of finite numbers, with at least one."""
-    if value is None:
-        return True
-    try:
-        finite("a row", row("a row", value))
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def is_state(value: Any) -> bool:
-    """Whether this may be a state, which its owner will check."""
-    return isinstance(value, Mapping)
-
-
-def _not_made(value: Any) -> str:
+def not_made(value: Any) -> str:
     """`value` in words; of a class, that it was not called."""
     if isinstance(value, type) and value.__module__ != "builtins":
         return f"the class {value.__name__}, which was not called; write {value.__name__}(...)"

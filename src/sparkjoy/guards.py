@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.scores import delight
 
 
@@ -83,11 +83,11 @@ class RepeatedDraws:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up saved statistics."""
-        checks.state("RepeatedDraws", state, count=self._fits, mean=self._fits, squares=self._fits)
+        states.check("RepeatedDraws", state, count=self._fits, mean=self._fits, squares=self._fits)
         self.count, self.mean, self._squares = (state[name].clone() for name in ("count", "mean", "squares"))
 
     def _fits(self, saved: Any) -> bool:
-        sound = saved is not None and checks.is_row(saved)
+        sound = saved is not None and states.is_row(saved)
         return sound and saved.shape == self.count.shape and saved.dtype == self.count.dtype
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.scores import at_least_float32
 
 LARGEST_QUANTILE = 2**24
@@ -63,7 +63,7 @@ class FixedPrice:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checks.state(repr(self), state)
+        states.check(repr(self), state)
 
 
 class BatchQuantile:
@@ -95,7 +95,7 @@ class BatchQuantile:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checks.state(repr(self), state)
+        states.check(repr(self), state)
 
 
 class RollingQuantile:
@@ -132,7 +132,7 @@ class RollingQuantile:
         return {"scores": self._scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checks.state(repr(self), state, scores=checks.is_row)
+        states.check(repr(self), state, scores=states.is_row)
         self._scores = state["scores"]
 
 
@@ -172,7 +172,7 @@ class EffectiveSize:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checks.state(repr(self), state)
+        states.check(repr(self), state)
 
 
 class Nucleus:
@@ -203,7 +203,7 @@ class Nucleus:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checks.state(repr(self), state)
+        states.check(repr(self), state)
 
 
 def _price_of_best(ranked: Tensor, count: int) -> Tensor:

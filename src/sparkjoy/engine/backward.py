@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.engine.added_noise import added_noise
 from sparkjoy.engine.deciding import decide, row_scores, scored_rows
 from sparkjoy.engine.distributed import ranks_of
@@ -35,7 +35,7 @@ from sparkjoy.scores import SCORE, ScoreFunction, delight, reads_log_probs, sign
 from sparkjoy.signs import mixed, undecided, worth
 
 STATE = {
-    "gate": checks.is_state,
+    "gate": states.is_state,
     "kept_fraction": lambda value: value is None or (checks.is_number(value) and 0 <= value <= 1),
     "backward_over_forward": lambda value: value is None or (checks.is_number(value) and value > 0),
     "known_flops": KnownFlops.fits,
@@ -232,7 +232,7 @@ class GatedBackward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        checks.state("GatedBackward", state, **STATE)
+        states.check("GatedBackward", state, **STATE)
         load_state(self.gate, state["gate"])
         self._kept_fraction = state["kept_fraction"]
         self._backward_over_forward = state["backward_over_forward"]

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from sparkjoy import checks
+from sparkjoy import states
 from sparkjoy.engine.inputs import Inputs
 
 Direction = Literal["screen", "forward", "backward"]
@@ -122,7 +122,7 @@ class KnownFlops:
             return False
         entries = [entry for known in passes for entry in known.values()]
         pairs = all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
-        return pairs and all(map(checks.is_count, (state["calls"], *(part for entry in entries for part in entry))))
+        return pairs and all(map(states.is_count, (state["calls"], *(part for entry in entries for part in entry))))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""

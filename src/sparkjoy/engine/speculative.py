@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.engine.audit import Audit, AuditResult, measured, recall, spearman
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.deciding import row_scores
@@ -47,12 +47,12 @@ def _takes(generator: torch.Generator, state: Any) -> bool:
 
 
 STATE = {
-    "step": checks.is_state,
-    "gate": checks.is_state,
-    "screen": checks.is_state,
+    "step": states.is_state,
+    "gate": states.is_state,
+    "screen": states.is_state,
     "known_flops": KnownFlops.fits,
     "generator": lambda value: _takes(torch.Generator(), value),
-    "steps": checks.is_count,
+    "steps": states.is_count,
     "kept_fraction": lambda value: checks.is_number(value) and 0 <= value <= 1,
     "recalls": lambda value: isinstance(value, list) and all(map(checks.is_number, value)),
     "exact": lambda value: isinstance(value, bool),
@@ -252,7 +252,7 @@ class SpeculativeBackward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        checks.state("SpeculativeBackward", state, **STATE)
+        states.check("SpeculativeBackward", state, **STATE)
         self._step.gate = self.gate
         self._step.load_state_dict({**state["step"], "gate": state["gate"]})
         if isinstance(self.screen, LearningScreener):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
@@ -107,7 +107,7 @@ class TokenGatedBackward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        checks.state("TokenGatedBackward", state, gate=checks.is_state, rows=checks.is_state)
+        states.check("TokenGatedBackward", state, gate=states.is_state, rows=states.is_state)
         load_state(self.gate, state["gate"])
         self._rows.load_state_dict(state["rows"])
 

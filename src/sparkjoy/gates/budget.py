@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.gates.decision import Decision, checked_cost, checked_score
 from sparkjoy.prices import checked_window, just_below, remember
 
@@ -19,11 +19,11 @@ GAIN = 2.0
 """How far a debt at its limit moves a budget's level, in logits."""
 
 STATE = {
-    "scores": checks.is_row,
-    "costs": checks.is_row,
+    "scores": states.is_row,
+    "costs": states.is_row,
     "seen": checks.is_number,
     "spent": checks.is_number,
-    "rows": checks.is_count,
+    "rows": states.is_count,
     "debt": checks.is_number,
 }
 """What it remembers, and what each may be."""
@@ -118,7 +118,7 @@ class BudgetGate:
         return {name: getattr(self, f"_{name}") for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checks.state(repr(self), state, **STATE)
+        states.check(repr(self), state, **STATE)
         scores, costs = state["scores"], state["costs"]
         if (scores is None) != (costs is None) or (scores is not None and scores.shape != costs.shape):
             raise ValueError("state has scores and costs of different length; load one that state_dict() returned.")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.scores import at_least_float32
 from sparkjoy.signs import Rule
 
@@ -76,7 +76,7 @@ def load_state(gate: Any, state: dict[str, Any]) -> None:
     if hasattr(gate, "load_state_dict"):
         gate.load_state_dict(state)
     else:
-        checks.state("a gate that remembers nothing", state)
+        states.check("a gate that remembers nothing", state)
 
 
 def _said(gate: Any, name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.gates.decision import Decision, checked_score
 from sparkjoy.prices import FixedPrice, Price, as_price
 from sparkjoy.signs import Rule
@@ -121,7 +121,7 @@ class KondoGate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        checks.state(repr(self), state, **({} if self.price is None else {"price": checks.is_state}))
+        states.check(repr(self), state, **({} if self.price is None else {"price": states.is_state}))
         if self.price is not None:
             self.price.load_state_dict(state["price"])
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.gates.decision import Decision, checked_score
 from sparkjoy.prices import BatchQuantile, Price, as_price
 
@@ -78,5 +78,5 @@ class SoftGate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        checks.state(repr(self), state, price=checks.is_state)
+        states.check(repr(self), state, price=states.is_state)
         self.price.load_state_dict(state["price"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.gates.decision import Decision, checked_cost, checked_score
 from sparkjoy.noise import NoiseSums, price_for_noise
 from sparkjoy.scores import at_least_float32
@@ -162,7 +162,7 @@ class UnbiasedGate:
             **dict.fromkeys(STATE, _is_sum),
             "allowance": lambda value: checks.is_number(value) and -12 <= value <= 5,
         }
-        checks.state(repr(self), state, **fits)
+        states.check(repr(self), state, **fits)
         for name in STATE:
             setattr(self, f"_{name}", float(state[name]))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.engine.survivors import take
 
 NEVER = -1
@@ -75,7 +75,7 @@ class CachedLogProbs:
         return {"log_probs": self._log_probs, "written": self._written, "now": self._now}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checks.state("CachedLogProbs", state, log_probs=self._fits, written=self._fits, now=checks.is_count)
+        states.check("CachedLogProbs", state, log_probs=self._fits, written=self._fits, now=states.is_count)
         self._log_probs, self._written, self._now = state["log_probs"].clone(), state["written"].clone(), state["now"]
 
     def _fits(self, saved: Any) -> bool:

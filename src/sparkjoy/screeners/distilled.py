@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.screeners.policy import checked_policy, log_probs_of
 
 
@@ -84,7 +84,7 @@ class DistilledDraft:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checks.state("DistilledDraft", state, student=checks.is_state, optimizer=checks.is_state, steps=checks.is_count)
-        checks.load_into("student", self.student, state["student"])
-        checks.load_into("optimizer", self._optimizer, state["optimizer"])
+        states.check("DistilledDraft", state, student=states.is_state, optimizer=states.is_state, steps=states.is_count)
+        states.load_into("student", self.student, state["student"])
+        states.load_into("optimizer", self._optimizer, state["optimizer"])
         self._steps = state["steps"]

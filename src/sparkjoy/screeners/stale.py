@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparkjoy import checks
+from sparkjoy import checks, states
 from sparkjoy.screeners.policy import checked_policy, log_probs_of
 
 
@@ -55,6 +55,6 @@ class StaleWeights:
         return {"copy": self._copy.state_dict(), "age": self._age}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checks.state("StaleWeights", state, copy=checks.is_state, age=checks.is_count)
-        checks.load_into("copy", self._copy, state["copy"])
+        states.check("StaleWeights", state, copy=states.is_state, age=states.is_count)
+        states.load_into("copy", self._copy, state["copy"])
         self._age = state["age"]
