@@ -167,7 +167,7 @@ def tensor(
         raise ValueError(f"{name} is {value.dtype}; expected {wanted}.")
     if beside is not None:
         same_device(name, value, beside.device)
-    if value.is_nested or value.layout != torch.strided or value.device.type == "meta":
+    if value.is_nested or value.layout is not torch.strided or value.is_meta:
         kind = "nested" if value.is_nested else "on the device meta" if value.is_meta else f"of layout {value.layout}"
         raise ValueError(f"{name} is {kind}; expected a dense tensor of values, such as its to_dense().")
     if dims and value.dim() not in dims:

@@ -126,7 +126,7 @@ class GuardedDelight:
         """
         if self._keys is None or self._rewards is None:
             raise ValueError("the guard has seen no rows; call observe(keys, rewards) before the step.")
-        checks.tensor("advantages", advantages)
+        advantages = checks.advantages(advantages)
         if advantages.shape != self._keys.shape:
             raise ValueError(
                 f"{tuple(advantages.shape)} advantages, but the rows observed are {tuple(self._keys.shape)}; "

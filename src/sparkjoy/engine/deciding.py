@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks
+from sparkjoy.checks import without_graph
 from sparkjoy.engine.inputs import Inputs
 from sparkjoy.engine.ranks import Scored
 from sparkjoy.gates import Decision, Gate
 from sparkjoy.gates.decision import rule_of, weighted
-from sparkjoy.scores import ScoreFunction, at_least_float32, sign_of_advantage, without_graph
+from sparkjoy.scores import ScoreFunction, at_least_float32, sign_of_advantage
 from sparkjoy.signs import with_sign, worth
 from sparkjoy.sizes import is_size
 

@@ -117,8 +117,8 @@ class KnownFlops:
         """Whether this is such a state, or {}, where nothing was counted."""
         if not isinstance(state, Mapping) or set(state) != {"passes", "calls"}:
             return isinstance(state, Mapping) and not state
-        passes = state["passes"].values() if isinstance(state["passes"], Mapping) else [None]
-        if not all(isinstance(known, Mapping) for known in passes):
+        passes = list(state["passes"].values()) if isinstance(state["passes"], Mapping) else None
+        if passes is None or not all(isinstance(known, Mapping) for known in passes):
             return False
         entries = [entry for known in passes for entry in known.values()]
         pairs = all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)

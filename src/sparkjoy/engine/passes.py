@@ -197,9 +197,12 @@ class Passes:
         """Raise a ValueError that names the pass, before it is differentiated, if its gradient would be wrong."""
         alone = self.ranks.size == 1  # several see to `.grad` themselves
         # A bounded loss is finite with an infinite log-prob, and its gradient may not be: both are read, at once.
-        precise = torch.promote_types(loss.dtype, torch.float32)
         seen = log_probs.detach()
-        total, of_all = torch.stack((loss.detach().to(precise), seen.sum(dtype=precise))).tolist()
+        if part.mask is None and self.loss is reinforce:  # it has no bound
+            total, of_all = loss.item(), 0.0
+        else:
+            precise = torch.promote_types(loss.dtype, torch.float32)
+            total, of_all = torch.stack((loss.detach().to(precise), seen.sum(dtype=precise))).tolist()
         all_finite = math.isfinite(of_all) or bool(seen.isfinite().all())
         if not math.isfinite(total) or not (all_finite or bool(_valid(seen, part.mask).isfinite().all())):
             advice = " Earlier micro-batches have added to .grad: zero it." if alone and self._losses else ""
