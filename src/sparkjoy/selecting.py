@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sparkjoy import checks
 from sparkjoy.engine.deciding import decide, row_scores, scored_rows
 from sparkjoy.engine.inputs import check_inputs
 from sparkjoy.gates import Decision, Gate
-from sparkjoy.gates.decision import rule_of, weighted
-from sparkjoy.losses import Loss, reinforce, size_of
-from sparkjoy.scores import ScoreFunction, delight, reads_log_probs, sign_of_advantage
+from sparkjoy.gates.decision import GATE, rule_of, weighted
+from sparkjoy.losses import LOSS, Loss, reinforce, size_of
+from sparkjoy.scores import SCORE, ScoreFunction, delight, reads_log_probs, sign_of_advantage
 from sparkjoy.signs import mixed, undecided, worth
 from sparkjoy.sizes import advantage_size
 
@@ -69,6 +70,10 @@ def select(
     Raises:
         ValueError: NaN, infinite or misshapen input, or log-probs that the decision needs and were not given.
     """
+    checks.function("gate", gate, GATE, ..., ...)
+    loss = checks.function("loss", loss, LOSS, ..., ..., ..., ...)
+    if score is not None:
+        checks.function("score", score, SCORE, ..., ...)
     inputs = check_inputs({}, advantages, log_probs, None, mask)
     if score is None:
         size = advantage_size if log_probs is None else size_of(loss)
@@ -86,6 +91,8 @@ def select(
                 "the log-probs of the actions taken, such as the sampler's."
             )
     scored = scored_rows(gate, scores, inputs)
+    if cost is not None:
+        checks.cost(cost, scores)
     decision = decide(gate, scored if cost is None else scored._replace(cost=cost), inputs)
     rows = decision.keep.nonzero().squeeze(1)
     return Selection(rows, decision.weight[rows], decision)

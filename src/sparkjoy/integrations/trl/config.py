@@ -7,6 +7,7 @@ from typing import Literal
 
 from trl import GRPOConfig
 
+from sparkjoy import checks
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.gates.decision import rule_of
 
@@ -126,8 +127,8 @@ class KondoGRPOConfig(GRPOConfig):
             raise ValueError("gate_negative_share is set without a gate; give gate_rate or gate_price too.")
         if self.gate() is None and self.gate_pack_for == "memory":
             raise ValueError("gate_pack_for='memory' is set without a gate; give gate_noise, gate_rate or gate_price.")
-        if not self.gate_dg_temperature > 0:
-            raise ValueError(f"gate_dg_temperature is {self.gate_dg_temperature!r}; expected a number above 0.")
+        temperature, expected = self.gate_dg_temperature, "a number above 0"
+        self.gate_dg_temperature = checks.number("gate_dg_temperature", temperature, expected, lambda eta: eta > 0)
         if self.gate_dg is not None and self.loss_type not in UNCLIPPED_LOSSES:
             raise ValueError(
                 f"gate_dg weights the terms of an unclipped loss, and loss_type={self.loss_type!r} is clipped: choose "
