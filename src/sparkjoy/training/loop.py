@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkjoy.engine.flops import FlopCount
+from sparkjoy.tasks.frictions import Actors
 from sparkjoy.tasks.rollouts import Rollout, Task
 from sparkjoy.training.checkpoint import save_checkpoint
 from sparkjoy.training.processes import WHOLE, Share
@@ -72,6 +73,10 @@ class Training:
         # The strongest dense loop differentiates the forward pass that sampled, instead of running a second one.
         undivided = settings.micro_batch_size is None and settings.updates == 1 and share.count == 1
         self.differentiates_rollout = task.samples_with_graph and not settings.gated and undivided
+        self.differentiates_rollout &= not task.frictions.foreign
+        if task.frictions.foreign and settings.unit == "token":
+            raise ValueError("--unit token decides on its own log-probs; expected no --delay, --bug or --discover.")
+        self.actors = Actors(self.policy, task.frictions) if task.frictions.delay else None
         self.tally = Tally()
         self.steps_done = 0
         self.records: list[Record] = []
@@ -84,7 +89,9 @@ class Training:
         sampled = time.perf_counter()
         advantages = self._advantages(rollout)
         log_prob_fn = (lambda _: rollout.log_probs) if self.differentiates_rollout else self.own_forward
-        known = {"log_probs" if self.settings.screen == "sampler" else "behavior_log_probs": rollout.log_probs}
+        # What others recorded is a ratio's denominator; surprisal is the learner's own.
+        decides = self.settings.screen == "recorded" or (self.settings.screen == "sampler" and not rollout.foreign)
+        known = {"log_probs" if decides else "behavior_log_probs": rollout.log_probs}
         for _ in range(self.settings.updates):
             report = self.backward(log_prob_fn, rollout.batch, advantages, mask=rollout.mask, **known)
             if report.kept:
@@ -93,6 +100,8 @@ class Training:
                 self.optimizer.zero_grad()
                 self.tally.seconds["optimizer"] += time.perf_counter() - before
             self.tally.stepped(report, self.differentiates_rollout)
+        if self.actors is not None:
+            self.actors.follow()
         self.steps_done += 1
         self.tally.seconds["sample"] += sampled - start
         self.tally.seconds["total"] += time.perf_counter() - start
@@ -143,6 +152,7 @@ class Training:
             "generator": self.generator.get_state(),
             "torch_random_state": torch.get_rng_state(),
             "backward": self.backward.state_dict(),
+            "actors": {} if self.actors is None else self.actors.state_dict(),
             "tally": self.tally.state_dict(),
             "rollout_flops": self._rollout_flops,
             "steps_done": self.steps_done,
@@ -162,6 +172,8 @@ class Training:
             self.generator.set_state(state["generator"])
             torch.set_rng_state(state["torch_random_state"])
             self.backward.load_state_dict(state["backward"])
+            if self.actors is not None:
+                self.actors.load_state_dict(state["actors"])
             if self.share.first:  # it has the counts of all
                 self.tally.load_state_dict(state["tally"])
         except Exception as error:  # whatever a state of another kind breaks
@@ -190,7 +202,8 @@ class Training:
 
     def _sampled(self) -> Rollout:
         try:
-            rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
+            actor = self.policy if self.actors is None else self.actors.draw(self.generator)
+            rollout = self.task.rollout(actor, self.generator, self.differentiates_rollout)
         except RuntimeError as error:
             if "probability tensor" not in str(error):  # torch draws from no distribution with a NaN in it
                 raise
