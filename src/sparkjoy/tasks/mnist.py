@@ -132,7 +132,7 @@ class MnistTask:
         else:
             advantages = expected_confidence_advantage(rewards, probabilities)
         batch = {"inputs": images, "actions": actions, "examples": drawn}
-        return Rollout(batch, advantages, log_probs, None, rewards.mean(), foreign=self.frictions.foreign)
+        return Rollout(batch, advantages, log_probs, None, rewards.mean(), parts=labels, foreign=self.frictions.foreign)
 
     def trim(self, rows: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         """The rows as they are: an action is a single token."""

@@ -194,7 +194,9 @@ class ReversalTask:
             advantages = ((right - right.mean(dim=1, keepdim=True)) / config.prompt_length).flatten(0, 1)
         index = torch.arange(len(prompts) // config.answers).repeat_interleave(config.answers)
         batch = {"prompts": prompts, "answers": answers, "prompt_index": index}
-        return Rollout(batch, advantages, log_probs, None, rewards.mean(), config.answers, self.frictions.foreign)
+        return Rollout(
+            batch, advantages, log_probs, None, rewards.mean(), config.answers, foreign=self.frictions.foreign
+        )
 
     def trim(self, rows: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         """Rows of a batch with their answers cut to the first `length` tokens."""

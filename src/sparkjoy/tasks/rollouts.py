@@ -23,6 +23,7 @@ class Rollout:
         mask: (B, T), or None.
         reward: mean reward, 0-dim.
         group_size: answers per prompt, beside one another; None: the batch is one group.
+        parts: (B,), the part of the data that each row belongs to, such as its class; None: there are none.
         foreign: whether the log-probs may be those of another policy than the one that learns.
     """
 
@@ -32,6 +33,7 @@ class Rollout:
     mask: Tensor | None
     reward: Tensor
     group_size: int | None = None
+    parts: Tensor | None = None
     foreign: bool = False
 
 
