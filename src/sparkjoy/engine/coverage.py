@@ -26,10 +26,11 @@ CURE = "A noise budget gives every row a chance: UnbiasedGate(noise=0.3), --meth
 class Coverage:
     """Counts, part by part, what a gate has passed over.
 
+    >>> import torch
     >>> coverage = Coverage(patience=10)
     >>> parts, advantages = ["7", "7", "8", "8"], torch.tensor([0.5, 0.5, -1.0, -1.0])
     >>> keep = advantages > 0
-    >>> [coverage.seen(parts, advantages, keep) for _ in range(8)][5:8]
+    >>> [coverage.seen(parts, advantages, keep) for _ in range(8)][4:7]
     [[], ['8'], []]
     >>> coverage.lost
     ['8']
