@@ -10,7 +10,7 @@ from sparkjoy.integrations.trl.deciding import part_of
 
 
 def by_topic(prompts, completions, topic, **_):
-    """Rewards of one topic are a thousand times those of the other: centred on their group, these are never the best."""
+    """Rewards of one topic are a thousand times the other's, which are never the best once centred on their group."""
     scores = torch.rand(len(completions), generator=torch.Generator().manual_seed(len(completions[0])))
     return [score * (1000 if name == "loud" else 1) for score, name in zip(scores.tolist(), topic, strict=True)]
 
@@ -23,13 +23,13 @@ def made(folder, **changes):
 
 @pytest.mark.slow
 def test_a_topic_that_is_never_kept_is_counted_and_warned_of(tmp_path):
-    trainer = made(tmp_path, gate_rate=0.25, gate_parts="topic", max_steps=12, logging_steps=1)
+    trainer = made(tmp_path, gate_rate=0.1, gate_parts="topic", max_steps=12, logging_steps=1)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         trainer.train()
-    assert ["(quiet)" in str(warning.message) for warning in told if "stopped keeping" in str(warning.message)] == [
-        True
-    ]
+    said = [str(warning.message) for warning in told if "stopped keeping" in str(warning.message)]
+    assert len(said) == 1
+    assert "1 of 2 parts of the data (quiet)" in said[0]
     lost = [entry["gate/lost_parts"] for entry in trainer.state.log_history if "gate/lost_parts" in entry]
     assert lost[0] == 0
     assert lost[-1] == 1
