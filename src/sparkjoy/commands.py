@@ -147,7 +147,7 @@ class StudyBandit:
                 save_figure(figure, self.out, name)
         if measured["slopes"]:
             print_slopes(measured["slopes"])
-        print(f"results and five figures in {self.out}")
+        print(f"results and six figures in {self.out}")
 
 
 @dataclass(frozen=True)
