@@ -14,7 +14,7 @@ import numpy as np
 
 from sparkjoy.studies.pareto import OnRun, train_one
 from sparkjoy.studies.tuning import most_accurate
-from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask, Shaping
 from sparkjoy.training.folder import opened
 from sparkjoy.training.loop import Record, summary
 from sparkjoy.training.settings import Settings
@@ -30,12 +30,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "importance": {"method": "importance"},
     "ppo": {"method": "ppo"},
     "pmpo": {"method": "pmpo"},
+    "dg of answers": {"method": "dg", "dg_unit": "sample"},
+    "noise 0.3 of answers": {"method": "unbiased", "noise": 0.3, "dg_unit": "sample"},
     "noise 0.3, recorded sizes": {"method": "unbiased", "noise": 0.3, "screen": "recorded"},
     "noise 0.3, recorded, floor": {"method": "unbiased", "noise": 0.3, "screen": "recorded", "floor": 0.05},
 }
 DEFAULT_ARMS = tuple(ARMS)[:9]
+"""The others answer single questions."""
 Friction = Literal["none", "delay", "bug", "corrupt", "discover", "all"]
-STRENGTHS: dict[str, tuple[float, float, float]] = {
+STRENGTHS: dict[str, tuple[Any, Any, Any]] = {
     "delay": (10, 30, 100),
     "bug": (0.1, 0.3, 0.6),
     "corrupt": (0.1, 0.3, 0.6),
@@ -54,6 +57,10 @@ class FrictionsStudy:
     """Prompts of 5, 10 and 15 tokens, and all frictions at once at three strengths: hours."""
     prompt_lengths: tuple[int, ...] = (5,)
     """H, tokens of a prompt and of an answer; --full has its own."""
+    vocab_size: int = 2
+    """M, different tokens."""
+    shaping: Shaping = "fraction"
+    """Reward: fraction of right positions, of those before the first wrong one, or 1 only if all are right."""
     frictions: tuple[Friction, ...] = get_args(Friction)
     """One at a time, and all at once."""
     arms: tuple[str, ...] = DEFAULT_ARMS
@@ -81,7 +88,7 @@ class FrictionsStudy:
         if set(self.tuning_seeds) & set(self.seeds):
             raise ValueError("--tuning-seeds and --seeds share one; the learning rate is chosen on seeds of its own.")
         for length in self.prompt_lengths:
-            ReversalConfig(prompt_length=length)
+            ReversalConfig(prompt_length=length, vocab_size=self.vocab_size, shaping=self.shaping)
         for arm in self.arms:
             for rate in self.learning_rates:
                 Settings(learning_rate=rate, target_error=self.target_error, **ARMS[arm])
@@ -104,11 +111,14 @@ class FrictionsStudy:
         return len(self.lengths) * len(self.arms) * (tuned + len(self.cases) * len(self.seeds))
 
 
-def task_of(length: int, friction: Friction, level: int) -> ReversalConfig:
-    """Reversal with one friction, or all, at one of three strengths."""
+def strengths_of(friction: Friction, level: int) -> dict[str, Any]:
+    """One friction, or all, at one of three strengths, by their flags.
+
+    >>> strengths_of("bug", 0), strengths_of("all", 1)
+    ({'bug': 0.1}, {'delay': 30, 'bug': 0.3, 'corrupt': 0.3, 'discover': 0.03})
+    """
     names = tuple(STRENGTHS) if friction == "all" else tuple(name for name in STRENGTHS if name == friction)
-    strengths: dict[str, Any] = {name: type(getattr(ReversalConfig(), name))(STRENGTHS[name][level]) for name in names}
-    return ReversalConfig(prompt_length=length, **strengths)
+    return {name: STRENGTHS[name][level] for name in names}
 
 
 def run(study: FrictionsStudy, out: Path, on_run: OnRun | None = None) -> list[Record]:
@@ -152,7 +162,8 @@ def _trained(
     out: Path,
     on_run: OnRun | None,
 ) -> Record:
-    config = task_of(length, friction, level)
+    shape: dict[str, Any] = {"vocab_size": study.vocab_size, "shaping": study.shaping}
+    config = ReversalConfig(prompt_length=length, **shape, **strengths_of(friction, level))
     strength = STRENGTHS[friction][level] if friction in STRENGTHS else None
     name = f"H={length} {friction}" + ("" if friction == "none" else f" {level + 1}")
     steps = study.steps_per_token * length

@@ -48,7 +48,8 @@ def plot(rows: list[Record], prompt_length: int) -> Figure:
     figure = Figure(figsize=(9, 6), layout="constrained")
     widths = [1 if name == "all" else 2 for name in shown]
     axes = figure.subplots(len(SHOWN), len(shown), sharey=True, squeeze=False, width_ratios=widths)
-    for of_row, (title, arms) in zip(axes, SHOWN.items(), strict=True):
+    for number, (title, arms) in enumerate(SHOWN.items()):
+        of_row = axes[number]
         for axis, friction in zip(of_row, shown, strict=True):
             for arm, (color, marker) in arms.items():
                 _draw(axis, [row for row in found if row["arm"] == arm], friction, color, marker, arm)
@@ -61,7 +62,7 @@ def plot(rows: list[Record], prompt_length: int) -> Figure:
         labels = of_row[0].get_legend_handles_labels()
         of_row[0].figure.legend(
             *labels,
-            loc=f"outside {'upper' if of_row is axes[0] else 'lower'} center",
+            loc=f"outside {'lower' if number else 'upper'} center",
             ncols=len(arms),
             frameon=False,
             title=title,

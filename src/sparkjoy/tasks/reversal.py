@@ -15,6 +15,8 @@ from sparkjoy.tasks.rollouts import Rollout
 from sparkjoy.training.memory import FLOAT, TRAINED, check_memory
 from sparkjoy.training.processes import WHOLE, Share
 
+Shaping = Literal["fraction", "first-error", "all-or-nothing"]
+
 
 @dataclass(frozen=True)
 class ReversalConfig:
@@ -26,7 +28,7 @@ class ReversalConfig:
     """M, different tokens."""
     target: Literal["reverse", "copy", "increment"] = "reverse"
     """The right answer: the prompt backwards, the prompt, or every token plus one modulo M."""
-    shaping: Literal["fraction", "first-error", "all-or-nothing"] = "fraction"
+    shaping: Shaping = "fraction"
     """Reward: fraction of right positions, of those before the first wrong one, or 1 only if all are right."""
     credit: Literal["answer", "token"] = "answer"
     """Whose reward a token's advantage counts: the whole answer's, or, with shaping by fraction, its own position's."""
