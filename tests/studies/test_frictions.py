@@ -61,7 +61,7 @@ def test_means_over_seeds_and_medians_of_steps():
         pytest.approx(0.2),
         1,
         None,
-    )  # half of the seeds never got there
+    )  # half never got there
     assert (pg["of_dg"], pg["whole_run_of_dg"], pg["steps"]) == (pytest.approx(2), pytest.approx(2), 50)
     nothing = frictions.table([{**one, "error": 0.0} for one in rows])
     assert nothing[1]["of_dg"] is None
