@@ -32,7 +32,7 @@ def test_the_study_tunes_runs_resumes_and_compares_with_dg(tmp_path):
     assert [row["strength"] for row in found[3:12:3]] == [0.1, 0.3, 0.6]
     assert all(row["of_dg"] == row["whole_run_of_dg"] == row["kept"] == 1 for row in found if row["arm"] == "dg")
     assert 0 < next(row["kept"] for row in found if row["arm"] == "noise 0.3") < 1
-    config = json.loads(next((tmp_path / "runs").glob("H=2-all-2/*/dg-seed-0/config.json")).read_text())
+    config = json.loads(next((tmp_path / "runs").glob("H=2-all-2-dg/*/*-seed-0/config.json")).read_text())
     assert [config[name] for name in ("delay", "bug", "corrupt", "discover")] == [30, 0.3, 0.3, 0.03]
     started = []
 

@@ -175,8 +175,9 @@ def _trained(
         target_error=study.target_error,
         **ARMS[arm],
     )
-    named = None if on_run is None else (lambda run_name, of_run: on_run(f"{name}: {run_name}", of_run))
-    folder = out / "runs" / name.replace(" ", "-") / f"learning-rate-{rate:g}"
+    named = None if on_run is None else (lambda _, of_run: on_run(f"{name}: {arm}, seed {seed}", of_run))
+    case = f"{name} {arm}".replace(" ", "-").replace("%", "pct").replace(",", "")
+    folder = out / "runs" / case / f"learning-rate-{rate:g}"
     records = train_one(settings, ReversalTask(config), folder, asdict(config), named)
     end = summary(records, study.target_error)
     errors = [record["error"] for record in records]
