@@ -105,7 +105,8 @@ WRONG = {
         --sigma nan ; --sigma inf ; --gap 0 ; --gap nan ; --start 1 ; --temperatures 0 ; --alphas 2 ;
         --context-p 0.5 ; --context-p 0.5 0.5 ; --draws 0 ; --draws 1000000000000 ; --batches 1000000000 ;
         --max-draws 100000000000000000000000 ; --seeds 1000000000 ; --steps 1000000000000000 ; --batch 0 ;
-        --memory 0 ; --memory 1000000000000 ; --log-ratios ; --log-ratios 100 ; --corner-steps 0 ; --learning-rate nan ; --rate 0 ; --seed -1 ;
+        --memory 0 ; --memory 1000000000000 ; --log-ratios ; --log-ratios 100 ; --corner-steps 0 ;
+        --learning-rate nan ; --rate 0 ; --seed -1 ;
         --seed 100000000000000000000 ; --fit-below 0 ; --constant-baseline 1 ; --gap 1e300 ; --gap 1e-300 ;
         --sigma 1e300 ; --learning-rate 1e30 ; --p 1e-300
     """,
