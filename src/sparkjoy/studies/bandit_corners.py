@@ -79,13 +79,13 @@ def exit_time(logits: np.ndarray, rewards: Sequence[float], temperature: float |
     >>> round(exit_time(start(2.0, None), (1.0, 0.8), None), 1)
     28.4
     """
-    rewards, logits, time = np.array(rewards[: len(logits)]), logits.copy(), 0.0
+    values, logits, time = np.array(rewards[: len(logits)]), logits.copy(), 0.0
     while True:
         policy = np.exp(logits - logits.max())
         policy /= policy.sum()
         if policy[1] < 0.5:
             return time
-        advantages = rewards - policy @ rewards
+        advantages = values - policy @ values
         terms = policy * weights(advantages, -np.log(policy), temperature) * advantages
         speed = terms - policy * terms.sum()
         step = 0.02 / np.abs(speed).max()  # 0.02 nats of a logit at a time

@@ -73,7 +73,8 @@ def plot(rows: list[Record], prompt_length: int) -> Figure:
 
 
 def _draw(axis: Axes, rows: list[Record], friction: str, color: str, marker: str, arm: str) -> None:
-    of_friction = {row["level"] + 1: row for row in rows if row["friction"] == friction}
+    levels = sorted((row for row in rows if row["friction"] == friction), key=lambda row: row["level"])
+    of_friction = {row["level"] + 1: row for row in levels}
     without = [] if friction == "all" else [row for row in rows if row["friction"] == "none"]
     points = dict(enumerate(without)) | of_friction
     axis.plot(
