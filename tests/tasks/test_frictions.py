@@ -12,6 +12,7 @@ from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.training import loop
 from sparkjoy.training.checkpoint import load_checkpoint, save_checkpoint
 from sparkjoy.training.loop import Training, train
+from sparkjoy.training.processes import Share
 from sparkjoy.training.settings import Settings
 
 SMALL = ReversalConfig(
@@ -187,3 +188,20 @@ def test_impossible_frictions_are_refused(config, change, message):
 def test_gating_tokens_refuses_answers_of_others():
     with pytest.raises(ValueError, match="--unit token decides on its own log-probs"):
         Training(ReversalTask(replace(SMALL, bug=0.1)), Settings(unit="token"))
+
+
+def test_processes_have_together_what_one_process_would_have():
+    frictions = Frictions(bug=0.3, corrupt=0.3, discover=0.3)
+    answers, right, log_probs = torch.full((40, 2), 1), torch.full((40, 2), 2), torch.full((40, 2), -1.0)
+    rewards = torch.full((40,), 0.5)
+
+    def of(share):
+        generator = torch.Generator().manual_seed(0)
+        mine = share.of(40)
+        injected, recorded = frictions.answers(answers[mine], log_probs[mine], right[mine], generator, share)
+        return injected, recorded, frictions.rewards(rewards[mine], generator, share)
+
+    parts = [of(Share(rank, 4)) for rank in range(4)]
+    for together, whole in zip(zip(*parts, strict=True), of(Share()), strict=True):
+        assert torch.equal(torch.cat(together), whole)
+    assert len(of(Share())[0].unique()) == 3
