@@ -62,8 +62,6 @@ def test_importance_weights_are_the_ratio_and_have_the_gradient_of_reinforce_on_
     assert log_probs.grad.tolist() == [-1.0, 1.0, -2.0]
     log_probs.grad = None
     importance_weighted(log_probs, advantages, torch.tensor([-2.0, -2.0, -50.0])).sum().backward()
-    expected = [-math.e, 1.0, -2 * math.exp(47)]  # but for the last one, beyond e^20, which stays there
-    assert log_probs.grad[:2].tolist() == pytest.approx(expected[:2])
-    assert log_probs.grad[2] == 0
+    assert log_probs.grad.tolist() == pytest.approx([-math.e, 1.0, 0.0])  # beyond e^20 the ratio stays what it is
     with pytest.raises(ValueError, match="importance_weighted needs behavior_log_probs"):
         importance_weighted(log_probs, advantages)
