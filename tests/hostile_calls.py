@@ -28,6 +28,7 @@ SOURCE = str(Path(sj.__file__).parent)
 POLICY = TinyPolicy(WIDTH, ACTIONS)
 LAYERS = Transformer(vocab_size=2, positions=7, layers=2)
 SAID_AS = {
+    "draft_score": "the score",
     "log_prob_fn": "log-prob function|score",
     "output_layer": "output layer|weight",
     "hidden": "hidden",

@@ -19,6 +19,8 @@ from sparkjoy.studies import (
     bandit_theory,
     budget,
     budget_figure,
+    frictions,
+    frictions_figure,
     pareto,
     scaling,
     score_comparison,
@@ -34,6 +36,7 @@ from sparkjoy.training.console import (
     LiveRuns,
     print_bench,
     print_budget,
+    print_frictions,
     print_gains,
     print_runs,
     print_scaling,
@@ -144,7 +147,7 @@ class StudyBandit:
                 save_figure(figure, self.out, name)
         if measured["slopes"]:
             print_slopes(measured["slopes"])
-        print(f"results and five figures in {self.out}")
+        print(f"results and six figures in {self.out}")
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,23 @@ class StudyBudget:
         save_figure(budget_figure.plot(rows), self.out, "budget")
         print_budget(budget.table(rows))
         print(f"results in {self.out}, the figure in {self.out / 'budget.png'}")
+
+
+@dataclass(frozen=True)
+class StudyFrictions:
+    """Actors that are late, broken, corrupted or lucky: which method stands what, on token reversal."""
+
+    out: Path = Path("out/study-frictions")
+    """Folder for the results; finished runs in it are not run again."""
+    study: Annotated[frictions.FrictionsStudy, FLAT] = field(default_factory=frictions.FrictionsStudy)
+
+    def __call__(self) -> None:
+        with LiveRuns(runs=self.study.runs) as live:
+            rows = frictions.run(self.study, self.out, live.start)
+        for length in self.study.lengths:
+            save_figure(frictions_figure.plot(rows, length), self.out, f"frictions-{length}")
+        print_frictions(frictions.table(rows))
+        print(f"results in {self.out}, the figures in {self.out / 'frictions-*.png'}")
 
 
 @dataclass(frozen=True)
@@ -289,6 +309,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("study", "bandit"): StudyBandit,
     ("study", "scaling"): StudyScaling,
     ("study", "budget"): StudyBudget,
+    ("study", "frictions"): StudyFrictions,
     ("study", "gain"): StudyGain,
     ("study", "tokens"): StudyTokens,
     ("bench", ""): Bench,

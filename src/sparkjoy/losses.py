@@ -59,6 +59,48 @@ def reinforce(
     return -per_row(advantages, log_probs) * log_probs
 
 
+def importance_weighted(
+    log_probs: Tensor,
+    advantages: Tensor,
+    behavior_log_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The policy gradient of what another policy sampled: −ρU, ρ = π/π_behavior, each token by its own ratio.
+
+    The gradient is −ρU ∇log π. Exact over whole answers only with the product of their tokens' ratios, whose variance
+    grows with their length; a token's own is the usual compromise.
+
+    >>> importance_weighted(torch.tensor([-0.5]), torch.tensor([2.0]), torch.tensor([-0.5]))
+    tensor([-2.])
+
+    Args:
+        log_probs: (B,) or (B, T), differentiable.
+        advantages: (B,), or (B, T) with (B, T).
+        behavior_log_probs: the shape of `log_probs`, those the actions were sampled with.
+        mask: not used.
+
+    Returns:
+        Terms to minimise, the shape of `log_probs`.
+
+    Raises:
+        ValueError: no `behavior_log_probs`.
+    """
+    return -_ratio(log_probs, behavior_log_probs, "importance_weighted") * per_row(advantages, log_probs)
+
+
+def _ratio(log_probs: Tensor, behavior_log_probs: Tensor | None, loss: str) -> Tensor:
+    """π/π_behavior, at most e^20: far beyond any clip; beyond e^88 it would be infinite and its gradient NaN."""
+    if behavior_log_probs is None:
+        raise ValueError(f"{loss} needs behavior_log_probs, those the actions were sampled with.")
+    checks.tensor("behavior_log_probs", behavior_log_probs, kinds=checks.FLOATING, beside=log_probs)
+    if behavior_log_probs.shape != log_probs.shape:
+        raise ValueError(
+            f"behavior_log_probs has shape {tuple(behavior_log_probs.shape)}; expected that of log_probs, "
+            f"{tuple(log_probs.shape)}."
+        )
+    return (log_probs - behavior_log_probs).clamp(max=20).exp()
+
+
 def clipped(epsilon: float = 0.2) -> Loss:
     """PPO's clipped surrogate: −min(ρU, clip(ρ, 1 − ε, 1 + ε)U), ρ = π/π_behavior (Schulman et al., arXiv 1707.06347).
 
@@ -85,17 +127,8 @@ def clipped(epsilon: float = 0.2) -> Loss:
         behavior_log_probs: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        if behavior_log_probs is None:
-            raise ValueError("clipped needs behavior_log_probs, those the actions were sampled with.")
         advantages = per_row(advantages, log_probs)
-        checks.tensor("behavior_log_probs", behavior_log_probs, kinds=checks.FLOATING, beside=advantages)
-        if behavior_log_probs.shape != log_probs.shape:
-            raise ValueError(
-                f"behavior_log_probs has shape {tuple(behavior_log_probs.shape)}; expected that of log_probs, "
-                f"{tuple(log_probs.shape)}."
-            )
-        # e^20 is far beyond any clip; beyond e^88 the ratio would be infinite and its gradient NaN.
-        ratio = (log_probs - behavior_log_probs).clamp(max=20).exp()
+        ratio = _ratio(log_probs, behavior_log_probs, "clipped")
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
 
     return loss

@@ -60,8 +60,9 @@ def select(
         gate: decides. With several processes, give it the advantages and log-probs of all of them, in the same order
             everywhere, and generators of the same seed.
         advantages: (B,), or (B, T) with log-probs of (B, T).
-        log_probs: (B,) or (B, T), of the actions taken, such as the sampler's. None: for a hard gate on delight, where
-            the signs of the advantages settle what it keeps (a price of 0); for a weighted gate sizes are |U| then.
+        log_probs: (B,) or (B, T), of the actions taken, under the policy as it is now, such as the sampler's where that
+            is not stale; else give an `UnbiasedGate` a floor (docs/your_own_loop.md). None: for a hard gate on delight,
+            where the signs of the advantages settle what it keeps (a price of 0); for a weighted gate sizes are |U|.
         mask: (B, T), 1 for tokens that count.
         loss: what you train with; a weighted gate asks for the size of a row's gradient in it.
         score: what the gate decides on; None: delight, or that size.

@@ -170,7 +170,9 @@ class GatedBackward:
             log_prob_fn: `rows -> (n,)` or `(n, T)` differentiable log-probs of the actions taken in `rows`.
             batch: a tensor, or a TensorDict, Mapping, namedtuple or dataclass of tensors, with leading dimension B.
             advantages: (B,), or (B, T) with log-probs of (B, T).
-            log_probs: known ones to decide on, such as the sampler's; then deciding is free.
+            log_probs: known ones to decide on, such as the sampler's; then deciding is free. Delight is the policy's as
+                it is now: what stale or foreign actors recorded belongs into `behavior_log_probs`, or beside an
+                `UnbiasedGate` with a floor; a token that was injected and recorded at log-prob 0 has no delight.
             behavior_log_probs: the denominator of a loss's ratio; default `log_probs`, else the current ones, detached.
             mask: (B, T), 1 for tokens that count; anything may stand where it is 0, NaN too.
 
@@ -417,7 +419,7 @@ def gated_backward(
         batch: a tensor, or a TensorDict, Mapping, namedtuple or dataclass of tensors, with leading dimension B.
         advantages: (B,), or (B, T) with log-probs of (B, T).
         gate: decides which samples to keep; None: all of them.
-        log_probs: known ones to decide on, such as the sampler's; then deciding is free.
+        log_probs: known ones to decide on, such as the sampler's; then deciding is free. As in `GatedBackward`'s call.
         behavior_log_probs: the denominator of a loss's ratio; default `log_probs`, else the current ones, detached.
         mask: (B, T), 1 for tokens that count; anything may stand where it is 0, NaN too.
         options: the options of `GatedBackward`.

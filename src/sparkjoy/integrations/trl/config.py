@@ -76,6 +76,13 @@ class KondoGRPOConfig(GRPOConfig):
             "`gate_noise`: record and compute none."
         },
     )
+    gate_parts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the dataset that says which part of it a prompt belongs to, such as a topic. By default "
+            "each prompt is one. Parts of which nothing is kept any more are counted in the log and warned of."
+        },
+    )
     gate_empty_step: Literal["skip", "momentum"] = field(
         default="skip",
         metadata={
