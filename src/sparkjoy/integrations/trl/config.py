@@ -97,6 +97,14 @@ class KondoGRPOConfig(GRPOConfig):
             f"does, of the token or of the whole completion. For {', '.join(UNCLIPPED_LOSSES)} only."
         },
     )
+    gate_compare_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "At every so many optimizer steps, compute TRL's own gradient of all their completions too, and "
+            "log how near the gated one comes to it; it warns, once, if the last 20 comparisons say that the gate "
+            "hurts. The step stays as it is; a compared one costs a dense step besides. On one process only."
+        },
+    )
     gate_dg_temperature: float = field(default=1.0, metadata={"help": "Temperature of `gate_dg`."})
 
     def __post_init__(self) -> None:
@@ -126,6 +134,13 @@ class KondoGRPOConfig(GRPOConfig):
             raise ValueError("gate_negative_share is set without a gate; give gate_rate or gate_price too.")
         if self.gate() is None and self.gate_pack_for == "memory":
             raise ValueError("gate_pack_for='memory' is set without a gate; give gate_noise, gate_rate or gate_price.")
+        every = self.gate_compare_every
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ValueError(f"gate_compare_every is {every!r}; expected a number of steps, or none for never.")
+        if self.gate() is None and every is not None:
+            raise ValueError(
+                f"gate_compare_every={every} is set without a gate; give gate_noise, gate_rate or gate_price."
+            )
         if not self.gate_dg_temperature > 0:
             raise ValueError(f"gate_dg_temperature is {self.gate_dg_temperature!r}; expected a number above 0.")
         if self.gate_dg is not None and self.loss_type not in UNCLIPPED_LOSSES:

@@ -41,7 +41,8 @@ COMPLETION = (
     "ref_per_token_logps",
     "importance_sampling_ratio",
 )
-OWN = ("gate_keep", "gate_idle")
+OLD = "gate_old_per_token_logps"  # of skipped rows too, for comparisons
+OWN = ("gate_keep", "gate_idle", OLD)
 NUMBERS = ("gate_weight", "gate_divisor", "gate_entropy_divisor")
 
 
