@@ -18,9 +18,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparkjoy.engine.comparing import Beside, Comparisons
 from sparkjoy.integrations.trl.decision import DecidingMixin
-from sparkjoy.integrations.trl.packing import OLD, Rows
+from sparkjoy.integrations.trl.packing import Rows
 
 STATE = "gate_comparisons.pt"
+OLD = "gate_old_per_token_logps"  # the column with those of skipped rows too
 FIGURES = ("cosine", "relative_error", "norm_ratio", "consistency", "agreement")
 
 
@@ -88,7 +89,10 @@ class ComparingMixin(DecidingMixin):
     def _compare(
         self, beside: Beside, comparisons: Comparisons, model: nn.Module, window: list[Rows], num_items: Any
     ) -> None:
-        """Run the micro-batches of an optimizer step once more, and log how near the gated gradient came to theirs."""
+        """Run the micro-batches of an optimizer step once more, and log how near the gated gradient came to theirs.
+
+        The step has been finished: what these passes count or log of one goes into figures that are thrown away.
+        """
         start, metrics = time.perf_counter(), self._metrics["train"]
         device = self.accelerator.device
         devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)

@@ -41,8 +41,7 @@ COMPLETION = (
     "ref_per_token_logps",
     "importance_sampling_ratio",
 )
-OLD = "gate_old_per_token_logps"  # of skipped rows too, for comparisons
-OWN = ("gate_keep", "gate_idle", OLD)
+OWN = ("gate_keep", "gate_idle")
 NUMBERS = ("gate_weight", "gate_divisor", "gate_entropy_divisor")
 
 

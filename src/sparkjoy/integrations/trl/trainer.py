@@ -212,8 +212,6 @@ class KondoGRPOMixin(ComparingMixin):
                 scaled["advantages"] = own * inputs["gate_scale"].to(own).reshape(-1, *[1] * (own.dim() - 1))
             self._gate_running = (scaled, own) if self._gate_dg or "gate_scale" in inputs else None
             loss = super()._compute_loss(model, scaled)
-            if self._gate_compares:
-                return loss  # type: ignore[no-any-return]  # a pass beside the step, which does not count
             self._gate_micro_steps += 1
         if sync and self._gate is not None:
             self._finish_step()
