@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trl_task
-from trl_cases import Dense, relative_error, trained, trainer
+from trl_cases import SETTINGS, Dense, relative_error, trained, trainer
 
 from sparkjoy.engine.comparing import WINDOW
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
@@ -58,6 +58,10 @@ def following(began):
         {"steps_per_generation": 8, "max_steps": 2},
         {"loss_type": "bnpo", "num_iterations": 2, "max_steps": 2},
         {"loss_type": "grpo", "gradient_accumulation_steps": 2, "gate_price": 1e9},  # none is kept
+        *(
+            pytest.param({"loss_type": "bnpo"} | SETTINGS[name], marks=pytest.mark.slow)
+            for name in ("fewer steps a generation", "neither divides", "checkpointing")
+        ),
     ],
     ids=lambda changes: ",".join(f"{name.removeprefix('gate_')}={value}" for name, value in changes.items()),
 )
