@@ -172,10 +172,12 @@ class Comparisons:
 
     Args:
         every: steps from one comparison to the next.
+        instead: what the warning advises to set, as the user writes it.
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, instead: str = "UnbiasedGate(noise=0.3)") -> None:
         self.every = every
+        self._instead = instead
         self._steps = 0
         self._seen = 0
         self._window = torch.zeros(2, WINDOW, WIDTH)
@@ -211,8 +213,8 @@ class Comparisons:
                 warnings.warn(
                     f"the gated gradient does not follow the dense gradient: in the last {WINDOW} comparisons the "
                     f"dense one pointed much the same way (consistency {consistency:.2f}) and the gated one did not "
-                    f"(agreement {agreement:.2f}). Unless the reward rises, set UnbiasedGate(noise=0.3), whose mean "
-                    "gradient is the dense one, or a higher rate.",
+                    f"(agreement {agreement:.2f}). Unless the reward rises, set {self._instead}, whose mean gradient "
+                    "is the dense one, or a higher rate.",
                     stacklevel=4,
                 )
         return Comparison(cosine, relative, ratio, consistency, agreement, forward_rows, backward_rows, seconds)

@@ -105,6 +105,14 @@ class KondoGRPOConfig(GRPOConfig):
             f"does, of the token or of the whole completion. For {', '.join(UNCLIPPED_LOSSES)} only."
         },
     )
+    gate_compare_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "At every so many optimizer steps, compute TRL's own gradient of all their completions too, and "
+            "log how near the gated one comes to it; it warns, once, if the last 20 comparisons say that the gate "
+            "hurts. The step stays as it is; a compared one costs a dense step besides. On one process only."
+        },
+    )
     gate_dg_temperature: float = field(default=1.0, metadata={"help": "Temperature of `gate_dg`."})
 
     def __post_init__(self) -> None:
@@ -134,6 +142,15 @@ class KondoGRPOConfig(GRPOConfig):
             raise ValueError("gate_negative_share is set without a gate; give gate_rate or gate_price too.")
         if self.gate() is None and self.gate_pack_for == "memory":
             raise ValueError("gate_pack_for='memory' is set without a gate; give gate_noise, gate_rate or gate_price.")
+        if self.gate_compare_every is not None:
+            self.gate_compare_every = checks.whole(
+                "gate_compare_every", self.gate_compare_every, "a whole number of steps, or none for never"
+            )
+            if self.gate() is None:
+                raise ValueError(
+                    f"gate_compare_every={self.gate_compare_every} is set without a gate; give gate_noise, gate_rate or "
+                    "gate_price."
+                )
         temperature, expected = self.gate_dg_temperature, "a number above 0"
         self.gate_dg_temperature = checks.number("gate_dg_temperature", temperature, expected, lambda eta: eta > 0)
         if self.gate_dg is not None and self.loss_type not in UNCLIPPED_LOSSES:

@@ -4,6 +4,7 @@ _generate_single_turn             TRL's, watched for the log-probs of what it sa
 _generate_and_score_completions   TRL's, then one decision over all processes (`decision.py`): a column `gate_keep`
 _prepare_inputs                   TRL's, then: the kept rows of an optimizer step in micro-batches, few or small
 _compute_loss                     TRL's on a packed micro-batch; nothing on one left without rows
+training_step                     TRL's, then at times a comparison with TRL's own gradient (`comparing.py`)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from sparkjoy.gates.decision import load_state, state_of
+from sparkjoy.integrations.trl.comparing import ComparingMixin
 from sparkjoy.integrations.trl.decision import DecidingMixin
 from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, length, loss_mask, pack
 from sparkjoy.integrations.trl.recording import recording
@@ -34,7 +36,7 @@ TEXT_ONLY = (
 )
 
 
-class KondoGRPOMixin(DecidingMixin):
+class KondoGRPOMixin(ComparingMixin):
     """Gives a GRPOTrainer the gate: `class Mine(KondoGRPOMixin, YourTrainer)`, with a `KondoGRPOConfig` as `args`.
 
     With any other config, or one without a gate, every method is the trainer's own.
@@ -46,7 +48,6 @@ class KondoGRPOMixin(DecidingMixin):
         ValueError: a set-up that the gate does not go with.
     """
 
-    _buffered_inputs: list[Rows]
     gate_normalizer: Normalizer | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -84,8 +85,9 @@ class KondoGRPOMixin(DecidingMixin):
                 "the router's auxiliary loss needs every completion, and the gate skips most. Set "
                 "router_aux_loss_coef=0, or train without the gate."
             )
+        self._refuse_unproven_comparisons()
         self._refuse_images()
-        known = (KondoGRPOMixin, DecidingMixin, GRPOTrainer)
+        known = (KondoGRPOMixin, ComparingMixin, DecidingMixin, GRPOTrainer)
         own = [cls.__name__ for cls in type(self).__mro__ if "_compute_loss" in vars(cls) and cls not in known]
         if own and self.gate_normalizer is None:
             raise ValueError(
@@ -148,6 +150,7 @@ class KondoGRPOMixin(DecidingMixin):
         if old is not None:
             rows = keep.nonzero().flatten()
             output["old_per_token_logps"] = old.index_copy(0, rows, self._screen(output, rows))
+            self._keep_old_log_probs(output, ~keep)
         if self._everywhere(bool(keep.all()) and (weight is None or bool((weight == 1).all()))):
             return {name: value for name, value in output.items() if not name.startswith("gate_")}  # TRL's own step
         return {**output, "gate_keep": keep}
