@@ -41,12 +41,12 @@ MOST_PROBLEMS = 4_000
 
 
 class Timed(KondoGRPOTrainer):
-    """Counts CPU seconds by part, and the tokens (prompts included) of rows that are differentiated."""
+    """Counts CPU seconds by part, and tokens: of rows that are differentiated, and as if each prompt were read once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seconds = dict.fromkeys((*PARTS, "total"), 0.0)
-        self.backward_tokens = 0
+        self.tokens = {"backward_tokens": 0, "of_shared_prompts": 0}
 
     @contextmanager
     def lap(self, part: str) -> Iterator[None]:
@@ -63,11 +63,14 @@ class Timed(KondoGRPOTrainer):
             return super()._decide(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, ids: Tensor, attention: Tensor, *args: Any, **kwargs: Any
+        self, model: Any, ids: Tensor, attention: Tensor, answer_width: int, *args: Any, **kwargs: Any
     ) -> Any:
         if torch.is_grad_enabled():
-            self.backward_tokens += int(attention.sum())
-        return super()._get_per_token_logps_and_entropies(model, ids, attention, *args, **kwargs)
+            prompts = ((ids + 1) * attention)[:, :-answer_width]
+            self.tokens["backward_tokens"] += int(attention.sum())
+            once = attention[:, -answer_width:].sum() + (prompts.unique(dim=0) != 0).sum()
+            self.tokens["of_shared_prompts"] += int(once)
+        return super()._get_per_token_logps_and_entropies(model, ids, attention, answer_width, *args, **kwargs)
 
 
 class MaxVariance(Timed):
@@ -108,7 +111,7 @@ class Watching(TrainerCallback):  # type: ignore[misc]  # transformers' is untyp
         if state.global_step:
             self.rows = read_json(self.folder / "steps.json")[: state.global_step + 1]
             self.trainer.seconds |= self.rows[-1]["seconds"]
-            self.trainer.backward_tokens = self.rows[-1]["backward_tokens"]
+            self.trainer.tokens |= {name: self.rows[-1][name] for name in self.trainer.tokens}
         else:
             self._record(state, {"score": self.evaluate()})
 
@@ -134,8 +137,8 @@ class Watching(TrainerCallback):  # type: ignore[misc]  # transformers' is untyp
         control.should_training_stop = last
 
     def _record(self, state: Any, of_step: Mapping[str, float]) -> None:
-        counts = {"seconds": dict(self.trainer.seconds), "backward_tokens": self.trainer.backward_tokens}
-        self.rows.append({"step": state.global_step, **counts, **of_step})
+        seconds = dict(self.trainer.seconds)
+        self.rows.append({"step": state.global_step, "seconds": seconds, **self.trainer.tokens, **of_step})
         write_json(self.folder / "steps.json", self.rows)
         self.on_step(self.rows[-1])
 
@@ -176,6 +179,7 @@ def train_one(
         records: list[Record] = read_json(finished)
         return records
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, across that of the study
     options = dict(arm)
     group = options.pop("group", group)
     trainer_of_arm = MaxVariance if options.pop("max_variance", False) else Timed
