@@ -172,12 +172,10 @@ def test_the_table_says_none_where_a_seed_failed():
     assert math.isclose(gated["seconds_a_step"]["total"], 2)
 
 
-def test_the_rate_is_chosen_by_the_last_two_scores():
-    learnt = {
-        1e-5: [row(0, 0.9, 0), row(1, 0.3, 1), row(2, 0.5, 2)],
-        2e-5: [row(0, 0, 0), row(1, 0.5, 1), row(2, 0.4, 2)],
-    }
-    assert most_learnt(learnt) == 2e-5
+def test_the_rate_is_chosen_by_the_whole_curve():
+    soon, late = [row(0, 0.1, 0), row(1, 0.5, 1), row(2, 0.5, 2)], [row(0, 0.1, 0), row(1, 0.3, 1), row(2, 0.6, 2)]
+    assert most_learnt({1e-5: late, 2e-5: soon}) == 2e-5
+    assert most_learnt({1e-5: soon, 2e-5: soon}) == 1e-5
 
 
 @pytest.mark.parametrize(

