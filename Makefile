@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 # A worker per core, each with one thread of torch; a file's tests stay together, for what they share.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: help install demo test slow timing doctest lint types check clean
+.PHONY: help install demo test slow timing doctest docs dist lint types check clean
 
 help:  ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,13 +37,22 @@ doctest: install  ## every example in the docstrings and the README
 	$(PYTEST) --doctest-modules src/sparkjoy
 	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs
 
+docs: install  ## the site, in out/site; a link or name that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+dist: install  ## wheel and sdist, in dist; the README's examples run on the wheel, away from the source
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/pip install --quiet --no-deps --target dist/unpacked dist/*.whl
+	cd dist && PYTHONPATH=unpacked ../$(BIN)/python -P ../tests/wheel.py ../README.md
+
 lint: install  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 types: install  ## mypy
 	$(BIN)/mypy
 
-check: test slow timing doctest lint types  ## all of it
+check: test slow timing doctest docs dist lint types  ## all of it
 
 clean:  ## remove the environment and the outputs
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import sparkjoy
 
@@ -15,3 +17,9 @@ def test_importing_sparkjoy_imports_torch_and_numpy_only():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_the_api_page_has_every_public_name_once():
+    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+    named = re.findall(r"^::: sparkjoy\.(\w+)$", page, flags=re.MULTILINE)
+    assert sorted(named) == sparkjoy.__all__

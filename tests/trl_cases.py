@@ -59,9 +59,10 @@ def trainer(
     model=None,
     arguments=None,
     train_rows=64,
+    record=True,
     **changes,
 ):
-    """A trainer of `cls` on the copy task, and the gradients it will have."""
+    """A trainer of `cls` on the copy task, and the gradients it will have, unless not to be recorded."""
     if lora:
         from peft import LoraConfig
 
@@ -76,7 +77,7 @@ def trainer(
         args=config(**options),
         train_dataset=trl_task.prompts(train_rows, 2, 5),
         processing_class=trl_task.tokenizer(),
-        callbacks=[gradients],
+        callbacks=[gradients] if record else [],
         **(arguments or {}),
     )
     return made, gradients

@@ -1,5 +1,6 @@
 import pytest
 import trl_learning
+import trl_memory
 import trl_noise
 import trl_step
 import trl_task
@@ -38,6 +39,17 @@ def test_the_step_benchmark_runs_what_it_says(tmp_path, arm, updates):
     assert (gated["screened_rate"][0] > 0) == ("screened" in arm)
     assert 48 <= gated["tokens"][0] <= 80
     assert 0 < gated["update"][0] < gated["whole"][0]
+
+
+def test_the_memory_benchmark_repeats_one_step():
+    size = {"width": 16, "layers": 1, "heads": 2}
+    figures = []
+    for arm in ("25%, speed", "25%, memory"):
+        step = trl_memory.prepare(arm, 0, False, size)
+        first, again = step(), step()
+        assert first["gate/backward_tokens"] == again["gate/backward_tokens"] > 0
+        figures.append((first["gate/kept_rate"], first["gate/micro_steps"], first["gate/screened_rate"]))
+    assert figures == [(0.25, 2, 0), (0.25, 8, 0)]
 
 
 @pytest.mark.slow

@@ -44,6 +44,8 @@ def test_packed_gradients_equal_masked_ones(tmp_path, loss, setting):
         {"gate_rate": 0.5, "mask_truncated_completions": True},
         {"gate_noise": 0.5},
         {"gate_noise": 2.0, "loss_type": "bnpo", "mask_truncated_completions": True},
+        *({"gate_rate": 0.4, "gate_pack_for": "memory", "loss_type": loss} for loss in ("dapo", "grpo", "bnpo")),
+        {"gate_noise": 0.5, "gate_pack_for": "memory", "loss_type": "sapo", "steps_per_generation": 2},
     ],
     ids=lambda changes: ",".join(f"{name.removeprefix('gate_')}={value}" for name, value in changes.items()),
 )

@@ -12,19 +12,23 @@ import torch
 from trl_cases import relative_error
 
 ROOT = Path(__file__).parents[2]
+SHARDED = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
-def launch(folder, processes, only, limit):
+def launch(folder, processes, only, limit, worker="trl_worker.py"):
     """Run the worker in `processes` processes; kill them all when they take longer than `limit` seconds."""
     paths = [ROOT / "src", ROOT / "tests", ROOT / "benchmarks"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "OMP_NUM_THREADS": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
+    environment = (
+        os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "OMP_NUM_THREADS": "1",
+            "TRL_EXPERIMENTAL_SILENCE": "1",
+        }
+        | ({"ACCELERATE_USE_CPU": "true"} if worker == "trl_worker.py" else SHARDED)
+    )
     group = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(group if processes > 1 else []), "tests/integrations/trl_worker.py", str(folder), only]
+    command = [sys.executable, *(group if processes > 1 else []), f"tests/integrations/{worker}", str(folder), only]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as run:
@@ -42,9 +46,9 @@ def launch(folder, processes, only, limit):
 
 @pytest.mark.slow
 def test_two_processes_pack_to_the_masked_gradient(tmp_path):
-    (first, logs), (second, _) = launch(tmp_path, 2, "all", limit=150)
+    (first, logs), (second, _) = launch(tmp_path, 2, "all", limit=240)
     names = sorted({name.split(": ")[0] for name in first})
-    assert len(names) == 12
+    assert len(names) == 14
     for name in names:
         packed, masked = first[f"{name}: packed"], first[f"{name}: masked"]
         assert len(packed) == len(masked) > 0

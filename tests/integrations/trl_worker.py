@@ -77,6 +77,15 @@ GATED = {
     "gated, more generations a step": {"gate_rate": 0.3, "steps_per_generation": 2, "loss_type": "grpo"},
     "weighted": {"gate_noise": 0.5, "gate_rate": None, "max_steps": 2, "loss_type": "bnpo"},
     "gated, absolute positions": {"gate_rate": 0.3, "loss_type": "bnpo", "model": absolute, "disable_dropout": True},
+    "packed for memory": {"gate_rate": 0.4, "loss_type": "grpo", "gate_pack_for": "memory"},
+    "packed for memory, absolute positions": {
+        "gate_noise": 0.5,
+        "gate_rate": None,
+        "gate_pack_for": "memory",
+        "loss_type": "bnpo",
+        "model": absolute,
+        "disable_dropout": True,
+    },
 }
 
 

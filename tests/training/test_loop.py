@@ -1,12 +1,9 @@
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 
+import kills
 import pytest
 import torch
 
@@ -144,43 +141,21 @@ def test_wrong_settings_are_refused(settings, message):
         Settings(**settings)
 
 
-def check_killed_run(command, tmp_path):
-    """Kill the command three times, at random moments after some progress; compare its end with an unbroken run's."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, str(whole)], check=True, capture_output=True, timeout=300)
-    total = len((whole / "records.jsonl").read_text().splitlines())
-    chance = random.Random(0)
-    for kill in range(3):
-        process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wanted = chance.randrange(total * kill // 4, total * (kill + 1) // 4) + 1
-        deadline = time.monotonic() + 120
-        while process.poll() is None and count_lines(broken / "records.jsonl") < wanted:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.05 * chance.random())
-        assert process.poll() is None  # killed on its way, not after the end
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run([*command, str(broken)], check=True, capture_output=True, timeout=300)
-    records = [
-        without_seconds(json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines())
-        for folder in (whole, broken)
-    ]
-    assert records[0] == records[1]
-    weights = [load_checkpoint(folder / "checkpoint.pt")["policy"] for folder in (whole, broken)]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-
-
-def count_lines(path):
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_records_and_weights(tmp_path):
-    command = [sys.executable, "-m", "sparkjoy", "train", "mnist", "--steps", "1500", "--evaluate-every", "10", "--out"]
-    code = "import sparkjoy.training.loop as l; l.CHECKPOINT_SECONDS = 0.0; import sparkjoy.cli as c; c.main()"
-    command[1:3] = ["-c", code]
-    check_killed_run(command, tmp_path)
+def test_killed_runs_go_on_to_the_same_records_and_weights(tmp_path):
+    command = [sys.executable, kills.__file__, "--kills", "6", "--seed", "1", "--out", tmp_path / "kills.json"]
+    subprocess.run(command, check=True, timeout=600)
+    for task in json.loads((tmp_path / "kills.json").read_text())["tasks"].values():
+        assert (sum(task["kills"].values()), task["failures"]) == (3, [])
+
+
+def test_a_run_that_went_on_otherwise_is_told_from_one_that_did_not(task, tmp_path):
+    for name, changes in (("one", {}), ("again", {}), ("other", {"seed": 1})):
+        run(task, tmp_path / name, **changes)
+    one, again, other = (kills.result(tmp_path / name) for name in ("one", "again", "other"))
+    assert kills.differences(again, one) == []
+    assert any(line.startswith("result.checkpoint.policy") for line in kills.differences(other, one))
+    assert any(line.startswith("result.records") for line in kills.differences(other, one))
 
 
 def test_ppo_updates_each_batch_several_times_and_counts_them(task, tmp_path):
@@ -215,10 +190,3 @@ def test_free_and_exact_screening_keep_the_same_answers():
         margin = (sequence_delight(rollout.advantages, rollout.log_probs) - free.decision.price).abs()
         differ = free.decision.keep != exact.decision.keep
         assert (margin[differ] < 1e-4).all()
-
-
-@pytest.mark.slow
-def test_a_killed_reversal_run_ends_as_an_unbroken_one(tmp_path):
-    code = "import sparkjoy.training.loop as l; l.CHECKPOINT_SECONDS = 0.0; import sparkjoy.cli as c; c.main()"
-    flags = ["--prompt-length", "5", "--steps", "250", "--evaluate-every", "5", "--temperature", "0.1", "--price", "0"]
-    check_killed_run([sys.executable, "-c", code, "train", "reversal", *flags, "--out"], tmp_path)

@@ -8,6 +8,7 @@ Skipped rows are left out of the batch before the differentiable forward pass, s
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkjoy.engine.added_noise import added_noise
+from sparkjoy.engine.comparing import Beside, Comparison, Comparisons
 from sparkjoy.engine.deciding import decide, row_scores, scored_rows
 from sparkjoy.engine.distributed import ranks_of
 from sparkjoy.engine.flops import KnownFlops
@@ -78,6 +80,9 @@ class GatedBackward:
             longer, and run compiled functions uncompiled. Off, the report has None.
         backward_over_forward: r, what a backward pass costs in forward passes, for the choice of a plan; None: 2, or
             where FLOPs are counted that of the last call with a backward pass.
+        compare_every: every so many steps the dense gradient of the same batch is computed too, for
+            `report.comparison`: forward and backward passes over all rows more. `.grad`, gate and random state are what
+            they would be without. Warns, once, if the last 20 comparisons say that the gate hurts. None: never.
 
     Raises:
         ValueError: an option outside its range.
@@ -98,6 +103,7 @@ class GatedBackward:
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
         count_flops: bool = False,
         backward_over_forward: float | None = None,
+        compare_every: int | None = None,
     ) -> None:
         if gate is not None and not callable(gate):
             raise ValueError(f"gate is {gate!r}; expected a callable such as KondoGate(rate=0.03), or None.")
@@ -111,6 +117,8 @@ class GatedBackward:
                 raise ValueError(f"{name} is {limit}; expected at least 1, or None for all at once.")
         if backward_over_forward is not None and not 0 < backward_over_forward < math.inf:
             raise ValueError(f"backward_over_forward is {backward_over_forward}; expected a number above 0, or None.")
+        if compare_every is not None and (not isinstance(compare_every, int) or compare_every < 1):
+            raise ValueError(f"compare_every is {compare_every!r}; expected a number of steps, or None for never.")
         self.gate = gate
         self.loss = loss
         self._size = size_of(loss) if weighted(gate) else None
@@ -123,6 +131,7 @@ class GatedBackward:
         self._packing = Packing(micro_batch_size, micro_batch_tokens, trim)
         self._kept_fraction: float | None = None
         self._backward_over_forward = backward_over_forward
+        self._comparisons = None if compare_every is None else Comparisons(compare_every)
         self._measures_ratio = count_flops and backward_over_forward is None
 
     def __call__(
@@ -166,8 +175,9 @@ class GatedBackward:
             watches = self._size is not None  # exact sizes of the kept rows, to compare with those decided on
             # Given log-probs are looked at to decide; others may not be, where signs decide, or nobody does.
             discrete = self.score is delight and self.gate is not None and (log_probs is None or self._keeps_everything)
+            beside = self._beside()
             passes = Passes(
-                log_prob_fn,
+                log_prob_fn if beside is None else beside.watched(log_prob_fn),
                 inputs,
                 ledger,
                 self.loss,
@@ -181,6 +191,7 @@ class GatedBackward:
             choice, decision, noise = self._run(passes, inputs)
             kept, total = int(decision.keep.count_nonzero()), ranks.total(inputs.total)
             loss = passes.close()
+            comparison = None if beside is None else self._compared(beside, passes, inputs)
         recent = kept / total
         self._kept_fraction = recent if self._kept_fraction is None else 0.8 * self._kept_fraction + 0.2 * recent
         if self._measures_ratio:
@@ -192,6 +203,7 @@ class GatedBackward:
             total=total,
             loss=loss,
             noise=noise,
+            comparison=comparison,
             screened_rows=ledger.screened_rows,
             forward_rows=ledger.forward_rows,
             backward_rows=ledger.backward_rows,
@@ -211,6 +223,7 @@ class GatedBackward:
             "kept_fraction": self._kept_fraction,
             "backward_over_forward": self._backward_over_forward,
             "known_flops": {} if self._known_flops is None else self._known_flops.state_dict(),
+            "comparisons": {} if self._comparisons is None else self._comparisons.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -220,6 +233,8 @@ class GatedBackward:
         self._backward_over_forward = state["backward_over_forward"]
         if self._known_flops is not None and state["known_flops"]:
             self._known_flops.load_state_dict(state["known_flops"])
+        if self._comparisons is not None and state["comparisons"]:
+            self._comparisons.load_state_dict(state["comparisons"])
 
     def _check_call(self, log_probs: Tensor | None, mask: Tensor | None) -> None:
         if log_probs is not None and self.screen is not None:
@@ -242,6 +257,7 @@ class GatedBackward:
                 "micro_batch_size": packing.rows,
                 "micro_batch_tokens": packing.tokens,
                 "trim": packing.trim,
+                "compare_every": None if self._comparisons is None else self._comparisons.every,
             }
         )
 
@@ -315,6 +331,32 @@ class GatedBackward:
         if sums is not None and learn is not None:
             learn(sums)
         return noise
+
+    def _beside(self) -> Beside | None:
+        """What compares the gradients of this step, if it is one to be compared."""
+        if self._comparisons is None or not self._comparisons.due() or self._keeps_everything:
+            return None
+        return Beside(self._ranks.parameters())
+
+    def _compared(self, beside: Beside, gated: Passes, inputs: Inputs) -> Comparison:
+        """The gradient of the passes that have run beside that of all rows at weight 1, which is taken away again."""
+        assert self._comparisons is not None
+        began, ranks, ledger, device = time.perf_counter(), self._ranks, Ledger(None), inputs.advantages.device
+        options = (self.loss, self.normalizer, self._packing, self.backward, ranks)
+        passes = Passes(gated.log_prob_fn, inputs, ledger, *options)
+        devices = [] if device.type == "cpu" else [device]
+        everything = torch.ones(inputs.total, dtype=torch.bool, device=device)
+        with (
+            torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type),
+            beside.dense(),
+        ):
+            passes.differentiate(inputs, None, None, everything, ranks.total(inputs.total))
+            passes.close()
+        found = torch.cat([beside.sums(), beside.sketches(ranks.shard or 0).flatten()])
+        found = found if ranks.shard is None else ranks.add(found)
+        seconds = time.perf_counter() - began
+        counts = (ledger.forward_rows, ledger.backward_rows, seconds)
+        return self._comparisons.compared(found[:4], found[4:].unflatten(0, (2, -1)), *counts)
 
     def _differentiate_kept(self, passes: Passes, inputs: Inputs, decision: Decision) -> None:
         """Differentiate what is kept of all processes' rows, this process its share."""

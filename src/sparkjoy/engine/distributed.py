@@ -120,6 +120,18 @@ class SeveralProcesses:
         self._meet("add")
         return self._meeting.all_gather(values).sum(dim=0)
 
+    def parameters(self) -> list[Tensor]:
+        if self._owes_sync or not self._wrapped.syncs:
+            raise ValueError(
+                "compare_every compares the gradient of one call, and under no_sync() those of several are averaged "
+                "at once; leave compare_every out, or no_sync()."
+            )
+        return self._wrapped.parameters()
+
+    @property
+    def shard(self) -> int | None:
+        return self._rank if self._wrapped.shards else None
+
     def rounds(self, parts: int, kept: int) -> int:
         """As many as the rank with most; one, of fillers, where an earlier call's gradients are yet to be averaged."""
         rounds = self.most(parts) if kept else int(self._owes_sync and self._wrapped.syncs)

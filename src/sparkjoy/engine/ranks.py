@@ -73,6 +73,15 @@ class Ranks(Protocol):
         """The sum of the ranks' values, on the CPU."""
         ...
 
+    def parameters(self) -> list[Tensor] | None:
+        """Those whose gradients are averaged; None where that is not known."""
+        ...
+
+    @property
+    def shard(self) -> int | None:
+        """Which part of every gradient this process has; None: all of it."""
+        ...
+
     def rounds(self, parts: int, kept: int) -> int:
         """How many micro-batches every rank runs, of which `parts` are this one's own."""
         ...
@@ -137,6 +146,13 @@ class OneProcess:
 
     def add(self, values: Tensor) -> Tensor:
         return values.cpu()
+
+    def parameters(self) -> list[Tensor] | None:
+        return None
+
+    @property
+    def shard(self) -> int | None:
+        return None
 
     def rounds(self, parts: int, kept: int) -> int:
         return parts

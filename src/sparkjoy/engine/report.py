@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from sparkjoy.engine.comparing import Comparison
 from sparkjoy.engine.plan import Choice, Plan
 from sparkjoy.gates import Decision
 
@@ -25,6 +26,8 @@ class BackwardReport:
         noise: what a weighted gate's draws added to the second moment of the gradient, over the batch's own (see
             `sparkjoy.noise`); estimated on the exact sizes of the kept rows where the gate decided on others. None for
             other gates.
+        comparison: of the gated gradient with the dense one, under `compare_every`; None at other steps, and where
+            every row is kept anyway. What it ran is counted there alone.
         screened_rows: rows whose log-probs were computed to decide, without a graph.
         forward_rows: rows that went through `log_prob_fn`, screening included.
         backward_rows: rows whose gradient arrived at what `log_prob_fn` returned.
@@ -42,6 +45,7 @@ class BackwardReport:
     total: int
     loss: Tensor
     noise: float | None
+    comparison: Comparison | None
     screened_rows: int
     forward_rows: int
     backward_rows: int

@@ -126,6 +126,11 @@ class SpeculativeBackward:
     ) -> None:
         if screen is not None and not callable(screen):
             raise ValueError(f"screen is {screen!r}; expected a function from rows to log-probs, or None.")
+        if options.get("compare_every") is not None:
+            raise ValueError(
+                "compare_every compares whole batches, and a draft leaves the step part of one; give it to "
+                "GatedBackward(gate, screen=...)."
+            )
         if verify is not None:
             if not isinstance(verify, int | float) or not 1 <= verify < math.inf:
                 raise ValueError(f"verify is {verify!r}; expected how many times the rate to propose, at least 1.")

@@ -23,10 +23,16 @@ class Wrapped(Protocol):
     device: torch.device
     forward_meets: bool
     """Whether every forward pass is a meeting of all processes."""
+    shards: bool
+    """Whether a process has only a part of every gradient."""
 
     @property
     def syncs(self) -> bool:
         """Whether a backward pass now averages."""
+        ...
+
+    def parameters(self) -> list[Tensor]:
+        """All of the module's."""
         ...
 
     def bypassed(self) -> AbstractContextManager[None]:
@@ -69,7 +75,7 @@ class Wrapped(Protocol):
 class Replicated:
     """Under DistributedDataParallel."""
 
-    forward_meets = False
+    forward_meets = shards = False
 
     def __init__(self, module: DistributedDataParallel) -> None:
         self._module = module
@@ -80,6 +86,9 @@ class Replicated:
     @property
     def syncs(self) -> bool:
         return bool(self._module.require_backward_grad_sync)
+
+    def parameters(self) -> list[Tensor]:
+        return list(self._module.parameters())
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
@@ -145,7 +154,7 @@ class Replicated:
 class Sharded:
     """Under fully_shard (FSDP2)."""
 
-    forward_meets = True
+    forward_meets = shards = True
     syncs = True  # every call's last backward pass reduces, so that none can be forgotten
 
     def __init__(self, module: nn.Module) -> None:
@@ -165,6 +174,9 @@ class Sharded:
         self.device = next(module.parameters()).device
         self._order: list[Any] = list(self._parts)  # in which a forward pass gathers them
         self._entered: list[Any] | None = None  # in the forward pass that runs now
+
+    def parameters(self) -> list[Tensor]:
+        return list(self._module.parameters())
 
     def bypassed(self) -> AbstractContextManager[None]:
         return nullcontext()  # no rank has the whole weights, so screening is a meeting too

@@ -29,16 +29,16 @@ class PeakMemory:
 
     Args:
         resident: of the process, as the system counts; None where that cannot be read (elsewhere than on Linux).
-        tensors: of tensors, as torch's CPU allocator counts; repeats to the byte.
+        tensors: of tensors, as torch's CPU allocator counts; repeats to the byte. None where not asked for.
         before: resident before the step; None likewise.
     """
 
     resident: int | None
-    tensors: int
+    tensors: int | None
     before: int | None
 
 
-def peak_memory(prepare: Callable[..., Step], *arguments: Any, threads: int = 1) -> PeakMemory:
+def peak_memory(prepare: Callable[..., Step], *arguments: Any, threads: int = 1, tensors: bool = True) -> PeakMemory:
     """Peak memory of `prepare(*arguments)()` above what is there already, in a fresh process.
 
     The step runs once before: weights, gradients and optimizer state that it leaves behind do not count, if it keeps
@@ -48,6 +48,7 @@ def peak_memory(prepare: Callable[..., Step], *arguments: Any, threads: int = 1)
         prepare: a function of a module's top level, `(*arguments) -> step`; the process imports it by its name.
         arguments: what it takes; they must pickle.
         threads: of torch.
+        tensors: count those too, which takes another step, under the profiler: slow where a step has many operations.
 
     Returns:
         A `PeakMemory`.
@@ -60,7 +61,7 @@ def peak_memory(prepare: Callable[..., Step], *arguments: Any, threads: int = 1)
     os.environ.update(ENVIRONMENT)  # read when a process starts
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-            return fresh.submit(_measure, prepare, arguments, threads).result()
+            return fresh.submit(_measure, prepare, arguments, threads, tensors).result()
     except BrokenProcessPool:
         raise ValueError("the process that measures memory was ended from outside, as where memory runs out.") from None
     finally:
@@ -71,7 +72,7 @@ def peak_memory(prepare: Callable[..., Step], *arguments: Any, threads: int = 1)
                 os.environ[name] = value
 
 
-def _measure(prepare: Callable[..., Step], arguments: tuple[Any, ...], threads: int) -> PeakMemory:
+def _measure(prepare: Callable[..., Step], arguments: tuple[Any, ...], threads: int, tensors: bool) -> PeakMemory:
     torch.set_num_threads(threads)
     step = prepare(*arguments)
     step()
@@ -84,7 +85,7 @@ def _measure(prepare: Callable[..., Step], arguments: tuple[Any, ...], threads: 
         before = _kilobytes(status, "VmRSS")
         step()
         resident = _kilobytes(status, "VmHWM") - before
-    return PeakMemory(resident, _tensor_peak(step), before)
+    return PeakMemory(resident, _tensor_peak(step) if tensors else None, before)
 
 
 def _kilobytes(status: Path, name: str) -> int:

@@ -307,7 +307,10 @@ def _state(record: Record | None, updates: int) -> str:
         return ""
     kept = record["kept"] / (record["samples"] * updates)
     price = "" if record["price"] is None else f"  price {record['price']:.3g}"
-    return f"error {100 * record['error']:.2f}%  kept {100 * kept:.3g}%{price}"
+    found = record.get("comparison") or {}
+    pairs = (("cosine", "cosine"), ("consistency", "dense consistency"), ("agreement", "agreement"))
+    compared = "".join(f"  {said} {found[name]:.2f}" for name, said in pairs if found.get(name) is not None)
+    return f"error {100 * record['error']:.2f}%  kept {100 * kept:.3g}%{price}{compared}"
 
 
 def _reached(record: Record | None, until_error: float | None) -> bool:

@@ -87,6 +87,8 @@ class Settings:
     """Rows per forward and backward pass; all at once by default."""
     threads: int = 1
     """Threads of torch."""
+    compare_every: int | None = None
+    """Steps between comparisons of the gated gradient with the dense one, computed besides; none by default."""
     screen: Screen = "sampler"
     """Log-probs that the gate decides on: the sampler's own, free; an exact forward pass; or a cheaper draft."""
     verify: float | None = None
@@ -111,7 +113,7 @@ class Settings:
     """Adam's learning rate for --screen draft."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "threads", "epochs", "audit_every"):
+        for name in ("steps", "evaluate_every", "threads", "epochs", "audit_every", "compare_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1.")
         for name in ("until_error", "target_error"):
@@ -123,6 +125,11 @@ class Settings:
         if not self.gated and (self.rate is not None or self.price is not None):
             raise ValueError(
                 f"--method {self.method} keeps every sample; --rate and --price go with kondo, uniform and unbiased."
+            )
+        if self.compare_every is not None and (not self.gated or self.speculates or self.unit == "token"):
+            raise ValueError(
+                f"--compare-every {self.compare_every}: goes with a gate of whole samples (kondo, uniform, unbiased), "
+                "without a draft."
             )
         if self.verify is not None and self.screen == "exact":
             raise ValueError(f"--verify {self.verify:g} verifies a draft; --screen exact needs none.")
@@ -244,7 +251,14 @@ class Settings:
         score = self._noisy(score, generator) if gate is not None and score is not None else score
         module = module if share.count > 1 else None
         return GatedBackward(
-            gate, loss=loss, score=score, micro_batch_size=size, normalizer="batch", module=module, count_flops=True
+            gate,
+            loss=loss,
+            score=score,
+            micro_batch_size=size,
+            normalizer="batch",
+            module=module,
+            count_flops=True,
+            compare_every=self.compare_every,
         )
 
     def _gate(self, generator: torch.Generator) -> Gate:

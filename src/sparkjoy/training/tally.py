@@ -11,6 +11,7 @@ from torch import Tensor
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.speculative import SpeculativeReport
 from sparkjoy.training.audits import AuditTally
+from sparkjoy.training.comparing import ComparisonTally
 from sparkjoy.training.processes import Share
 
 COUNTED_BY_EACH = (
@@ -21,6 +22,7 @@ COUNTED_BY_EACH = (
     "backward_tokens",
     "forward_flops",
     "backward_flops",
+    "compared_samples",
 )
 
 
@@ -36,6 +38,7 @@ class Tally:
     backward_tokens: int = 0
     forward_flops: int = 0
     backward_flops: int = 0
+    compared_samples: int = 0
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("sample", "screen", "backward", "optimizer", "total"), 0.0)
     )
@@ -44,6 +47,7 @@ class Tally:
     reward_sum: float = 0.0
     steps_since: int = 0
     audits: AuditTally = field(default_factory=AuditTally)
+    comparisons: ComparisonTally = field(default_factory=ComparisonTally)
 
     def sampled(self, rows: int, tokens: int, flops: int, reward: Tensor) -> None:
         """Count a rollout of `rows`; its forward pass counts too."""
@@ -68,6 +72,9 @@ class Tally:
         self.seconds["backward"] += sum(report.seconds[phase] for phase in ("gather", "forward", "backward"))
         if isinstance(report, SpeculativeReport):
             self.audits.stepped(report.screening)
+        if report.comparison is not None:
+            self.comparisons.stepped(report.comparison)
+            self.compared_samples += report.comparison.backward_rows
         if report.decision.price is not None:
             self.price_sum += report.decision.price.item()
             self.priced_steps += 1
@@ -89,6 +96,7 @@ class Tally:
 
     def record(self) -> dict[str, Any]:
         """The counts, the mean price and reward since the last record; starts the next one."""
+        comparison = self.comparisons.record()
         record = {
             "reward": self.reward_sum / max(1, self.steps_since),
             "price": self.price_sum / self.priced_steps if self.priced_steps else None,
@@ -102,6 +110,7 @@ class Tally:
             "backward_flops": self.backward_flops,
             "seconds": dict(self.seconds),
             "screening": self.audits.record(),
+            "comparison": comparison and {**comparison, "backward_samples": self.compared_samples},
         }
         self.price_sum, self.priced_steps, self.reward_sum, self.steps_since = 0.0, 0, 0.0, 0
         return record
@@ -111,7 +120,7 @@ class Tally:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            if name == "audits":
-                self.audits.load_state_dict(value)
+            if name in ("audits", "comparisons"):
+                getattr(self, name).load_state_dict(value)
             else:
                 setattr(self, name, value)

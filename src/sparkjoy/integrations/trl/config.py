@@ -82,6 +82,14 @@ class KondoGRPOConfig(GRPOConfig):
             "zero, as TRL has with all advantages zero, so that Adam's momentum still moves them."
         },
     )
+    gate_pack_for: Literal["speed", "memory"] = field(
+        default="speed",
+        metadata={
+            "help": "How the kept completions of an optimizer step are packed. 'speed': into as few micro-batches as "
+            "hold them. 'memory': spread over its micro-batches, so that the largest has the fewest tokens that it "
+            "can: peak memory falls with what is kept, at more and smaller passes."
+        },
+    )
     gate_dg: Literal["token", "sample"] | None = field(
         default=None,
         metadata={
@@ -98,6 +106,7 @@ class KondoGRPOConfig(GRPOConfig):
             "gate_advantages": ("centred", "trl"),
             "gate_log_probs": ("auto", "exact", "none"),
             "gate_empty_step": ("skip", "momentum"),
+            "gate_pack_for": ("speed", "memory"),
             "gate_dg": (None, "token", "sample"),
         }.items():
             if getattr(self, name) not in allowed:
@@ -115,6 +124,8 @@ class KondoGRPOConfig(GRPOConfig):
             raise ValueError("gate_log_probs='none' goes with gate_noise; a delight needs the log-probs of some rows.")
         if self.gate() is None and self.gate_negative_share:
             raise ValueError("gate_negative_share is set without a gate; give gate_rate or gate_price too.")
+        if self.gate() is None and self.gate_pack_for == "memory":
+            raise ValueError("gate_pack_for='memory' is set without a gate; give gate_noise, gate_rate or gate_price.")
         if not self.gate_dg_temperature > 0:
             raise ValueError(f"gate_dg_temperature is {self.gate_dg_temperature!r}; expected a number above 0.")
         if self.gate_dg is not None and self.loss_type not in UNCLIPPED_LOSSES:

@@ -206,15 +206,19 @@ class DecidingMixin(GRPOTrainer):
     @torch.no_grad()
     def _screen(self, output: Rows, rows: Tensor) -> Tensor:
         """(n, T) log-probs of `rows`, exact and without a graph; in eval mode, so without dropout or other draws."""
-        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)[rows]
-        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)[rows]
+        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         prompt = output["prompt_ids"].shape[1]
-        log_probs = torch.zeros(len(rows), mask.shape[1] - prompt, device=ids.device)
-        if len(rows) == 0:
-            return log_probs
+        log_probs = torch.zeros(len(mask), mask.shape[1] - prompt, device=ids.device)
+        tokens = mask.sum(dim=1)
+        by_length = rows[tokens[rows].argsort()]
+        parts = [part for part in by_length.split(self.args.per_device_train_batch_size) if len(part)]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # weights are gathered in a pass: all run as many
+            passes = int(self._of_all(torch.tensor([len(parts)], device=ids.device)).max())
+            parts += [tokens.argmin(dim=0, keepdim=True)] * (passes - len(parts))
         self.model.eval()
         try:
-            for part in mask.sum(dim=1).argsort().split(self.args.per_device_train_batch_size):
+            for part in parts:
                 present = mask[part].any(dim=0).nonzero().flatten()
                 start = min(int(present[0]), prompt - 1) if self._trims_prompts else 0
                 stop = max(int(present[-1]), prompt) + 1
@@ -223,7 +227,7 @@ class DecidingMixin(GRPOTrainer):
                 )
         finally:
             self.model.train()
-        return log_probs
+        return log_probs[rows]
 
     @property
     def _trims_prompts(self) -> bool:

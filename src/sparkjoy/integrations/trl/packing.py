@@ -7,7 +7,9 @@ advantage, which every policy loss of TRL is proportional to. A filler is a copy
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -55,9 +57,10 @@ def pack(
     pad_token_id: int,
     *,
     trim_prompts: bool,
-    share_out: Callable[[list[Rows]], tuple[list[Rows], int]],
+    share_out: Callable[[list[Rows]], tuple[list[Rows], list[int]]],
+    spread: bool = False,
 ) -> list[Rows]:
-    """The micro-batches of a window, which one optimizer step sees together, with their kept rows in as few of them.
+    """The micro-batches of a window, which one optimizer step sees together, with their kept rows packed.
 
     Those left without rows come first and hold one filler, with `gate_idle` set: they need not run.
 
@@ -66,21 +69,54 @@ def pack(
         normalizer: what TRL divides the loss of a micro-batch by.
         pad_token_id: fills ids.
         trim_prompts: cut the padding left of prompts, which shifts absolute positions.
-        share_out: `rows -> (rows of this process, rows that every process is to have)`.
+        share_out: `rows -> (rows of this process, lengths)`: every process is to have a row for each length, of which
+            its own of that rank, ascending, is no longer.
+        spread: have the largest micro-batch as small as can be, instead of as few as hold the rows.
     """
     size = len(window[0]["gate_keep"])
-    kept, each = share_out([row for rows in window for row in _kept_rows(rows, normalizer, trim_prompts)])
+    kept, lengths = share_out([row for rows in window for row in _kept_rows(rows, normalizer, trim_prompts)])
+    each = len(lengths)
     filler = min(kept, key=length) if kept else _any_row(window[0], trim_prompts)
     filler = {**filler, "gate_weight": 0.0}
     kept = sorted(kept + [filler] * (each - len(kept)), key=length)
-    batches = -(-each // size)
+    cuts = least_memory(lengths, len(window), size) if spread else _fewest(each, size)
+    batches = len(cuts) - 1
     shared = {name: value for name, value in window[0].items() if isinstance(value, Tensor) and value.dim() == 0}
-    packed = [
-        _micro_batch(kept[each * i // batches : each * (i + 1) // batches], normalizer, pad_token_id) | shared
-        for i in range(batches)
-    ]
+    packed = [_micro_batch(kept[first:stop], normalizer, pad_token_id) | shared for first, stop in pairwise(cuts)]
     idle = _micro_batch([filler], normalizer, pad_token_id) | shared | {"gate_idle": True}
     return [idle] * (len(window) - batches) + packed
+
+
+def _fewest(rows: int, size: int) -> list[int]:
+    """Where to cut rows for as few micro-batches of at most `size` rows as hold them."""
+    batches = -(-rows // size)
+    return [rows * batch // max(1, batches) for batch in range(batches + 1)]
+
+
+def least_memory(lengths: Sequence[int], batches: int, size: int) -> list[int]:
+    """Where to cut rows of ascending length for the least padded tokens in the largest micro-batch.
+
+    Of the ways to do so it takes one with the fewest micro-batches.
+
+    Args:
+        lengths: ascending; at most `batches * size` of them.
+        batches: micro-batches at most.
+        size: rows of a micro-batch at most.
+
+    >>> least_memory([1, 1, 1, 1, 8, 8], batches=4, size=4)
+    [0, 4, 5, 6]
+    """
+
+    def filled(most: int) -> list[int]:
+        cuts = [0]
+        for row, length in enumerate(lengths):
+            rows = row + 1 - cuts[-1]
+            if rows > size or rows * length > most:
+                cuts.append(row)
+        return [*cuts, len(lengths)] if lengths else cuts
+
+    costs = range(max(lengths, default=0), max(lengths, default=0) * size + 1)
+    return filled(costs[bisect_left(costs, True, key=lambda most: len(filled(most)) <= batches + 1)])
 
 
 def _kept_rows(rows: Rows, normalizer: Normalizer, trim_prompts: bool) -> list[Rows]:

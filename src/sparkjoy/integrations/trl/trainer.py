@@ -2,7 +2,7 @@
 
 _generate_single_turn             TRL's, watched for the log-probs of what it samples
 _generate_and_score_completions   TRL's, then one decision over all processes (`decision.py`): a column `gate_keep`
-_prepare_inputs                   TRL's, then: the kept rows of an optimizer step packed into few micro-batches
+_prepare_inputs                   TRL's, then: the kept rows of an optimizer step in micro-batches, few or small
 _compute_loss                     TRL's on a packed micro-batch; nothing on one left without rows
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,26 @@ class KondoGRPOMixin(DecidingMixin):
             self._refuse_unproven_setups()
 
     def _refuse_unproven_setups(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.parallelism_config is not None:
+        if self.args.parallelism_config is not None:
             raise ValueError(
-                "the gate is not proven with DeepSpeed, FSDP or a parallelism_config, where every process must "
-                "run the same passes. Train with DDP (accelerate launch --multi_gpu, or torchrun), or without the gate."
+                "the gate is not proven with a parallelism_config, which splits a completion or a layer over "
+                "processes. Train with DDP, FSDP2 or DeepSpeed, or without the gate."
+            )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "the gate is not proven with version 1 of FSDP. Set version=2 in fsdp_config (fsdp_version: 2 in "
+                "accelerate's), or train without the gate."
+            )
+        if self.is_deepspeed_enabled and self.args.gate_empty_step != "momentum":
+            raise ValueError(
+                "DeepSpeed steps its optimizer itself, so a step without any kept completion cannot leave the weights. "
+                "Set gate_empty_step='momentum', or train without the gate."
+            )
+        if getattr(self, "use_liger_kernel", False):  # of TRL before 1.15; later ones have no such loss
+            raise ValueError(
+                "use_liger_kernel=True computes the loss apart from log-probs, where the gate cannot weight it. Set "
+                "use_liger_kernel=False (TRL 1.15 and later take Liger's layers with the gate), or train without the "
+                "gate."
             )
         if self.aux_loss_enabled:
             raise ValueError(
@@ -154,17 +171,18 @@ class KondoGRPOMixin(DecidingMixin):
                 self._tokenizer.pad_token_id,
                 trim_prompts=self._trims_prompts,
                 share_out=self._share_out,
+                spread=self.args.gate_pack_for == "memory",
             )
         return packed
 
-    def _share_out(self, rows: list[Rows]) -> tuple[list[Rows], int]:
-        """This process's share of the kept rows of all, and how many rows every process is to run."""
+    def _share_out(self, rows: list[Rows]) -> tuple[list[Rows], list[int]]:
+        """This process's share of the kept rows of all; of every rank in length, the longest of any process."""
         processes, device = self.accelerator.num_processes, self.accelerator.device
         if processes == 1:
-            return rows, len(rows)
+            return rows, sorted(map(length, rows))
         if not self._trims_prompts:  # rows cannot move to a process that pads prompts to another length
-            counts = self.accelerator.gather(torch.tensor([len(rows)], device=device))
-            return rows, int(counts.max())
+            of_each = gather_object([sorted(map(length, rows), reverse=True)])
+            return rows, [max(of_rank) for of_rank in zip_longest(*of_each, fillvalue=0)][::-1]
         on_cpu = [
             {name: value.cpu() if isinstance(value, Tensor) else value for name, value in row.items()} for row in rows
         ]
@@ -174,7 +192,7 @@ class KondoGRPOMixin(DecidingMixin):
             {name: value.to(device) if isinstance(value, Tensor) else value for name, value in row.items()}
             for row in share
         ]
-        return share, -(-len(everyone) // processes)
+        return share, [length(row) for row in everyone[::-processes]][::-1]
 
     # The loss
 
@@ -182,7 +200,7 @@ class KondoGRPOMixin(DecidingMixin):
         if not self.model.training:
             return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]  # TRL is untyped
         sync = self.accelerator.sync_gradients
-        if inputs.get("gate_idle", False) and not (sync and self._owes_a_pass()):
+        if inputs.get("gate_idle", False) and not self._owes_a_pass(sync):
             loss = torch.zeros((), device=inputs["advantages"].device, requires_grad=True)
         else:
             own = inputs["advantages"]
@@ -210,12 +228,17 @@ class KondoGRPOMixin(DecidingMixin):
         self._gate_micro_steps = 0
         self._learn_noise()
 
-    def _owes_a_pass(self) -> bool:
-        """Whether the last micro-step of an optimizer step must run although it has no rows.
+    def _owes_a_pass(self, sync: bool) -> bool:
+        """Whether a micro-step must run although it has no rows; `sync`: it is the last of an optimizer step.
 
-        Under several processes, earlier ones have left gradients that only a pass outside `no_sync` averages. Without
-        earlier ones, float16's scaler wants a gradient, and so does whoever wants Adam's momentum to go on.
+        DeepSpeed wants a gradient of every parameter in every micro-step. Under several processes, earlier ones of the
+        step have left gradients that only a pass outside `no_sync` averages. Without earlier ones, float16's scaler
+        wants a gradient, and so does whoever wants Adam's momentum to go on.
         """
+        if self.is_deepspeed_enabled:
+            return True
+        if not sync:
+            return False
         if self._gate_micro_steps:
             return bool(self.accelerator.num_processes > 1)
         return self.args.gate_empty_step == "momentum" or bool(self.accelerator.mixed_precision == "fp16")
