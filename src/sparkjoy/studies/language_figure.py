@@ -50,14 +50,14 @@ def curves(rows: list[Record], target: float) -> Figure:
         axis.axhline(100 * target, color="black", linewidth=0.5, linestyle=":")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[1].set_xscale("symlog", linthresh=1_000)
+    axes[1].set_xscale("log")  # the start, at none, is not on it
     axes[0].set_ylabel("held-out score, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return figure
 
 
 def bars(rows: list[Record]) -> Figure:
-    """Where a step's seconds go, by arm; hatched, what of the update is prompts read once for every answer."""
+    """Where a step's seconds go, by arm; hatched, what of the update is prompts that a pass reads again."""
     from matplotlib.figure import Figure
 
     found = table(rows, 1.0)
@@ -74,11 +74,11 @@ def bars(rows: list[Record]) -> Figure:
                     place,
                     shared,
                     left=left + seconds - shared,
-                    color="none",
+                    facecolor=COLORS[part],
                     edgecolor="white",
                     hatch="///",
                     linewidth=0,
-                    label="update: prompts read again" if place == 0 else None,
+                    label="update: prompts a pass reads again" if place == 0 else None,
                 )
             left += seconds
         axis.text(left, place, f" {left:.1f} s", va="center")

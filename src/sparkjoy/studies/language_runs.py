@@ -68,13 +68,12 @@ class _Runs:
 
     def one(self, arm: str, rate: float, seed: int, until_seconds: float = math.inf) -> list[Record]:
         study = self.study
-        name = f"{arm.replace(' ', '-').replace('%', 'pct').replace('|', '')}-{rate:g}-{seed}"
-        if until_seconds < math.inf:
-            name += "-long"
-        steps = study.steps if until_seconds == math.inf else LONGEST * study.steps
+        long = until_seconds < math.inf
+        name = f"{arm.replace(' ', '-').replace('%', 'pct').replace('|', '')}-{rate:g}-{seed}" + "-long" * long
+        steps, every = study.steps * (LONGEST if long else 1), study.evaluate_every * (3 if long else 1)
 
         def on_step(row: Record) -> None:
-            part = row["step"] / study.steps if until_seconds == math.inf else row["seconds"]["total"] / until_seconds
+            part = row["seconds"]["total"] / until_seconds if long else row["step"] / study.steps
             said = f"{arm}, rate {rate:g}, seed {seed}: step {row['step']}, {row['seconds']['total']:.0f} s"
             said += f", reward {row['reward']:.2f}" if "reward" in row else ""
             self.progress(min(1.0, (self.done + part) / study.runs), said)
@@ -92,7 +91,7 @@ class _Runs:
             micro_batch=study.micro_batch,
             bf16=study.bf16,
             held_out=study.held_out,
-            evaluate_every=study.evaluate_every,
+            evaluate_every=every,
             until_seconds=until_seconds,
             on_step=on_step,
         )
