@@ -42,7 +42,7 @@ def test_expected_confidence_is_the_chance_that_two_draws_agree():
         (torch.ones(5), 2, "does not divide"),
         (torch.ones(0), None, "at least one reward"),
         (torch.ones(2, 2), None, "expected"),
-        (torch.ones(4), 0, "does not divide"),
+        (torch.ones(4), 0, "group_size is 0"),
     ],
 )
 def test_wrong_groups_are_refused(rewards, group_size, message):

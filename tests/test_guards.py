@@ -70,7 +70,7 @@ def test_a_saved_guard_goes_on_as_before():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="keys is 0; expected at least 1"):
+    with pytest.raises(ValueError, match="keys is 0; expected a whole number of at least 1"):
         RepeatedDraws(keys=0)
     with pytest.raises(ValueError, match="memory is 0; expected at least 1 draw"):
         RepeatedDraws(keys=1, memory=0)

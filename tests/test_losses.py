@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sparkjoy as sj
+from sparkjoy.losses import importance_weighted
 
 
 def test_reinforce_has_the_policy_gradient():
@@ -52,3 +53,15 @@ def test_clipped_stays_finite_far_from_the_behavior():
     log_probs = torch.tensor([-0.1, -0.1], requires_grad=True)
     sj.clipped()(log_probs, torch.tensor([1.0, -1.0]), torch.tensor([-200.0, -1.0]), None).sum().backward()
     assert log_probs.grad.isfinite().all()
+
+
+def test_importance_weights_are_the_ratio_and_have_the_gradient_of_reinforce_on_the_policy_that_sampled():
+    log_probs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 2.0])
+    importance_weighted(log_probs, advantages, log_probs.detach()).sum().backward()
+    assert log_probs.grad.tolist() == [-1.0, 1.0, -2.0]
+    log_probs.grad = None
+    importance_weighted(log_probs, advantages, torch.tensor([-2.0, -2.0, -50.0])).sum().backward()
+    assert log_probs.grad.tolist() == pytest.approx([-math.e, 1.0, 0.0])  # beyond e^20 the ratio stays what it is
+    with pytest.raises(ValueError, match="importance_weighted needs behavior_log_probs"):
+        importance_weighted(log_probs, advantages)

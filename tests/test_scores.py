@@ -51,7 +51,7 @@ def test_a_positive_log_prob_is_refused_but_rounding_is_not():
 
 
 def test_sequence_delight_refuses_one_dimension_and_a_misshapen_mask():
-    with pytest.raises(ValueError, match=r"needs \(B, T\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, T\)"):
         sj.sequence_delight(torch.ones(2), -torch.ones(2))
     with pytest.raises(ValueError, match="mask has shape"):
         sj.sequence_delight(torch.ones(2), -torch.ones(2, 3), torch.ones(2, 2))

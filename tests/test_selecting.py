@@ -92,5 +92,5 @@ def test_wrong_input_is_refused(arguments, says):
 def test_advantages_may_be_on_any_device_and_of_any_kind():
     gate = sj.KondoGate(price=0)
     assert sj.select(gate, [1, 0, -1, 2]).rows.tolist() == [0, 3]
-    with pytest.raises(ValueError, match="log_probs is on cpu and advantages on meta"):
+    with pytest.raises(ValueError, match="advantages is on the device meta; expected a dense tensor of values"):
         sj.select(gate, torch.ones(2, device="meta"), torch.zeros(2))

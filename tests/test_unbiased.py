@@ -79,6 +79,31 @@ def test_the_mean_gradient_is_the_dense_one(shape, loss, source, gate_options, g
     assert float(draws.std(dim=0).max()) > 0  # it does skip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("floor", "own", "unbiased"), [(0.0, False, False), (0.1, False, True), (0.0, True, True)], ids=str
+)
+def test_an_injected_discovery_is_not_lost(floor, own, unbiased, generator):
+    """A right answer that was not sampled is recorded at log-prob 0: by that, nothing could be learnt from it."""
+    policy, batch, advantages, mask = make_case("tokens")
+    current = policy.log_probs(batch).detach()
+    found, advantages = torch.tensor([0, 5]), advantages.clone()
+    advantages[found] = 2.0
+    recorded = current.index_fill(0, found, 0.0)
+    known = {"behavior_log_probs": recorded} if own else {"log_probs": recorded}
+
+    def gradient(gate):
+        GatedBackward(gate, loss=delightful())(policy.log_probs, batch, advantages, mask=mask, **known)
+        return flat_gradient(policy)
+
+    dense = gradient(None)
+    gate = UnbiasedGate(noise=1.0, floor=floor, generator=generator)
+    draws = torch.stack([gradient(gate) for _ in range(200)])
+    error = draws.std(dim=0) / len(draws) ** 0.5
+    within = (draws.mean(0) - dense).abs() <= 4 * error + 1e-9
+    assert bool(within.all()) == unbiased
+
+
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_with_noise_so_small_that_all_are_kept_it_is_the_dense_step_to_the_bit(shape, known):

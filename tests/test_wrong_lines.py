@@ -32,6 +32,10 @@ WRONG = {
         --steps= ; --seed= --steps 5
     """,
     "train reversal": """
+        --delay -1 ; --delay 1.5 ; --delay 1000000000 ; --delay-kind new ; --bug 2 ; --bug nan ; --corrupt -0.1 ;
+        --discover 1.5 ; --corrupt 0.1 --credit token ; --bug 0.1 --unit token ; --floor 0.1 ;
+        --floor 1 --method unbiased ; --floor nan --method unbiased ;
+        --method importance --learning-rate 1e30 --steps 20 --delay 3 ;
         --learning-rate 1e30 --steps 20 ; --method dg --learning-rate 1e30 --steps 20 ;
         --method ppo --learning-rate 1e30 --steps 20 ; --method uniform --learning-rate 1e30 --steps 20 ;
         --unit token --learning-rate 1e30 --steps 20 ; --screen stale --learning-rate 1e30 --steps 20 ;
@@ -88,6 +92,11 @@ WRONG = {
         --learning-rates 0 ; --learning-rates 1e30 ; --tuned "TRL's own" ; --tuned all ; --seeds ; --seeds 1 1 ;
         --seeds 100 ; --held-out 0 ; --evaluate-every 0 ; --threads 100000 ; --model /no/such
     """,
+    "study frictions": """
+        --frictions ; --frictions rain ; --frictions bug bug ; --arms sgd ; --arms dg dg ; --prompt-lengths 0 ;
+        --prompt-lengths 100000000 ; --steps-per-token 0 ; --learning-rates nan ; --learning-rates 0 ;
+        --seeds 100 ; --seeds ; --tuning-seeds 1 1 --seeds 2 ; --target-error 2 ; --vocab-size 1 ; --shaping no
+    """,
     "study gain": """
         --rounds 0 ; --rounds 100000000000000000000000 ; --rate 0 ; --rate nan ; --bodies half ;
         --bodies plain plain ; --prompt-lengths 0 ; --prompt-lengths 5 5 ; --vocab-sizes 1 ;
@@ -102,7 +111,8 @@ WRONG = {
         --sigma nan ; --sigma inf ; --gap 0 ; --gap nan ; --start 1 ; --temperatures 0 ; --alphas 2 ;
         --context-p 0.5 ; --context-p 0.5 0.5 ; --draws 0 ; --draws 1000000000000 ; --batches 1000000000 ;
         --max-draws 100000000000000000000000 ; --seeds 1000000000 ; --steps 1000000000000000 ; --batch 0 ;
-        --memory 0 ; --memory 1000000000000 ; --learning-rate nan ; --rate 0 ; --seed -1 ;
+        --memory 0 ; --memory 1000000000000 ; --log-ratios ; --log-ratios 100 ; --corner-steps 0 ;
+        --learning-rate nan ; --rate 0 ; --seed -1 ;
         --seed 100000000000000000000 ; --fit-below 0 ; --constant-baseline 1 ; --gap 1e300 ; --gap 1e-300 ;
         --sigma 1e300 ; --learning-rate 1e30 ; --p 1e-300
     """,

@@ -9,7 +9,6 @@ blow up to full size. The steps of a coarser dtype, such as bfloat16's, are diff
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparkjoy.scores import at_least_float32, without_graph
+from sparkjoy import checks
+from sparkjoy.checks import as_tensor, without_graph
+from sparkjoy.scores import at_least_float32
 
 Rewards = Tensor | Sequence[Any] | np.ndarray[Any, Any]
 """What reward functions return: bool, integers or floats."""
@@ -115,10 +116,8 @@ def good_and_bad_advantage(advantages: Rewards, alpha: float = 0.5) -> Tensor:
     given = as_tensor("advantages", advantages)
     if given.dim() != 1:
         raise ValueError(f"advantages has shape {tuple(given.shape)}; expected (B,).")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; expected a number in [0, 1].")
-    if not bool(given.isfinite().all()):
-        raise ValueError("advantages has a value that is NaN or infinite; expected finite numbers.")
+    alpha = checks.number("alpha", alpha, "a number in [0, 1]", lambda alpha: 0 <= alpha <= 1)
+    checks.finite("advantages", given)
     good, bad = (given > 0).to(_dtype(given)), (given < 0).to(_dtype(given))
     of_good, of_bad = good / good.sum().clamp(min=1), bad / bad.sum().clamp(min=1)
     return len(given) * (alpha * of_good - (1 - alpha) * of_bad)
@@ -144,37 +143,17 @@ def expected_confidence_advantage(rewards: Rewards, probabilities: Tensor) -> Te
         ValueError: shapes that do not go together.
     """
     given = as_tensor("rewards", rewards)
-    if given.dim() != 1 or probabilities.dim() != 2 or len(given) != len(probabilities):
+    checks.tensor("probabilities", probabilities, (2,), checks.FLOATING, "(B, K)", given)
+    if given.dim() != 1 or len(given) != len(probabilities):
         raise ValueError(
             f"rewards has shape {tuple(given.shape)} and probabilities {tuple(probabilities.shape)}; expected (B,) "
             "and (B, K)."
         )
+    checks.finite("rewards", given)
+    if probabilities.numel() and not all(-1e-3 <= extreme <= 1.01 for extreme in map(float, probabilities.aminmax())):
+        raise ValueError("probabilities has values outside [0, 1]; expected probabilities, such as log_probs.exp().")
     probabilities = at_least_float32(without_graph(probabilities))
     return given.to(_dtype(given)) - probabilities.square().sum(dim=1)
-
-
-def as_tensor(name: str, values: Any) -> Tensor:
-    """Real numbers as a tensor without a graph, whatever a reward function made them: tensor, array or list.
-
-    >>> as_tensor("rewards", [True, False])
-    tensor([ True, False])
-
-    Raises:
-        ValueError: not numbers, or complex ones.
-    """
-    tensor = values
-    if not isinstance(values, Tensor):
-        try:
-            # np.array copies what torch does not take: read-only memory, negative strides.
-            tensor = torch.tensor(np.array(values, order="C") if hasattr(values, "__array__") else values)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{name} is a {type(values).__name__} that no tensor can be made of ({error}); expected a tensor, an "
-                "array or a list of numbers."
-            ) from error
-    if tensor.is_complex():
-        raise ValueError(f"{name} is {tensor.dtype}; expected real numbers.")
-    return without_graph(tensor)
 
 
 def precise(values: Tensor) -> Tensor:
@@ -204,17 +183,11 @@ def _groups(rewards: Tensor, group_size: int | None) -> Tensor:
     """(G, n) in float64, checked."""
     if rewards.dim() != 1 or len(rewards) == 0:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected (B,) with at least one reward.")
-    size = len(rewards) if group_size is None else group_size
-    if size < 1 or len(rewards) % size:
+    size = len(rewards) if group_size is None else checks.whole("group_size", group_size)
+    if len(rewards) % size:
         raise ValueError(f"group_size is {size}, which does not divide the {len(rewards)} rewards into whole groups.")
     groups = precise(rewards)
-    # The sum is finite unless a value is not (or it overflows): one cheap pass, and the exact one only in doubt.
-    if not math.isfinite(groups.sum().item()) and not bool(groups.isfinite().all()):
-        bad = (~groups.isfinite()).nonzero().flatten()
-        raise ValueError(
-            f"rewards has {len(bad)} of {len(rewards)} values NaN or infinite, the first at {int(bad[0])}; expected "
-            "finite numbers. Score such an answer, or leave its group out."
-        )
+    checks.finite("rewards", groups, " Score such an answer, or leave its group out.")
     return groups.view(-1, size)
 
 

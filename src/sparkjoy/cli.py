@@ -20,6 +20,7 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy study scores     the same rate by other scores than delight, under two baselines
   sparkjoy study budget     one noise budget everywhere, against fixed rates and others that move
   sparkjoy study language   a pre-trained language model learns with TRL's trainer, gated and not
+  sparkjoy study frictions  actors that are late, broken, corrupted or lucky: which method stands what
   sparkjoy study screening  cheaper screeners than a forward pass, noise on delight, an unbiased gate
   sparkjoy study scaling    the longest prompt each method learns to reverse within a budget
   sparkjoy study gain       what the gate saves a step as problems grow and backward passes get dearer
@@ -29,7 +30,8 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy frontier         what gating saves, and costs, on your own model, prompts and reward
 
 Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures. train, pareto, study
-scores, budget, screening and scaling go on from the last checkpoint when started again with the same --out."""
+scores, budget, frictions, screening and scaling go on from the last checkpoint when started again with the same
+--out."""
 
 NO_MEMORY = ("allocate memory", "std::bad_alloc", "out of memory", "calculation overflowed", "multiplication overflow")
 """What torch says of sizes that are beyond memory, or beyond numbers."""

@@ -19,6 +19,8 @@ from sparkjoy.studies import (
     bandit_theory,
     budget,
     budget_figure,
+    frictions,
+    frictions_figure,
     pareto,
     scaling,
     score_comparison,
@@ -36,6 +38,7 @@ from sparkjoy.training.console import (
     LiveRuns,
     print_bench,
     print_budget,
+    print_frictions,
     print_gains,
     print_language,
     print_runs,
@@ -147,7 +150,7 @@ class StudyBandit:
                 save_figure(figure, self.out, name)
         if measured["slopes"]:
             print_slopes(measured["slopes"])
-        print(f"results and five figures in {self.out}")
+        print(f"results and six figures in {self.out}")
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,23 @@ class StudyLanguage:
         save_figure(language_figure.bars(rows), self.out, "language_seconds")
         print_language(language_runs.table(rows, target), target)
         print(f"results in {self.out}, the figures in language.png and language_seconds.png there")
+
+
+@dataclass(frozen=True)
+class StudyFrictions:
+    """Actors that are late, broken, corrupted or lucky: which method stands what, on token reversal."""
+
+    out: Path = Path("out/study-frictions")
+    """Folder for the results; finished runs in it are not run again."""
+    study: Annotated[frictions.FrictionsStudy, FLAT] = field(default_factory=frictions.FrictionsStudy)
+
+    def __call__(self) -> None:
+        with LiveRuns(runs=self.study.runs) as live:
+            rows = frictions.run(self.study, self.out, live.start)
+        for length in self.study.lengths:
+            save_figure(frictions_figure.plot(rows, length), self.out, f"frictions-{length}")
+        print_frictions(frictions.table(rows))
+        print(f"results in {self.out}, the figures in {self.out / 'frictions-*.png'}")
 
 
 @dataclass(frozen=True)
@@ -315,6 +335,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("study", "scaling"): StudyScaling,
     ("study", "budget"): StudyBudget,
     ("study", "language"): StudyLanguage,
+    ("study", "frictions"): StudyFrictions,
     ("study", "gain"): StudyGain,
     ("study", "tokens"): StudyTokens,
     ("bench", ""): Bench,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks, states
 from sparkjoy.scores import delight
 
 
@@ -33,12 +34,14 @@ class RepeatedDraws:
     """
 
     def __init__(self, keys: int, memory: int | None = None, device: torch.device | str | None = None) -> None:
-        if keys < 1:
-            raise ValueError(f"keys is {keys}; expected at least 1.")
-        if memory is not None and memory < 1:
-            raise ValueError(f"memory is {memory}; expected at least 1 draw, or None for all of them.")
+        keys = checks.whole("keys", keys)
+        if memory is not None:
+            memory = checks.whole("memory", memory, "at least 1 draw, or None for all of them")
         self.memory = memory
-        self.count = torch.zeros(keys, dtype=torch.float64, device=device)
+        try:
+            self.count = torch.zeros(keys, dtype=torch.float64, device=device)
+        except Exception as error:  # torch has many kinds: of a device or of memory there is not
+            raise ValueError(f"no room for keys = {keys} on device = {checks.described(device)}: {error}") from error
         self.mean = torch.zeros_like(self.count)
         self._squares = torch.zeros_like(self.count)  # summed squared deviations from the mean
 
@@ -50,11 +53,16 @@ class RepeatedDraws:
     def update(self, keys: Tensor, rewards: Tensor) -> None:
         """Add a batch: keys (B,) and rewards (B,)."""
         size = len(self.count)
+        checks.tensor("keys", keys, shape="whole numbers (B,)", beside=self.count)
+        checks.tensor("rewards", rewards, shape="(B,)", beside=self.count)
+        if keys.dtype != torch.int64:
+            raise ValueError(f"keys is {keys.dtype}; expected whole numbers of torch.int64.")
         if keys.shape != rewards.shape or keys.dim() != 1:
             raise ValueError(f"keys {tuple(keys.shape)} and rewards {tuple(rewards.shape)}; expected (B,) and (B,).")
         if len(keys) and not 0 <= int(keys.min()) <= int(keys.max()) < size:
             raise ValueError(f"keys from {int(keys.min())} to {int(keys.max())}; expected 0 to {size - 1}.")
         rewards = rewards.detach().double()
+        checks.finite("rewards", rewards)
         new = torch.bincount(keys, minlength=size).double()
         new_mean = torch.zeros_like(self.mean).index_add_(0, keys, rewards) / new.clamp(min=1)
         new_squares = torch.zeros_like(self.mean).index_add_(0, keys, (rewards - new_mean[keys]).square())
@@ -75,7 +83,12 @@ class RepeatedDraws:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up saved statistics."""
+        states.check("RepeatedDraws", state, count=self._fits, mean=self._fits, squares=self._fits)
         self.count, self.mean, self._squares = (state[name].clone() for name in ("count", "mean", "squares"))
+
+    def _fits(self, saved: Any) -> bool:
+        sound = saved is not None and states.is_row(saved)
+        return sound and saved.shape == self.count.shape and saved.dtype == self.count.dtype
 
 
 class GuardedDelight:
@@ -96,14 +109,14 @@ class GuardedDelight:
     """
 
     def __init__(self, draws: RepeatedDraws) -> None:
-        self.draws = draws
+        self.draws = checks.instance("draws", draws, RepeatedDraws, "a RepeatedDraws(...)")
         self._keys: Tensor | None = None
         self._rewards: Tensor | None = None
 
     def observe(self, keys: Tensor, rewards: Tensor) -> None:
         """Say which key each row of the coming step has (B,), and what it paid (B,). Call before the step."""
         self.draws.update(keys, rewards)
-        self._keys, self._rewards = keys, rewards.detach()
+        self._keys, self._rewards = keys, checks.floating(rewards)
 
     def __call__(self, advantages: Tensor, log_probs: Tensor) -> Tensor:
         """The score of the rows last observed: (B,) from advantages (B,) and log-probs (B,), detached.
@@ -113,6 +126,7 @@ class GuardedDelight:
         """
         if self._keys is None or self._rewards is None:
             raise ValueError("the guard has seen no rows; call observe(keys, rewards) before the step.")
+        advantages = checks.advantages(advantages)
         if advantages.shape != self._keys.shape:
             raise ValueError(
                 f"{tuple(advantages.shape)} advantages, but the rows observed are {tuple(self._keys.shape)}; "

@@ -7,7 +7,6 @@ instead of having kept them. `docs/large_vocabularies.md` has what that costs an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparkjoy import checks
 from sparkjoy.scores import at_least_float32
 
 OutputLayer = Tensor | Callable[[Tensor], Tensor]
@@ -68,12 +68,12 @@ def token_log_probs(
         ValueError: shapes or dtypes that do not go together, a target outside [0, V), or an option outside its range.
     """
     used = _used_positions(hidden, targets, mask)
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1, or None for a size of its own.")
-    if isinstance(temperature, bool) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature!r}; expected a number above 0.")
+    if chunk_tokens is not None:
+        chunk_tokens = checks.whole("chunk_tokens", chunk_tokens, "at least 1, or None for a size of its own")
+    temperature = checks.number("temperature", temperature, "a number above 0", lambda temperature: temperature > 0)
     weight = output_layer
     if not isinstance(output_layer, Tensor):
+        checks.function("output_layer", output_layer, "a weight (V, d), or a callable (n, d) -> (n, V)", hidden)
         if bias is not None:
             raise ValueError("bias goes with a weight; an output layer that is called adds its own.")
         if isinstance(output_layer, nn.Linear) and _is_plain_linear(output_layer):
@@ -84,9 +84,9 @@ def token_log_probs(
         states, taken = states[used], taken[used]
     if isinstance(weight, Tensor):
         _check_weight(hidden, weight, bias, taken)
-        log_probs = _from_weight(states, weight, bias, taken, chunk_tokens, float(temperature))
+        log_probs = _from_weight(states, weight, bias, taken, chunk_tokens, temperature)
     else:
-        log_probs = _from_callable(states, weight, taken, chunk_tokens, float(temperature))
+        log_probs = _from_callable(states, weight, taken, chunk_tokens, temperature)
     if used is not None:
         log_probs = log_probs.new_zeros(targets.numel()).index_copy(0, used, log_probs)
     return log_probs.view(targets.shape)
@@ -187,7 +187,7 @@ def _from_callable(
     """Chunks under activation checkpointing: autograd keeps their states and calls the layer once more."""
 
     def log_probs(states: Tensor, taken: Tensor) -> Tensor:
-        logits = output_layer(states)
+        logits = checks.tensor("what output_layer returned", output_layer(states), shape="(n, V)")
         if logits.dim() != 2 or len(logits) != len(states) or not logits.is_floating_point():
             raise ValueError(
                 f"the output layer returned {logits.dtype} {tuple(logits.shape)} for {len(states)} states; expected "
@@ -219,7 +219,9 @@ def _is_plain_linear(layer: nn.Linear) -> bool:
 
 def _used_positions(hidden: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor | None:
     """The flat positions where the mask is 1; None for all. Checks the shapes."""
-    if not hidden.is_floating_point() or hidden.dim() != targets.dim() + 1 or hidden.shape[:-1] != targets.shape:
+    checks.tensor("hidden", hidden, shape="(..., d)")
+    checks.tensor("targets", targets, shape="(...)", beside=hidden)
+    if hidden.dtype not in checks.FLOATING or hidden.dim() != targets.dim() + 1 or hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"hidden is {hidden.dtype} {tuple(hidden.shape)} and targets {tuple(targets.shape)}; expected floating-"
             "point (..., d) and (...). A causal model's state t predicts token t + 1: states[:, :-1], tokens[:, 1:]."
@@ -228,16 +230,17 @@ def _used_positions(hidden: Tensor, targets: Tensor, mask: Tensor | None) -> Ten
         raise ValueError(f"targets is {targets.dtype}; expected token numbers of torch.int64.")
     if mask is None:
         return None
-    if mask.shape != targets.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected that of targets, {tuple(targets.shape)}.")
-    return mask.flatten().nonzero().squeeze(1)
+    return checks.mask(mask, targets.shape, "targets").flatten().nonzero().squeeze(1)
 
 
 def _check_weight(hidden: Tensor, weight: Tensor, bias: Tensor | None, taken: Tensor) -> None:
+    for name, tensor in (("output_layer, as a weight,", weight), ("bias", bias)):
+        if tensor is not None:
+            checks.tensor(name, tensor, (), checks.FLOATING, "(V, d), or (V,) of a bias", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or len(weight) == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (V, {hidden.shape[-1]}), as hidden has.")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({len(weight)},), one per token.")
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({len(weight)},), one per row of the weight.")
     dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None}
     if len(dtypes) > 1 and not torch.is_autocast_enabled(hidden.device.type):
         raise ValueError(

@@ -13,10 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparkjoy.scores import ScoreFunction, per_row
+from sparkjoy import checks
+from sparkjoy.scores import SCORE, ScoreFunction, per_row
 from sparkjoy.sizes import delightful_size, policy_gradient_size
 
 Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+LOSS = "a function (log_probs, advantages, behavior_log_probs, mask) -> terms, such as sparkjoy.reinforce"
+UNITS = ("token", "sample")
 
 
 def size_of(loss: Loss) -> ScoreFunction:
@@ -56,6 +59,48 @@ def reinforce(
     return -per_row(advantages, log_probs) * log_probs
 
 
+def importance_weighted(
+    log_probs: Tensor,
+    advantages: Tensor,
+    behavior_log_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The policy gradient of what another policy sampled: −ρU, ρ = π/π_behavior, each token by its own ratio.
+
+    The gradient is −ρU ∇log π. Exact over whole answers only with the product of their tokens' ratios, whose variance
+    grows with their length; a token's own is the usual compromise.
+
+    >>> importance_weighted(torch.tensor([-0.5]), torch.tensor([2.0]), torch.tensor([-0.5]))
+    tensor([-2.])
+
+    Args:
+        log_probs: (B,) or (B, T), differentiable.
+        advantages: (B,), or (B, T) with (B, T).
+        behavior_log_probs: the shape of `log_probs`, those the actions were sampled with.
+        mask: not used.
+
+    Returns:
+        Terms to minimise, the shape of `log_probs`.
+
+    Raises:
+        ValueError: no `behavior_log_probs`.
+    """
+    return -_ratio(log_probs, behavior_log_probs, "importance_weighted") * per_row(advantages, log_probs)
+
+
+def _ratio(log_probs: Tensor, behavior_log_probs: Tensor | None, loss: str) -> Tensor:
+    """π/π_behavior, at most e^20: far beyond any clip; beyond e^88 it would be infinite and its gradient NaN."""
+    if behavior_log_probs is None:
+        raise ValueError(f"{loss} needs behavior_log_probs, those the actions were sampled with.")
+    checks.tensor("behavior_log_probs", behavior_log_probs, kinds=checks.FLOATING, beside=log_probs)
+    if behavior_log_probs.shape != log_probs.shape:
+        raise ValueError(
+            f"behavior_log_probs has shape {tuple(behavior_log_probs.shape)}; expected that of log_probs, "
+            f"{tuple(log_probs.shape)}."
+        )
+    return (log_probs - behavior_log_probs).clamp(max=20).exp()
+
+
 def clipped(epsilon: float = 0.2) -> Loss:
     """PPO's clipped surrogate: −min(ρU, clip(ρ, 1 − ε, 1 + ε)U), ρ = π/π_behavior (Schulman et al., arXiv 1707.06347).
 
@@ -74,8 +119,7 @@ def clipped(epsilon: float = 0.2) -> Loss:
     Raises:
         ValueError: ε outside (0, 1), or, when called, no `behavior_log_probs`.
     """
-    if not 0 < epsilon < 1:
-        raise ValueError(f"epsilon is {epsilon!r}; expected a number in (0, 1).")
+    epsilon = checks.number("epsilon", epsilon, "a number in (0, 1)", lambda epsilon: 0 < epsilon < 1)
 
     def loss(
         log_probs: Tensor,
@@ -83,11 +127,8 @@ def clipped(epsilon: float = 0.2) -> Loss:
         behavior_log_probs: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        if behavior_log_probs is None:
-            raise ValueError("clipped needs behavior_log_probs, those the actions were sampled with.")
         advantages = per_row(advantages, log_probs)
-        # e^20 is far beyond any clip; beyond e^88 the ratio would be infinite and its gradient NaN.
-        ratio = (log_probs - behavior_log_probs).clamp(max=20).exp()
+        ratio = _ratio(log_probs, behavior_log_probs, "clipped")
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
 
     return loss
@@ -112,10 +153,8 @@ def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "tok
     Raises:
         ValueError: a temperature that is not above 0, or an unknown unit.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature!r}; expected a number above 0.")
-    if unit not in ("token", "sample"):
-        raise ValueError(f"unit is {unit!r}; expected 'token' or 'sample'.")
+    temperature = _checked_temperature(temperature)
+    checks.choice("unit", unit, UNITS)
 
     def loss(
         log_probs: Tensor,
@@ -146,8 +185,8 @@ def weighted_by(score: ScoreFunction, temperature: float = 1.0) -> Loss:
     Raises:
         ValueError: a temperature that is not above 0.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature!r}; expected a number above 0.")
+    score = checks.function("score", score, SCORE, ..., ...)
+    temperature = _checked_temperature(temperature)
 
     def loss(
         log_probs: Tensor,
@@ -155,9 +194,15 @@ def weighted_by(score: ScoreFunction, temperature: float = 1.0) -> Loss:
         behavior_log_probs: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        weight = torch.sigmoid(score(advantages, log_probs.detach()) / temperature)
+        advantages = checks.advantages(advantages)
+        shaped = per_row(advantages, log_probs)
+        found = score(advantages, log_probs.detach())
+        checks.tensor("what score returned", found, (1,), checks.FLOATING, "(B,)")
+        if len(found) != len(log_probs):
+            raise ValueError(f"score returned shape {tuple(found.shape)} for {len(log_probs)} rows; expected (B,).")
+        weight = torch.sigmoid(found / temperature)
         weight = weight.unsqueeze(1) if log_probs.dim() == 2 else weight
-        return -weight * per_row(advantages, log_probs) * log_probs
+        return -weight * shaped * log_probs
 
     return loss
 
@@ -180,7 +225,13 @@ def delightful_weight(
     Returns:
         The shape of `log_probs`; (B, 1) for samples of several tokens.
     """
+    temperature = _checked_temperature(temperature)
+    checks.choice("unit", unit, UNITS)
     chi = -per_row(advantages, log_probs) * log_probs.detach()
     if unit == "sample" and chi.dim() == 2:
-        chi = (chi if mask is None else chi.where(mask.bool(), 0)).sum(dim=1, keepdim=True)
+        chi = (chi if mask is None else chi.where(checks.mask(mask, chi.shape), 0)).sum(dim=1, keepdim=True)
     return torch.sigmoid(chi / temperature)
+
+
+def _checked_temperature(temperature: float) -> float:
+    return checks.number("temperature", temperature, "a number above 0", lambda temperature: temperature > 0)

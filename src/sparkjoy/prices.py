@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from sparkjoy import checks, states
+from sparkjoy.scores import at_least_float32
+
+LARGEST_QUANTILE = 2**24
 
 
 @runtime_checkable
@@ -45,14 +49,12 @@ class FixedPrice:
     """
 
     def __init__(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-            raise ValueError(
-                f"price is {value!r}; expected a finite number or a Price. To keep everything, use rate=1."
-            )
-        self.value = float(value)
+        self.value = checks.number("price", value, "a finite number or a Price. To keep everything, use rate=1")
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
-        return torch.full((), self.value, dtype=score.dtype, device=score.device)
+        checks.row("score", score)
+        most = torch.finfo(score.dtype).max
+        return torch.full((), min(max(self.value, -most), most), dtype=score.dtype, device=score.device)
 
     def __repr__(self) -> str:
         return f"FixedPrice({self.value:g})"
@@ -61,7 +63,7 @@ class FixedPrice:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        states.check(repr(self), state)
 
 
 class BatchQuantile:
@@ -81,10 +83,10 @@ class BatchQuantile:
     """
 
     def __init__(self, rate: float) -> None:
-        self.rate = checked_rate(rate)
+        self.rate = checks.rate(rate)
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
-        return torch.quantile(score, 1 - self.rate)
+        return quantile(checks.row("score", score), 1 - self.rate)
 
     def __repr__(self) -> str:
         return f"BatchQuantile({self.rate:g})"
@@ -93,7 +95,7 @@ class BatchQuantile:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        states.check(repr(self), state)
 
 
 class RollingQuantile:
@@ -115,13 +117,13 @@ class RollingQuantile:
     """
 
     def __init__(self, rate: float, window: int = 1024) -> None:
-        self.rate = checked_rate(rate)
+        self.rate = checks.rate(rate)
         self.window = checked_window(window)
         self._scores: Tensor | None = None
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
-        self._scores = remember(self._scores, score, self.window)
-        return torch.quantile(self._scores, 1 - self.rate)
+        self._scores = remember(self._scores, checks.row("score", score), self.window)
+        return quantile(self._scores, 1 - self.rate)
 
     def __repr__(self) -> str:
         return f"RollingQuantile({self.rate:g}, window={self.window})"
@@ -130,6 +132,7 @@ class RollingQuantile:
         return {"scores": self._scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        states.check(repr(self), state, scores=states.is_row)
         self._scores = state["scores"]
 
 
@@ -152,11 +155,13 @@ class EffectiveSize:
     """
 
     def __init__(self, fraction: float = 0.5) -> None:
-        self.fraction = checked_rate(fraction)
+        self.fraction = checks.rate(fraction, "fraction")
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
-        ranked = score.clamp(min=0).sort(descending=True).values
+        ranked = checks.row("score", score).clamp(min=0).sort(descending=True).values
         squares = float(ranked.double().square().sum())
+        if not math.isfinite(squares):
+            checks.finite("score", score)
         effective = float(ranked.double().sum()) ** 2 / squares if squares > 0 else 0.0
         return _price_of_best(ranked, math.ceil(self.fraction * effective - 1e-9))
 
@@ -167,7 +172,7 @@ class EffectiveSize:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        states.check(repr(self), state)
 
 
 class Nucleus:
@@ -184,10 +189,10 @@ class Nucleus:
     """
 
     def __init__(self, share: float = 0.5) -> None:
-        self.share = checked_rate(share)
+        self.share = checks.rate(share, "share")
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
-        ranked = score.clamp(min=0).sort(descending=True).values
+        ranked = checks.row("score", score).clamp(min=0).sort(descending=True).values
         held = ranked.double().cumsum(0)
         return _price_of_best(ranked, int((held < self.share * held[-1] * (1 - 1e-9)).count_nonzero()) + 1)
 
@@ -198,7 +203,7 @@ class Nucleus:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        states.check(repr(self), state)
 
 
 def _price_of_best(ranked: Tensor, count: int) -> Tensor:
@@ -217,14 +222,30 @@ def remember(earlier: Tensor | None, now: Tensor, window: int) -> Tensor:
     return both[-max(window, len(now)) :].clone()
 
 
+def as_price(price: Any) -> Price:
+    """A number as the same price for every batch; a `Price` as it is.
+
+    >>> as_price(0)
+    FixedPrice(0)
+    """
+    if hasattr(price, "weighted"):
+        raise ValueError(f"price is {checks.described(price)}, which is a gate of its own; give it as the gate.")
+    return price if isinstance(price, Price) and not isinstance(price, type) else FixedPrice(price)
+
+
+def quantile(score: Tensor, level: float) -> Tensor:
+    """`torch.quantile`, which refuses more than 2²⁴ numbers, of any number of them.
+
+    >>> quantile(torch.arange(5.0), 0.25)
+    tensor(1.)
+    """
+    score = at_least_float32(score)
+    if len(score) <= LARGEST_QUANTILE:
+        return torch.quantile(score, level)
+    ranked, place = score.sort().values, level * (len(score) - 1)
+    below = min(int(place), len(score) - 2)
+    return torch.lerp(ranked[below], ranked[below + 1], place - below)
+
+
 def checked_window(window: int) -> int:
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window is {window!r}; expected a number of rows of at least 1.")
-    return window
-
-
-def checked_rate(rate: float) -> float:
-    """`rate` as a float, or a ValueError that says what a rate is."""
-    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not 0 < rate <= 1:
-        raise ValueError(f"rate is {rate!r}; expected the fraction to keep, a number in (0, 1], such as 0.03 for 3%.")
-    return float(rate)
+    return checks.whole("window", window, "a number of rows of at least 1")

@@ -7,12 +7,14 @@ be given to `GatedBackward(score=...)`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from sparkjoy import checks
+from sparkjoy.checks import without_graph
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row.
@@ -22,6 +24,8 @@ What a function may say of itself, as an attribute: `reads_log_probs = False`, s
 whose squares are summed over tokens instead.
 """
 
+SCORE = "a function (advantages, log_probs) -> score, such as sparkjoy.delight, or None"
+
 
 def _blind(score: ScoreFunction) -> ScoreFunction:
     """Mark a score that does not read log-probs, so that the engine computes none for it."""
@@ -29,14 +33,9 @@ def _blind(score: ScoreFunction) -> ScoreFunction:
     return score
 
 
-def without_graph(tensor: Tensor) -> Tensor:
-    """The tensor without its graph; itself where it has none, since on a tiny model every operation counts."""
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32 where it has lower precision: sums over tokens in bfloat16 would tie what differs."""
-    return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def surprisal(log_probs: Tensor) -> Tensor:
@@ -57,14 +56,15 @@ def surprisal(log_probs: Tensor) -> Tensor:
             were converted from), which no discrete action has. The surprisal of a density has no zero, so that its
             sign tells nothing: decide by another score, such as `advantage_score`.
     """
-    log_probs = without_graph(log_probs)
+    log_probs = without_graph(checks.tensor("log_probs", log_probs, kinds=checks.FLOATING))
     greatest = log_probs.max().item() if log_probs.numel() else 0.0
     if greatest > _rounding(log_probs.dtype) and not _rounded_elsewhere(log_probs, greatest):
         raise ValueError(
             f"log_probs has a value of {greatest:g}; the log-probability of a discrete action is at most 0. If these "
-            "are densities: their surprisal is below 0 where the policy is sharp, and delight would rank failures "
-            "above successes. Decide by the advantage, score=sparkjoy.scores.advantage_score, or by a score of your "
-            "own, for instance the advantage times log π(mode) - log π(a), which is never below 0."
+            "are probabilities: give their logarithm. If they are densities: their surprisal is below 0 where the "
+            "policy is sharp, and delight would rank failures above successes. Decide by the advantage, "
+            "score=sparkjoy.scores.advantage_score, or by a score of your own, for instance the advantage times "
+            "log π(mode) - log π(a), which is never below 0."
         )
     log_probs = at_least_float32(log_probs)
     return -log_probs.clamp(max=0) if greatest > 0 else -log_probs  # NaN passes, for the caller to find
@@ -120,15 +120,10 @@ def sequence_delight(advantages: Tensor, log_probs: Tensor, mask: Tensor | None 
     Raises:
         ValueError: shapes that do not go together, or a valid log-probability above 0.
     """
-    if log_probs.dim() != 2:
-        raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}; a sequence delight needs (B, T).")
+    checks.tensor("log_probs", log_probs, (2,), checks.FLOATING, "(B, T)")
     advantages = at_least_float32(per_row(advantages, log_probs)).expand_as(log_probs)
     if mask is not None:
-        if mask.shape != log_probs.shape:
-            raise ValueError(
-                f"mask has shape {tuple(mask.shape)}; expected that of log_probs, {tuple(log_probs.shape)}."
-            )
-        mask = mask.bool()
+        mask = checks.mask(mask, log_probs.shape)
         advantages, log_probs = advantages.where(mask, 0), log_probs.where(mask, 0)
     return delight(advantages, log_probs).sum(dim=1)
 
@@ -140,7 +135,7 @@ def advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
     >>> advantage_score(torch.tensor([0.5, -0.5]), torch.tensor([-1.0, -3.0]))
     tensor([ 0.5000, -0.5000])
     """
-    return advantages.detach()
+    return checks.advantages(advantages)
 
 
 @_blind
@@ -150,7 +145,7 @@ def absolute_advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
     >>> absolute_advantage_score(torch.tensor([0.5, -0.5]), torch.tensor([-1.0, -3.0]))
     tensor([0.5000, 0.5000])
     """
-    return advantages.detach().abs()
+    return checks.advantages(advantages).abs()
 
 
 def surprisal_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
@@ -174,8 +169,7 @@ def additive_score(alpha: float) -> ScoreFunction:
     Raises:
         ValueError: `alpha` outside [0, 1].
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; expected a number in [0, 1].")
+    alpha = checks.number("alpha", alpha, "a number in [0, 1]", lambda alpha: 0 <= alpha <= 1)
 
     def score(advantages: Tensor, log_probs: Tensor) -> Tensor:
         return alpha * per_row(advantages, log_probs) + (1 - alpha) * surprisal(log_probs)
@@ -192,9 +186,11 @@ def uniform_score(generator: torch.Generator | None = None) -> ScoreFunction:
     Args:
         generator: source of the draws; None: torch's global one.
     """
+    generator = checks.generator(generator)
 
     @_blind
     def score(advantages: Tensor, log_probs: Tensor) -> Tensor:
+        checks.tensor("advantages", advantages, (1, 2), shape="(B,) or (B, T)")
         device = advantages.device if generator is None else generator.device
         return torch.rand(len(advantages), generator=generator, device=device).to(advantages.device)
 
@@ -243,13 +239,14 @@ def noisy_score(
     Raises:
         ValueError: a level below 0, or an unknown kind.
     """
-    if not 0 <= level < math.inf or kind not in ("multiplicative", "additive"):
-        raise ValueError(
-            f"noise is {level!r}, {kind!r}; expected a level of at least 0, and 'multiplicative' or 'additive'."
-        )
+    score = checks.function("score", score, SCORE, ..., ...)
+    level = checks.number("level", level, "a number of at least 0", lambda level: level >= 0)
+    checks.choice("kind", kind, ("multiplicative", "additive"))
+    generator = checks.generator(generator)
 
     def noisy(advantages: Tensor, log_probs: Tensor) -> Tensor:
         clean = score(advantages, log_probs)
+        clean = checks.tensor("what score returned", clean, (1, 2), checks.FLOATING, "(B,) or (B, T)")
         clean = clean.sum(dim=1) if clean.dim() == 2 else clean
         device = clean.device if generator is None else generator.device
         draws = torch.randn(len(clean), generator=generator, device=device).to(clean)
@@ -261,10 +258,12 @@ def noisy_score(
 
 def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """`advantages`, detached and shaped to multiply `log_probs`: (B,) becomes (B, 1) beside (B, T)."""
+    advantages = checks.advantages(advantages)
+    checks.tensor("log_probs", log_probs, kinds=checks.FLOATING, beside=advantages)
     if advantages.shape == log_probs.shape:
-        return without_graph(advantages)
+        return advantages
     if advantages.dim() == 1 and log_probs.dim() == 2 and len(advantages) == len(log_probs):
-        return without_graph(advantages).unsqueeze(1)
+        return advantages.unsqueeze(1)
     raise ValueError(
         f"advantages has shape {tuple(advantages.shape)} and log_probs {tuple(log_probs.shape)}; expected (B,) with "
         "(B,), or (B,) or (B, T) with (B, T)."

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sparkjoy import checks
 from sparkjoy.engine.deciding import decide, row_scores, scored_rows
 from sparkjoy.engine.inputs import check_inputs
 from sparkjoy.gates import Decision, Gate
-from sparkjoy.gates.decision import rule_of, weighted
-from sparkjoy.losses import Loss, reinforce, size_of
-from sparkjoy.scores import ScoreFunction, delight, reads_log_probs, sign_of_advantage
+from sparkjoy.gates.decision import GATE, rule_of, weighted
+from sparkjoy.losses import LOSS, Loss, reinforce, size_of
+from sparkjoy.scores import SCORE, ScoreFunction, delight, reads_log_probs, sign_of_advantage
 from sparkjoy.signs import mixed, undecided, worth
 from sparkjoy.sizes import advantage_size
 
@@ -59,8 +60,9 @@ def select(
         gate: decides. With several processes, give it the advantages and log-probs of all of them, in the same order
             everywhere, and generators of the same seed.
         advantages: (B,), or (B, T) with log-probs of (B, T).
-        log_probs: (B,) or (B, T), of the actions taken, such as the sampler's. None: for a hard gate on delight, where
-            the signs of the advantages settle what it keeps (a price of 0); for a weighted gate sizes are |U| then.
+        log_probs: (B,) or (B, T), of the actions taken, under the policy as it is now, such as the sampler's where that
+            is not stale; else give an `UnbiasedGate` a floor (docs/your_own_loop.md). None: for a hard gate on delight,
+            where the signs of the advantages settle what it keeps (a price of 0); for a weighted gate sizes are |U|.
         mask: (B, T), 1 for tokens that count.
         loss: what you train with; a weighted gate asks for the size of a row's gradient in it.
         score: what the gate decides on; None: delight, or that size.
@@ -69,6 +71,10 @@ def select(
     Raises:
         ValueError: NaN, infinite or misshapen input, or log-probs that the decision needs and were not given.
     """
+    checks.function("gate", gate, GATE, ..., ...)
+    loss = checks.function("loss", loss, LOSS, ..., ..., ..., ...)
+    if score is not None:
+        checks.function("score", score, SCORE, ..., ...)
     inputs = check_inputs({}, advantages, log_probs, None, mask)
     if score is None:
         size = advantage_size if log_probs is None else size_of(loss)
@@ -86,6 +92,8 @@ def select(
                 "the log-probs of the actions taken, such as the sampler's."
             )
     scored = scored_rows(gate, scores, inputs)
+    if cost is not None:
+        checks.cost(cost, scores)
     decision = decide(gate, scored if cost is None else scored._replace(cost=cost), inputs)
     rows = decision.keep.nonzero().squeeze(1)
     return Selection(rows, decision.weight[rows], decision)

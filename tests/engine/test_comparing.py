@@ -160,7 +160,7 @@ def test_what_steps_in_a_hook_is_refused_before_grad_is_touched():
 
 def test_refusals():
     for given in (0, -3, 1.5, "often"):
-        with pytest.raises(ValueError, match="expected a number of steps, or None"):
+        with pytest.raises(ValueError, match="expected a whole number of steps, or None"):
             sj.GatedBackward(None, compare_every=given)
     with pytest.raises(ValueError, match=r"GatedBackward\(gate, screen=...\)"):
         sj.SpeculativeBackward(sj.KondoGate(rate=0.3), lambda rows: rows, compare_every=5)

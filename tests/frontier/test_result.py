@@ -49,7 +49,7 @@ def test_the_reason_names_the_figures():
 
 @pytest.mark.parametrize("options", [{"noise": 0}, {"noise": float("inf")}, {"saving": 1.0}, {"saving": -0.1}])
 def test_a_budget_or_saving_outside_its_range_is_refused(options):
-    with pytest.raises(ValueError, match="expected a number above 0"):
+    with pytest.raises(ValueError, match=r"expected a number (above 0|in .0, 1.)"):
         frontier().recommend(**options)
 
 

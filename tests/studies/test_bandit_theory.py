@@ -171,9 +171,10 @@ def test_the_summary_has_what_the_study_promises_and_draws():
     assert all(required <= record.keys() for record in summary["zero_price"])
     assert {record["method"] for record in summary["zero_price"]} == {"pg", "dg", "kondo"}
     assert {"contexts", "sums", "gambling", "lucky", "guards", "guard_costs", "slopes"} <= summary.keys()
+    assert {"corners", "corner_slopes", "corners_sampled", "shared"} <= summary.keys()
     json.dumps(summary)
     figures = bandit_theory.plot(summary)
-    assert set(figures) == {"zero_price", "contexts", "sums", "gambling", "guards"}
+    assert set(figures) == {"zero_price", "contexts", "sums", "gambling", "guards", "corners"}
     mpl.pyplot.close("all")
 
 

@@ -14,7 +14,7 @@ from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.training import loop
 from sparkjoy.training.checkpoint import load_checkpoint
-from sparkjoy.training.loop import summary, train
+from sparkjoy.training.loop import Training, summary, train
 from sparkjoy.training.settings import Settings
 
 CONFIG = MnistConfig()
@@ -190,3 +190,21 @@ def test_free_and_exact_screening_keep_the_same_answers():
         margin = (sequence_delight(rollout.advantages, rollout.log_probs) - free.decision.price).abs()
         differ = free.decision.keep != exact.decision.keep
         assert (margin[differ] < 1e-4).all()
+
+
+@pytest.mark.parametrize(("method", "warned"), [({"price": 0.0}, True), ({"method": "unbiased"}, False)])
+def test_a_class_that_is_never_named_is_warned_of_where_the_gate_keeps_successes_only(
+    method, warned, task, monkeypatch, recwarn
+):
+    monkeypatch.setattr(loop, "PATIENCE", 200)
+    training = Training(task, Settings(steps=60, evaluate_every=60, **method))
+    with torch.no_grad():
+        training.policy.layers[-1].bias[8] = -30.0
+    for _ in range(60):
+        training.step()
+    told = [str(warning.message) for warning in recwarn]
+    assert training.evaluate()["lost"] == ([8] if warned else [])
+    assert [("8" in words.partition("(")[2], "noise budget" in words) for words in told] == [(True, True)] * warned
+    resumed = Training(task, Settings(steps=60, evaluate_every=60, **method))
+    resumed.load_state_dict(training.state_dict())
+    assert resumed.coverage.state_dict() == training.coverage.state_dict()

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import tyro
 
+from sparkjoy import checks
 from sparkjoy.bench.arms import WITHOUT_RATE, Arm, Step, prepare, step_of
 from sparkjoy.bench.models import Problem, Workload, build
 from sparkjoy.engine.flops import FlopCount
 from sparkjoy.gates import UnbiasedGate
-from sparkjoy.prices import checked_rate
 from sparkjoy.studies.memory import peak_memory
 from sparkjoy.training.tracking import write_json
 
@@ -57,7 +57,7 @@ class BenchConfig:
         if not self.arms or not self.rates:
             raise ValueError("--arms and --rates: expected at least one of each.")
         for rate in (*self.rates, *self.memory_rates):
-            checked_rate(rate)
+            checks.rate(rate)
         for noise in self.noises:
             UnbiasedGate(noise=noise)
         if self.rounds < 1 or self.threads < 1 or not self.micro_batch_sizes or min(self.micro_batch_sizes) < 1:

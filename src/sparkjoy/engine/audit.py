@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparkjoy import checks
 from sparkjoy.engine.flops import FlopCount
 from sparkjoy.signs import rate_count
 
@@ -38,11 +39,10 @@ class Audit:
 
     def __post_init__(self) -> None:
         for name in ("every", "rows", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"audit {name} is {value}; expected at least 1.")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"audit floor is {self.floor}; expected a recall in [0, 1], 0 for never.")
+            if name != "rows" or self.rows is not None:
+                checks.whole(f"audit {name}", getattr(self, name))
+        expected = "a recall in [0, 1], 0 for never"
+        checks.number("audit floor", self.floor, expected, lambda floor: 0 <= floor <= 1)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ Skipped rows are left out of the batch before the differentiable forward pass, s
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparkjoy import checks, states
 from sparkjoy.engine.added_noise import added_noise
 from sparkjoy.engine.comparing import Beside, Comparison, Comparisons
 from sparkjoy.engine.deciding import decide, row_scores, scored_rows
@@ -25,16 +25,24 @@ from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.options import in_words
 from sparkjoy.engine.packing import Packing, Trim
-from sparkjoy.engine.passes import Normalizer, Passes
+from sparkjoy.engine.passes import Normalizer, Passes, checked_normalizer
 from sparkjoy.engine.plan import BACKWARD_OVER_FORWARD, EVERYTHING, KNOWN, Choice, choose
 from sparkjoy.engine.ranks import Scored
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Decision, Gate
-from sparkjoy.gates.decision import load_state, rule_of, state_of, weighted
-from sparkjoy.losses import Loss, reinforce, size_of
-from sparkjoy.scores import ScoreFunction, delight, reads_log_probs, sign_of_advantage
+from sparkjoy.gates.decision import GATE, load_state, rule_of, state_of, weighted
+from sparkjoy.losses import LOSS, Loss, reinforce, size_of
+from sparkjoy.scores import SCORE, ScoreFunction, delight, reads_log_probs, sign_of_advantage
 from sparkjoy.signs import mixed, undecided, worth
+
+STATE = {
+    "gate": states.is_state,
+    "kept_fraction": lambda value: value is None or (checks.is_number(value) and 0 <= value <= 1),
+    "backward_over_forward": lambda value: value is None or (checks.is_number(value) and value > 0),
+    "known_flops": KnownFlops.fits,
+    "comparisons": states.is_state,
+}
 
 
 class GatedBackward:
@@ -105,20 +113,29 @@ class GatedBackward:
         backward_over_forward: float | None = None,
         compare_every: int | None = None,
     ) -> None:
-        if gate is not None and not callable(gate):
-            raise ValueError(f"gate is {gate!r}; expected a callable such as KondoGate(rate=0.03), or None.")
-        if isinstance(normalizer, str):
-            if normalizer not in ("batch", "samples", "kept"):
-                raise ValueError(f"normalizer is {normalizer!r}; expected 'batch', 'samples', 'kept' or a number.")
-        elif not isinstance(normalizer, int | float) or not 0 < normalizer < math.inf:
-            raise ValueError(f"normalizer is {normalizer!r}; expected a number above 0.")
-        for name, limit in (("micro_batch_size", micro_batch_size), ("micro_batch_tokens", micro_batch_tokens)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name} is {limit}; expected at least 1, or None for all at once.")
-        if backward_over_forward is not None and not 0 < backward_over_forward < math.inf:
-            raise ValueError(f"backward_over_forward is {backward_over_forward}; expected a number above 0, or None.")
-        if compare_every is not None and (not isinstance(compare_every, int) or compare_every < 1):
-            raise ValueError(f"compare_every is {compare_every!r}; expected a number of steps, or None for never.")
+        if gate is not None:
+            checks.function("gate", gate, f"{GATE}, or None", ..., ...)
+        checks.function("loss", loss, LOSS, ..., ..., ..., ...)
+        if score is not None:
+            checks.function("score", score, SCORE, ..., ...)
+        if screen is not None:
+            checks.function("screen", screen, "a function from rows to log-probs, or None", ...)
+        checks.function("backward", backward, "a function of a loss, such as accelerator.backward", ...)
+        normalizer = checked_normalizer(normalizer)
+        expected = "a whole number of at least 1, or None for all at once"
+        micro_batch_size, micro_batch_tokens = (
+            None if limit is None else checks.whole(name, limit, expected)
+            for name, limit in (("micro_batch_size", micro_batch_size), ("micro_batch_tokens", micro_batch_tokens))
+        )
+        if trim is not None:
+            checks.function("trim", trim, "a function (batch, mask) -> (batch, columns), or None", ..., ...)
+        count_flops = checks.flag("count_flops", count_flops)
+        if backward_over_forward is not None:
+            backward_over_forward = checks.number(
+                "backward_over_forward", backward_over_forward, "a number above 0, or None", lambda ratio: ratio > 0
+            )
+        if compare_every is not None:
+            compare_every = checks.whole("compare_every", compare_every, "a whole number of steps, or None for never")
         self.gate = gate
         self.loss = loss
         self._size = size_of(loss) if weighted(gate) else None
@@ -153,7 +170,9 @@ class GatedBackward:
             log_prob_fn: `rows -> (n,)` or `(n, T)` differentiable log-probs of the actions taken in `rows`.
             batch: a tensor, or a TensorDict, Mapping, namedtuple or dataclass of tensors, with leading dimension B.
             advantages: (B,), or (B, T) with log-probs of (B, T).
-            log_probs: known ones to decide on, such as the sampler's; then deciding is free.
+            log_probs: known ones to decide on, such as the sampler's; then deciding is free. Delight is the policy's as
+                it is now: what stale or foreign actors recorded belongs into `behavior_log_probs`, or beside an
+                `UnbiasedGate` with a floor; a token that was injected and recorded at log-prob 0 has no delight.
             behavior_log_probs: the denominator of a loss's ratio; default `log_probs`, else the current ones, detached.
             mask: (B, T), 1 for tokens that count; anything may stand where it is 0, NaN too.
 
@@ -166,6 +185,7 @@ class GatedBackward:
         """
         ranks, ledger = self._ranks, Ledger(self._known_flops)
         with ranks.together():
+            checks.function("log_prob_fn", log_prob_fn, "a function from rows to log-probs")
             self._check_call(log_probs, mask)
             score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
             score_tells = score_tells and rule_of(self.gate) is not None and behavior_log_probs is None
@@ -228,6 +248,7 @@ class GatedBackward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
+        states.check("GatedBackward", state, **STATE)
         load_state(self.gate, state["gate"])
         self._kept_fraction = state["kept_fraction"]
         self._backward_over_forward = state["backward_over_forward"]
@@ -398,7 +419,7 @@ def gated_backward(
         batch: a tensor, or a TensorDict, Mapping, namedtuple or dataclass of tensors, with leading dimension B.
         advantages: (B,), or (B, T) with log-probs of (B, T).
         gate: decides which samples to keep; None: all of them.
-        log_probs: known ones to decide on, such as the sampler's; then deciding is free.
+        log_probs: known ones to decide on, such as the sampler's; then deciding is free. As in `GatedBackward`'s call.
         behavior_log_probs: the denominator of a loss's ratio; default `log_probs`, else the current ones, detached.
         mask: (B, T), 1 for tokens that count; anything may stand where it is 0, NaN too.
         options: the options of `GatedBackward`.

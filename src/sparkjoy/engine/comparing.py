@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import states
 from sparkjoy.engine.hooks import leaves
 
 WINDOW = 20
@@ -222,6 +223,15 @@ class Comparisons:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
+        shape = self._window.shape
+        states.check(
+            "Comparisons",
+            state,
+            steps=states.is_count,
+            seen=states.is_count,
+            window=lambda value: isinstance(value, Tensor) and value.shape == shape,
+            warned=lambda value: isinstance(value, bool),
+        )
         self._steps, self._seen, self._warned = state["steps"], state["seen"], state["warned"]
         self._window = state["window"].clone()
 

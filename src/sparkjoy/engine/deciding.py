@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks
+from sparkjoy.checks import without_graph
 from sparkjoy.engine.inputs import Inputs
 from sparkjoy.engine.ranks import Scored
 from sparkjoy.gates import Decision, Gate
 from sparkjoy.gates.decision import rule_of, weighted
-from sparkjoy.scores import ScoreFunction, at_least_float32, sign_of_advantage, without_graph
+from sparkjoy.scores import ScoreFunction, at_least_float32, sign_of_advantage
 from sparkjoy.signs import with_sign, worth
 from sparkjoy.sizes import is_size
 
@@ -25,6 +27,12 @@ def row_scores(score_function: ScoreFunction, inputs: Inputs, log_probs: Tensor)
     """
     # Log-probs stay in their dtype, which says how far above 0 their rounding reaches; `surprisal` makes them float32.
     score = score_function(at_least_float32(inputs.advantages), log_probs)
+    shape = f"({inputs.total},), one per row"
+    checks.tensor("the score", score, (1, 2), checks.FLOATING, shape, inputs.advantages)
+    if score.dim() == 2 and score.shape != log_probs.shape:
+        raise ValueError(
+            f"the score has shape {tuple(score.shape)}; expected that of log_probs, {tuple(log_probs.shape)}."
+        )
     if score.dim() == 2:
         score = score if inputs.mask is None else score.where(inputs.mask, 0)
         precise = torch.promote_types(score.dtype, torch.float32)
@@ -56,12 +64,19 @@ def decide(gate: Gate, scored: Scored, inputs: Inputs) -> Decision:
         raise
     if not isinstance(decision, Decision):
         raise ValueError(f"the gate returned a {type(decision).__name__}; expected a sparkjoy Decision.")
-    if decision.keep.shape != score.shape or decision.keep.dtype != torch.bool:
-        raise ValueError(f"the gate's keep is {decision.keep.dtype} {tuple(decision.keep.shape)}; expected bool (B,).")
+    for name in ("keep", "probability", "weight"):
+        part = checks.tensor(f"the gate's {name}", getattr(decision, name), shape="(B,)", beside=score)
+        if part.shape != score.shape or (name == "keep" and part.dtype != torch.bool):
+            raise ValueError(
+                f"the gate's {name} is {part.dtype} {tuple(part.shape)}; expected "
+                f"{'bool ' if name == 'keep' else ''}({len(score)},)."
+            )
+    if decision.price is not None:
+        checks.tensor("the gate's price", decision.price, (0,), shape="one number, (), or None")
     if teaches is None:
         return decision
-    if decision.weight.shape != score.shape or not bool(decision.weight.isfinite().all()):
-        raise ValueError(f"the gate's weight is {tuple(decision.weight.shape)} or not finite; expected finite (B,).")
+    if not bool(decision.weight.isfinite().all()):
+        raise ValueError("the gate's weight is not finite; expected finite numbers (B,).")
     keep = decision.keep & teaches
     return replace(
         decision,

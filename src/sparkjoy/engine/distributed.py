@@ -186,8 +186,8 @@ def ranks_of(module: nn.Module | Literal["local"] | None) -> Ranks:
     Raises:
         ValueError: it is neither a DistributedDataParallel nor an FSDP2 module.
     """
-    if module is None or module == "local":
-        return OneProcess(among_others=module == "local")
+    if module is None or (isinstance(module, str) and module == "local"):
+        return OneProcess(among_others=module is not None)
     inner = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     if isinstance(inner, DistributedDataParallel):
         return SeveralProcesses(Replicated(inner))

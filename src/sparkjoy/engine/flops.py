@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from sparkjoy import states
 from sparkjoy.engine.inputs import Inputs
 
 Direction = Literal["screen", "forward", "backward"]
@@ -109,6 +111,18 @@ class KnownFlops:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to count as an unbroken one would."""
         return {"passes": {direction: dict(known) for direction, known in self._passes.items()}, "calls": self._calls}
+
+    @staticmethod
+    def fits(state: Any) -> bool:
+        """Whether this is such a state, or {}, where nothing was counted."""
+        if not isinstance(state, Mapping) or set(state) != {"passes", "calls"}:
+            return isinstance(state, Mapping) and not state
+        passes = list(state["passes"].values()) if isinstance(state["passes"], Mapping) else None
+        if passes is None or not all(isinstance(known, Mapping) for known in passes):
+            return False
+        entries = [entry for known in passes for entry in known.values()]
+        pairs = all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
+        return pairs and all(map(states.is_count, (state["calls"], *(part for entry in entries for part in entry))))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""

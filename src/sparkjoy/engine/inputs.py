@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparkjoy.baselines import as_tensor
-from sparkjoy.engine.survivors import Rows, devices_differ, row_shapes, take
-from sparkjoy.scores import without_graph
+from sparkjoy import checks
+from sparkjoy.checks import as_tensor, without_graph
+from sparkjoy.engine.survivors import Rows, row_shapes, take
 
 
 @dataclass(frozen=True)
@@ -119,23 +118,12 @@ def check_inputs(
         raise ValueError("the batch is empty: advantages has 0 rows; expected at least one. Skip the step instead.")
     shapes = row_shapes(batch, total, advantages.device)
     for name, tensor in (("log_probs", log_probs), ("behavior_log_probs", behavior_log_probs), ("mask", mask)):
-        if tensor is not None and not (isinstance(tensor, Tensor) and (name == "mask" or tensor.is_floating_point())):
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} is a {kind}; expected a tensor{'' if name == 'mask' else ' of floating point'}.")
-        if tensor is not None and tensor.device != advantages.device:
-            raise devices_differ(name, tensor.device, advantages.device)
+        if tensor is not None:
+            checks.tensor(name, tensor, (), checks.REAL if name == "mask" else checks.FLOATING, beside=advantages)
     shape = _token_shape(advantages, log_probs, behavior_log_probs, mask)
     row_tokens = None
     if mask is not None:
-        if mask.shape != shape:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (B, T) = {tuple(shape)}.")
-        if mask.dtype != torch.bool:
-            if not bool(((mask == 0) | (mask == 1)).all()):
-                raise ValueError(
-                    "mask has values other than 0 and 1; give 1 for tokens that count and 0 for the others."
-                )
-            mask = mask.bool()
-        mask = _usable(mask)
+        mask = _usable(checks.mask(mask, shape, "the tokens"))
         row_tokens = mask.sum(dim=1).cpu()
     behavior = behavior_log_probs
     inputs = Inputs(
@@ -159,12 +147,12 @@ def check_log_probs(log_probs: Any, inputs: Inputs) -> Tensor:
         ValueError: not a floating-point tensor of (n,) or (n, T), or not the shape that mask, advantages or known
             log-probs have.
     """
-    if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
+    if not isinstance(log_probs, Tensor):
         raise ValueError(
             f"the log-prob function returned a {type(log_probs).__name__}; expected a floating-point tensor."
         )
-    if log_probs.device != inputs.advantages.device:
-        raise devices_differ("what the log-prob function returned", log_probs.device, inputs.advantages.device)
+    what = "what the log-prob function returned"
+    checks.tensor(what, log_probs, kinds=checks.FLOATING, beside=inputs.advantages)
     others = (inputs.mask, inputs.advantages if inputs.advantages.dim() == 2 else None, inputs.log_probs)
     expected = next((tuple(tensor.shape) for tensor in others if tensor is not None), None)
     if expected is None:
@@ -194,6 +182,10 @@ def _token_shape(
             f"advantages has shape {tuple(advantages.shape)} and log_probs or mask {tuple(shape)}; expected (B,) or "
             "(B, T) with the same B, and a mask of (B, T)."
         )
+    if shape.numel() == 0:
+        raise ValueError(
+            f"advantages, log_probs or mask has shape {tuple(shape)}, without a token; skip the step instead."
+        )
     for name, tensor in known:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}.")
@@ -209,15 +201,7 @@ def finite_where_valid(name: str, tensor: Tensor, mask: Tensor | None) -> Tensor
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise a ValueError where a value is NaN or infinite."""
-    # The sum is finite unless a value is not (or it overflows): one cheap pass, and the exact one only in doubt.
-    if math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all()):
-        return
-    bad = ~tensor.isfinite()
-    first = tuple(bad.nonzero()[0].tolist())
-    raise ValueError(
-        f"{name} has {int(bad.sum())} of {tensor.numel()} values NaN or infinite, the first at {first}; expected "
-        "finite numbers where the mask is 1. Mask such tokens, or drop such rows."
-    )
+    checks.finite(name, tensor, " Where the mask is 0 anything may stand: mask such tokens, or drop such rows.")
 
 
 def _cleaned(tensor: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks
 from sparkjoy.engine.inputs import Inputs
 from sparkjoy.engine.survivors import Rows, row_shapes
 
@@ -38,13 +39,12 @@ class TrimRight:
     multiple: int
 
     def __init__(self, *names: str, multiple: int = 1) -> None:
-        if not names or multiple < 1:
+        if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(
-                f"TrimRight got names {names} and multiple {multiple}; expected one name at least, and a multiple of "
-                "at least 1."
+                f"TrimRight got names {checks.described(names)}; expected the names of tensors, such as 'x'."
             )
         object.__setattr__(self, "names", names)
-        object.__setattr__(self, "multiple", multiple)
+        object.__setattr__(self, "multiple", checks.whole("multiple", multiple))
 
     def __call__(self, batch: Any, mask: Tensor) -> tuple[Any, slice]:
         """The batch, and the columns of the mask, without the shared padding."""
@@ -54,7 +54,15 @@ class TrimRight:
                 f"TrimRight finds no {absent[0]!r} in a {type(batch).__name__}; expected names of tensors in a Mapping "
                 "or TensorDict. Trim other batches by a function of your own."
             )
+        mask = checks.mask(checks.tensor("mask", mask, (2,), shape="(n, T)"), mask.shape)
         width = mask.shape[1]
+        for name in self.names:
+            tensor = batch[name]
+            if not isinstance(tensor, Tensor) or tensor.dim() < 2 or tensor.shape[1] < width:
+                raise ValueError(
+                    f"batch[{name!r}] is {checks.described(tensor)}; expected a tensor whose second dimension ends as "
+                    f"that of the mask does, of {width}."
+                )
         used = mask.any(dim=0).nonzero()
         length = 1 + int(used[-1]) if len(used) else 1
         length = min(width, -(-length // self.multiple) * self.multiple)
@@ -111,7 +119,10 @@ class Packing:
         """`part` without needless padding, and the columns that are left."""
         if self.trim is None or part.mask is None:
             return part, slice(None)
-        batch, columns = self.trim(part.batch, part.mask)
+        trimmed = self.trim(part.batch, part.mask)
+        if not isinstance(trimmed, tuple) or len(trimmed) != 2 or not isinstance(trimmed[1], slice):
+            raise TypeError(f"trim returned {checks.described(trimmed)}; expected a batch and a slice of columns.")
+        batch, columns = trimmed
         if int(part.mask[:, columns].count_nonzero()) != int(part.mask.count_nonzero()):
             raise ValueError(f"trim left the columns {columns} of the mask, without some that count; expected all.")
         return part.with_columns(batch, columns, row_shapes(batch, part.total)), columns

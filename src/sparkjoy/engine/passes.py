@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparkjoy import checks
 from sparkjoy.engine.hooks import check_nothing_steps, leaves
 from sparkjoy.engine.inputs import Inputs, finite_where_valid
 from sparkjoy.engine.ledger import Ledger
@@ -22,6 +23,14 @@ from sparkjoy.losses import Loss, reinforce
 from sparkjoy.scores import at_least_float32, surprisal
 
 Normalizer = Literal["batch", "samples", "kept"] | float
+
+
+def checked_normalizer(normalizer: Any) -> Normalizer:
+    """One of the words, or a number above 0."""
+    if isinstance(normalizer, str) and normalizer in ("batch", "samples", "kept"):
+        return normalizer  # type: ignore[return-value]
+    expected = "'batch', 'samples', 'kept' or a number above 0"
+    return checks.number("normalizer", normalizer, expected, lambda divisor: divisor > 0)
 
 
 @dataclass(frozen=True)
@@ -187,13 +196,26 @@ class Passes:
     def _check(self, loss: Tensor, log_probs: Tensor, part: Inputs, where: str) -> None:
         """Raise a ValueError that names the pass, before it is differentiated, if its gradient would be wrong."""
         alone = self.ranks.size == 1  # several see to `.grad` themselves
-        _check_finite_loss(loss, log_probs, where, after_others=alone and bool(self._losses))
+        # A bounded loss is finite with an infinite log-prob, and its gradient may not be: both are read, at once.
+        seen = log_probs.detach()
+        if part.mask is None and self.loss is reinforce:  # it has no bound
+            total, of_all = loss.item(), 0.0
+        else:
+            precise = torch.promote_types(loss.dtype, torch.float32)
+            total, of_all = torch.stack((loss.detach().to(precise), seen.sum(dtype=precise))).tolist()
+        all_finite = math.isfinite(of_all) or bool(seen.isfinite().all())
+        if not math.isfinite(total) or not (all_finite or bool(_valid(seen, part.mask).isfinite().all())):
+            advice = " Earlier micro-batches have added to .grad: zero it." if alone and self._losses else ""
+            raise ValueError(
+                f"{where}: the loss is {total}, from log-probs between {seen.min().item():g} and "
+                f"{seen.max().item():g}; expected finite numbers.{advice}"
+            )
         if self.discrete:
             try:
                 surprisal(_valid(log_probs.detach(), part.mask))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-        if part.mask is not None and self.ranks.size == 1 and not _is_finite(log_probs):
+        if alone and not all_finite:
             rows, tokens = self.ledger.backward_rows, self.ledger.backward_tokens
             sound = _zero_arrives(log_probs)
             self.ledger.backward_rows, self.ledger.backward_tokens = rows, tokens
@@ -236,6 +258,7 @@ class Passes:
         log_probs = at_least_float32(log_probs)  # float16 has no sum above 65504
         known = rows.log_probs if rows.behavior_log_probs is None else rows.behavior_log_probs
         terms = self.loss(log_probs, rows.advantages, log_probs.detach() if known is None else known, rows.mask)
+        checks.tensor("the loss", terms, (), checks.FLOATING, "terms, one for each log-prob", log_probs)
         if terms.shape != log_probs.shape:
             raise ValueError(
                 f"the loss has shape {tuple(terms.shape)}; expected that of log_probs, {tuple(log_probs.shape)}."
@@ -279,19 +302,6 @@ def _check_graph(loss: Tensor, log_probs: Tensor) -> None:
         )
     if not loss.requires_grad:
         raise ValueError("the loss has no graph; expected terms computed from the log-probs it was given.")
-
-
-def _check_finite_loss(loss: Tensor, log_probs: Tensor, where: str, after_others: bool) -> None:
-    if not math.isfinite(loss.item()):
-        advice = " Earlier micro-batches have added to .grad: zero it." if after_others else ""
-        raise ValueError(
-            f"{where}: the loss is {loss.item()}, from log-probs between {log_probs.min().item():g} and "
-            f"{log_probs.max().item():g}; expected finite numbers.{advice}"
-        )
-
-
-def _is_finite(log_probs: Tensor) -> bool:
-    return math.isfinite(log_probs.detach().sum(dtype=torch.promote_types(log_probs.dtype, torch.float32)).item())
 
 
 def _zero_arrives(log_probs: Tensor) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from sparkjoy import checks
+
 LogProbFunction = Callable[[Any], Tensor]
 """`rows -> log-probs` of the actions taken in them: (n,) or (n, T)."""
 
@@ -45,9 +47,17 @@ def uncached(source: LogProbFunction, rows: Any) -> Tensor:
     True
     """
     if not parametrize._cache_enabled:
-        return source(rows)
+        return _called(source, rows)
     callers, parametrize._cache = parametrize._cache, {}
     try:
-        return source(rows)
+        return _called(source, rows)
     finally:
         parametrize._cache = callers
+
+
+def _called(source: LogProbFunction, rows: Any) -> Tensor:
+    try:
+        return source(rows)
+    except TypeError:  # only now ask whether it takes one argument: asking takes longer than calling
+        checks.function("log_prob_fn", source, "a function from rows to log-probs", rows)
+        raise

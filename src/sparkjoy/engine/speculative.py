@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from sparkjoy import checks, states
 from sparkjoy.engine.audit import Audit, AuditResult, measured, recall, spearman
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.deciding import row_scores
@@ -29,12 +30,34 @@ from sparkjoy.engine.passes import Normalizer, Passes
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Decision, Gate
-from sparkjoy.gates.decision import load_state, rule_of, state_of
-from sparkjoy.scores import ScoreFunction, sign_of_advantage
+from sparkjoy.gates.decision import GATE, load_state, rule_of, state_of
+from sparkjoy.scores import SCORE, ScoreFunction, sign_of_advantage
 from sparkjoy.signs import mixed, rate_count, undecided, worth
 
 Seen = tuple[Any, Tensor]
 """Rows, and their exact log-probs without a graph."""
+
+
+def _takes(generator: torch.Generator, state: Any) -> bool:
+    try:
+        generator.set_state(state)
+    except Exception:  # torch has many kinds for what is wrong with a state
+        return False
+    return True
+
+
+STATE = {
+    "step": states.is_state,
+    "gate": states.is_state,
+    "screen": states.is_state,
+    "known_flops": KnownFlops.fits,
+    "generator": lambda value: _takes(torch.Generator(), value),
+    "steps": states.is_count,
+    "kept_fraction": lambda value: checks.is_number(value) and 0 <= value <= 1,
+    "recalls": lambda value: isinstance(value, list) and all(map(checks.is_number, value)),
+    "exact": lambda value: isinstance(value, bool),
+}
+"""What it remembers, and what each may be."""
 
 
 @runtime_checkable
@@ -124,29 +147,34 @@ class SpeculativeBackward:
         count_flops: bool = False,
         **options: Any,
     ) -> None:
-        if screen is not None and not callable(screen):
-            raise ValueError(f"screen is {screen!r}; expected a function from rows to log-probs, or None.")
         if options.get("compare_every") is not None:
             raise ValueError(
                 "compare_every compares whole batches, and a draft leaves the step part of one; give it to "
                 "GatedBackward(gate, screen=...)."
             )
+        checks.function("gate", gate, GATE, ..., ...)
+        if screen is not None:
+            checks.function("screen", screen, "a function from rows to log-probs, or None", ...)
+        if audit is not None:
+            checks.instance("audit", audit, Audit, "an Audit(...), or None for never")
+        if draft_score is not None:
+            checks.function("draft_score", draft_score, SCORE, ..., ...)
         if verify is not None:
-            if not isinstance(verify, int | float) or not 1 <= verify < math.inf:
-                raise ValueError(f"verify is {verify!r}; expected how many times the rate to propose, at least 1.")
+            expected = "how many times the rate to propose, at least 1"
+            verify = checks.number("verify", verify, expected, lambda verify: verify >= 1)
             rule = rule_of(gate)
             if rule is None or rule.negative_share > 0:
                 raise ValueError(
-                    f"verify is given with {gate!r}; expected a hard KondoGate of no negative share: "
-                    "proposed are the rows of highest drafted score, and nothing is drawn."
+                    f"verify is given with the gate {checks.described(gate)}; expected a hard KondoGate of no negative "
+                    "share: proposed are the rows of highest drafted score, and nothing is drawn."
                 )
         self.gate = gate
         self.screen = screen
         self.verify = verify
         self.audit = audit
-        self.normalizer: Normalizer = normalizer
         self.exact = False
         self._step = GatedBackward(gate, score=score, normalizer=normalizer, count_flops=count_flops, **options)
+        self.normalizer = self._step.normalizer
         self.score = self._step.score
         self.draft_score = draft_score or self.score
         self._micro_batch_size: int | None = options.get("micro_batch_size")
@@ -181,6 +209,7 @@ class SpeculativeBackward:
         """
         if (log_probs is None) == (self.screen is None):
             raise ValueError("expected either a screen or log_probs to draft with, and not both.")
+        checks.function("log_prob_fn", log_prob_fn, "a function from rows to log-probs", ...)
         inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
         seen: list[Seen] = []
         screened = False
@@ -188,7 +217,9 @@ class SpeculativeBackward:
         def watched(rows: Any) -> Tensor:
             nonlocal screened
             current, with_graph = log_prob_fn(rows), torch.is_grad_enabled()
-            if not (with_graph and screened):  # survivors of rows that were seen without a graph are seen already
+            if isinstance(current, Tensor) and not (
+                with_graph and screened
+            ):  # survivors of rows that were seen without a graph are seen already
                 seen.append((rows, current.detach()))
             screened = screened or not with_graph
             return current
@@ -226,6 +257,7 @@ class SpeculativeBackward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
+        states.check("SpeculativeBackward", state, **STATE)
         self._step.gate = self.gate
         self._step.load_state_dict({**state["step"], "gate": state["gate"]})
         if isinstance(self.screen, LearningScreener):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks
+
 Rows = Tensor | slice
 
 
@@ -59,8 +61,8 @@ def row_shapes(batch: Any, total: int, device: torch.device | None = None) -> tu
     for name, shape, tensor in _shapes(batch, "batch"):
         if not shape or shape[0] != total:
             raise ValueError(f"{name} has shape {shape}; expected a leading dimension of {total}, as advantages.")
-        if device is not None and tensor.device != device:
-            raise devices_differ(name, tensor.device, device)
+        if device is not None:
+            checks.same_device(name, tensor, device)
         if device is not None and tensor.grad_fn is not None:
             raise ValueError(
                 f"{name} has a graph, which the first of several backward passes would free; compute it inside the "
@@ -68,14 +70,6 @@ def row_shapes(batch: Any, total: int, device: torch.device | None = None) -> tu
             )
         shapes.append(shape[1:])
     return tuple(shapes)
-
-
-def devices_differ(name: str, where: torch.device, device: torch.device) -> ValueError:
-    """What to raise where a tensor is not on the device of the advantages."""
-    return ValueError(
-        f"{name} is on {where} and advantages on {device}; expected one device. Move one of them, for instance by "
-        f'torch.as_tensor(advantages, device="{where}").'
-    )
 
 
 def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
@@ -130,8 +124,8 @@ def _parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}.{field}", getattr(batch, field)) for field in _field_names(batch))
     else:
         raise ValueError(
-            f"{name} is a {type(batch).__name__}; expected a tensor, or a TensorDict, Mapping, namedtuple or dataclass "
-            "of tensors with the rows as leading dimension."
+            f"{name} is {checks.described(batch)}; expected a tensor, or a TensorDict, Mapping, namedtuple or "
+            "dataclass of tensors with the rows as leading dimension."
         )
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks, states
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Decision, Gate
-from sparkjoy.gates.decision import load_state, state_of
+from sparkjoy.gates.decision import GATE, load_state, state_of
 from sparkjoy.losses import Loss, reinforce
 from sparkjoy.scores import delight
 
@@ -53,7 +54,9 @@ class TokenGatedBackward:
         trim: Callable[[Any, int], Any] | None = None,
         count_flops: bool = False,
     ) -> None:
-        self.gate = gate
+        self.gate = checks.function("gate", gate, GATE, ..., ...)
+        if trim is not None:
+            checks.function("trim", trim, "a function (batch, length) -> batch, or None", ..., ...)
         self.trim = trim
         self._rows = GatedBackward(_every_row_that_teaches, loss=loss, count_flops=count_flops, normalizer=1.0)
 
@@ -79,7 +82,8 @@ class TokenGatedBackward:
             A report whose decision is about all B · T tokens, in order; its `kept` and rows count answers, its backward
             tokens the positions that were differentiated, kept or not.
         """
-        valid = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask.bool()
+        checks.tensor("log_probs", log_probs, (2,), checks.FLOATING, "(B, T)")
+        valid = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else checks.mask(mask, log_probs.shape)
         decision = self.gate(delight(advantages, log_probs.where(valid, 0)).where(valid, 0).flatten())
         keep = decision.keep.view_as(valid) & valid
         positions = keep.any(dim=0).nonzero()
@@ -103,6 +107,7 @@ class TokenGatedBackward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
+        states.check("TokenGatedBackward", state, gate=states.is_state, rows=states.is_state)
         load_state(self.gate, state["gate"])
         self._rows.load_state_dict(state["rows"])
 

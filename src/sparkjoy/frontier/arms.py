@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparkjoy import checks
 from sparkjoy.engine.inputs import Inputs
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.frontier.result import Kind, Setting
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
+from sparkjoy.gates.decision import GATE
 from sparkjoy.losses import Loss
 from sparkjoy.scores import ScoreFunction, at_least_float32
 from sparkjoy.signs import worth
@@ -127,13 +129,14 @@ all_alike.__dict__["reads_log_probs"] = False
 def check_gates(gates: Mapping[str, Gate]) -> None:
     """Raise a ValueError where these are not gates by name."""
     if not isinstance(gates, Mapping) or not gates:
-        raise ValueError(f"gates is {gates!r}; expected a dict of at least one gate by name, or None.")
+        raise ValueError(f"gates is {checks.described(gates)}; expected a dict of at least one gate by name, or None.")
     for name, gate in gates.items():
-        if not callable(gate) or name == "dense":
+        if not isinstance(name, str) or name == "dense":
             raise ValueError(
-                f"gates has {name!r}: {gate!r}; expected a callable such as UnbiasedGate(noise=0.3), by another name "
-                "than 'dense', which is measured anyway."
+                f"gates has the name {checks.described(name)}; expected a string other than 'dense', which is measured "
+                "anyway."
             )
+        checks.function(f"gates[{name!r}]", gate, GATE, ..., ...)
 
 
 def turns(arms: list[Arm], rounds: int | None, seconds: float, say: Progress) -> Iterator[Arm]:

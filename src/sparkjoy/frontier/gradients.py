@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks
+
 
 class Gradients:
     """The `.grad` of the parameters behind some log-probs: set aside, compared with a reference, put back in the end.
@@ -43,7 +45,13 @@ class Gradients:
         self._parameters: list[Tensor] | None = None
         if parameters is None:
             return
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+        given = list(
+            checks.instance("parameters", parameters, Iterable, "tensors, such as model.parameters(), or None")
+        )
+        for index, parameter in enumerate(given):
+            checks.tensor(f"parameters[{index}]", parameter)
+        self._parameters = [parameter for parameter in given if parameter.requires_grad]
         if not self._parameters:
             raise ValueError("parameters has none that requires a gradient; leave it out for them to be found.")
         for parameter in self._parameters:

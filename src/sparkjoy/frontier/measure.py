@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.passes import Normalizer
@@ -94,15 +95,19 @@ def frontier(
         ValueError: as `GatedBackward`; a batch without an advantage other than 0, or whose gradient is 0; a parameter
             whose gradient runs a hook.
     """
+    checks.function("log_prob_fn", log_prob_fn, "a function from rows to log-probs", ...)
     inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
     if not bool(inputs.teaches().any()):
         raise ValueError("advantages are all 0, so there is no gradient; give a batch that has something to teach.")
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size is {micro_batch_size}; expected at least 1, or None to look for the best.")
-    if rounds is not None and rounds < 1:
-        raise ValueError(f"rounds is {rounds}; expected at least 1, or None for as many as fit.")
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"seconds is {seconds}; expected a number of at least 0.")
+    if micro_batch_size is not None:
+        expected = "a whole number of at least 1, or None to look for the best"
+        micro_batch_size = checks.whole("micro_batch_size", micro_batch_size, expected)
+    if rounds is not None:
+        rounds = checks.whole("rounds", rounds, "a whole number of at least 1, or None for as many as fit")
+    seconds = checks.number("seconds", seconds, "a number of at least 0", lambda seconds: seconds >= 0)
+    seed = checks.whole("seed", seed, "a whole number of at least 0", least=0)
+    if progress is not None:
+        checks.function("progress", progress, "a function (fraction, what) -> None, or None", ..., ...)
     if gates is not None:
         check_gates(gates)
     say = progress or (lambda fraction, what: None)
@@ -113,8 +118,9 @@ def frontier(
 
     def watched(rows: Any) -> Tensor:
         found = log_prob_fn(rows)
-        gradients.find(found)
-        seen.append(found.detach())
+        if isinstance(found, Tensor):  # else the engine refuses it
+            gradients.find(found)
+            seen.append(found.detach())
         return found
 
     devices = [] if device.type == "cpu" else [device]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from sparkjoy import checks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,8 +98,8 @@ class Frontier:
         Raises:
             ValueError: a noise that is not above 0, or a saving outside [0, 1).
         """
-        if not 0 < noise < math.inf or not 0 <= saving < 1:
-            raise ValueError(f"noise is {noise}, saving {saving}; expected a number above 0, and one in [0, 1).")
+        noise = checks.number("noise", noise, "a number above 0", lambda noise: noise > 0)
+        saving = checks.number("saving", saving, "a number in [0, 1)", lambda saving: 0 <= saving < 1)
         within = [
             setting
             for setting in self.settings

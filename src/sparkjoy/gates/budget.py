@@ -8,14 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks, states
 from sparkjoy.gates.decision import Decision, checked_cost, checked_score
-from sparkjoy.prices import checked_rate, checked_window, just_below, remember
+from sparkjoy.prices import checked_window, just_below, remember
 
 ONE_ROW = 0.8
 """Of a mean row: what a budget may owe when its tolerance is less than a row, and a little below one."""
 
 GAIN = 2.0
 """How far a debt at its limit moves a budget's level, in logits."""
+
+STATE = {
+    "scores": states.is_row,
+    "costs": states.is_row,
+    "seen": checks.is_number,
+    "spent": checks.is_number,
+    "rows": states.is_count,
+    "debt": checks.is_number,
+}
+"""What it remembers, and what each may be."""
 
 
 class BudgetGate:
@@ -50,10 +61,9 @@ class BudgetGate:
     weighted = False
 
     def __init__(self, rate: float, tolerance: float = 0.015, window: int = 1024) -> None:
-        self.rate = checked_rate(rate)
-        if isinstance(tolerance, bool) or not 0 < tolerance < math.inf:
-            raise ValueError(f"tolerance is {tolerance!r}; expected a number above 0, such as 0.02 for 2%.")
-        self.tolerance = float(tolerance)
+        self.rate = checks.rate(rate)
+        expected = "a number above 0, such as 0.02 for 2%"
+        self.tolerance = checks.number("tolerance", tolerance, expected, lambda tolerance: tolerance > 0)
         self.window = checked_window(window)
         self._scores: Tensor | None = None
         self._costs: Tensor | None = None
@@ -105,9 +115,13 @@ class BudgetGate:
         return price
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, f"_{name}") for name in ("scores", "costs", "seen", "spent", "rows", "debt")}
+        return {name: getattr(self, f"_{name}") for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        states.check(repr(self), state, **STATE)
+        scores, costs = state["scores"], state["costs"]
+        if (scores is None) != (costs is None) or (scores is not None and scores.shape != costs.shape):
+            raise ValueError("state has scores and costs of different length; load one that state_dict() returned.")
         for name, value in state.items():
             setattr(self, f"_{name}", value)
 

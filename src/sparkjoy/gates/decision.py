@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sparkjoy.scores import at_least_float32, without_graph
+from sparkjoy import checks, states
+from sparkjoy.scores import at_least_float32
 from sparkjoy.signs import Rule
 
 
@@ -30,6 +30,10 @@ class Decision:
     price: Tensor | None
     probability: Tensor
     weight: Tensor
+
+
+GATE = "a callable (score, cost) -> Decision, such as KondoGate(rate=0.03)"
+"""What messages say that a gate is."""
 
 
 class Gate(Protocol):
@@ -68,9 +72,11 @@ def state_of(gate: Any) -> dict[str, Any]:
 
 
 def load_state(gate: Any, state: dict[str, Any]) -> None:
-    """Give a gate its saved state back."""
+    """Give a gate its saved state back; one without memory takes none."""
     if hasattr(gate, "load_state_dict"):
         gate.load_state_dict(state)
+    else:
+        states.check("a gate that remembers nothing", state)
 
 
 def _said(gate: Any, name: str) -> Any:
@@ -85,14 +91,8 @@ def _said(gate: Any, name: str) -> Any:
 
 def checked_score(score: Tensor) -> Tensor:
     """The score (N,) without its graph and at least in float32, or a ValueError that says what is wrong with it."""
-    if score.dim() != 1 or score.shape[0] == 0 or not score.is_floating_point():
-        raise ValueError(
-            f"score has shape {tuple(score.shape)}, {score.dtype}; expected floating-point (N,) of at least one."
-        )
-    score = at_least_float32(without_graph(score))
-    if not math.isfinite(score.sum().item()) and not bool(score.isfinite().all()):
-        bad = int((~score.isfinite()).sum())
-        raise ValueError(f"score has {bad} of {len(score)} values NaN or infinite; expected finite numbers.")
+    score = at_least_float32(checks.without_graph(checks.row("score", score)))
+    checks.finite("score", score)
     return score
 
 
@@ -100,9 +100,4 @@ def checked_cost(cost: Tensor | None, score: Tensor) -> Tensor:
     """`cost` (N,) in float64, 1 for each row where there is none, or a ValueError."""
     if cost is None:
         return torch.ones_like(score, dtype=torch.float64)
-    if cost.shape != score.shape or not bool((cost.isfinite() & (cost >= 0)).all()):
-        raise ValueError(
-            f"cost has shape {tuple(cost.shape)} and values {cost.tolist()[:3]} ...; expected a finite number of at "
-            f"least 0 for each of {len(score)} scores, such as its tokens."
-        )
-    return cost.to(score.device, torch.float64)
+    return checks.cost(cost, score).to(score.device, torch.float64)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks, states
 from sparkjoy.gates.decision import Decision, checked_score
-from sparkjoy.prices import FixedPrice, Price, checked_rate
+from sparkjoy.prices import FixedPrice, Price, as_price
 from sparkjoy.signs import Rule
 
 
@@ -52,17 +53,11 @@ class KondoGate:
     ) -> None:
         if rate is None and price is None:
             raise ValueError("KondoGate got neither rate nor price; give one, for instance rate=0.03 or price=0.")
-        if (
-            isinstance(negative_share, bool)
-            or not isinstance(negative_share, int | float)
-            or not 0 <= negative_share < 1
-        ):
-            raise ValueError(f"negative_share is {negative_share!r}; expected a fraction in [0, 1), such as 0.25.")
-        if hasattr(price, "weighted"):
-            raise ValueError(f"price is {price!r}, which is a gate of its own; give it as the gate.")
-        self.rate = None if rate is None else checked_rate(rate)
-        self.price = price if price is None or isinstance(price, Price) else FixedPrice(price)
-        self.negative_share = float(negative_share)
+        self.rate = None if rate is None else checks.rate(rate)
+        self.price = None if price is None else as_price(price)
+        self.negative_share = checks.number(
+            "negative_share", negative_share, "a fraction in [0, 1), such as 0.25", lambda share: 0 <= share < 1
+        )
         if self.negative_share > 0 and isinstance(self.price, FixedPrice) and self.price.value < 0:
             raise ValueError(f"price is {self.price.value:g}, below 0, where a negative_share means nothing; give 0.")
 
@@ -126,6 +121,7 @@ class KondoGate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
+        states.check(repr(self), state, **({} if self.price is None else {"price": states.is_state}))
         if self.price is not None:
             self.price.load_state_dict(state["price"])
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparkjoy import checks, states
 from sparkjoy.gates.decision import Decision, checked_score
-from sparkjoy.prices import BatchQuantile, FixedPrice, Price, checked_rate
+from sparkjoy.prices import BatchQuantile, Price, as_price
 
 
 class SoftGate:
@@ -42,18 +42,17 @@ class SoftGate:
         price: float | Price | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-            raise ValueError(f"temperature is {temperature!r}; expected a number above 0. KondoGate is the hard gate.")
+        self.temperature = checks.number(
+            "temperature",
+            temperature,
+            "a number above 0. KondoGate is the hard gate",
+            lambda temperature: temperature > 0,
+        )
         if (rate is None) == (price is None):
             raise ValueError(f"SoftGate got rate={rate!r} and price={price!r}; expected exactly one of them.")
-        self.temperature = float(temperature)
-        self.rate = None if rate is None else checked_rate(rate)
-        self.price: Price
-        if rate is not None:
-            self.price = BatchQuantile(rate)
-        else:
-            self.price = price if isinstance(price, Price) else FixedPrice(price)  # type: ignore[arg-type]  # not None
-        self.generator = generator
+        self.rate = None if rate is None else checks.rate(rate)
+        self.price: Price = as_price(price) if self.rate is None else BatchQuantile(self.rate)
+        self.generator = checks.generator(generator)
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
         """Decide which of N samples to keep, as `KondoGate` does.
@@ -79,4 +78,5 @@ class SoftGate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
+        states.check(repr(self), state, price=states.is_state)
         self.price.load_state_dict(state["price"])

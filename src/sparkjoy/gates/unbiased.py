@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks, states
 from sparkjoy.gates.decision import Decision, checked_cost, checked_score
 from sparkjoy.noise import NoiseSums, price_for_noise
-from sparkjoy.prices import checked_rate
 from sparkjoy.scores import at_least_float32
 
 MEMORY = 0.9
@@ -74,16 +74,15 @@ class UnbiasedGate:
         if noise is not None and rate is not None:
             raise ValueError(f"UnbiasedGate got noise={noise!r} and rate={rate!r}; expected one of them.")
         noise = 0.3 if noise is None and rate is None else noise
-        if noise is not None and (
-            isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < math.inf
-        ):
-            raise ValueError(f"noise is {noise!r}; expected a number above 0, such as 0.3. gate=None adds none.")
-        if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < 1:
-            raise ValueError(f"floor is {floor!r}; expected a probability in [0, 1), such as 0.02.")
-        self.noise = None if noise is None else float(noise)
-        self.rate = None if rate is None else checked_rate(rate)
-        self.floor = float(floor)
-        self.generator = generator
+        self.noise = noise
+        if noise is not None:
+            expected = "a number above 0, such as 0.3. gate=None adds none"
+            self.noise = checks.number("noise", noise, expected, lambda noise: noise > 0)
+        self.rate = None if rate is None else checks.rate(rate)
+        self.floor = checks.number(
+            "floor", floor, "a probability in [0, 1), such as 0.02", lambda floor: 0 <= floor < 1
+        )
+        self.generator = checks.generator(generator)
         self._moment = 0.0  # running sums of the second moment of a row, and of the weights it is a mean of
         self._batches = 0.0
         self._exact = self._used = 0.0  # running sums of the second moment of what was kept, by exact and by used sizes
@@ -159,8 +158,17 @@ class UnbiasedGate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
+        fits = {
+            **dict.fromkeys(STATE, _is_sum),
+            "allowance": lambda value: checks.is_number(value) and -12 <= value <= 5,
+        }
+        states.check(repr(self), state, **fits)
         for name in STATE:
             setattr(self, f"_{name}", float(state[name]))
+
+
+def _is_sum(value: Any) -> bool:
+    return checks.is_number(value) and value >= 0
 
 
 def _root_of_relative(cost: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks, states
 from sparkjoy.engine.survivors import take
 
 NEVER = -1
@@ -40,9 +41,10 @@ class CachedLogProbs:
     def __init__(
         self, log_prob_fn: Callable[[Any], Tensor], key: Callable[[Any], Tensor], size: int, max_age: int
     ) -> None:
-        if size < 1 or max_age < 0:
-            raise ValueError(f"size is {size} and max_age {max_age}; expected at least 1 and at least 0.")
-        self.max_age = max_age
+        checks.function("log_prob_fn", log_prob_fn, "a function from rows to log-probs", ...)
+        checks.function("key", key, "a function from rows to whole numbers (n,)", ...)
+        size = checks.whole("size", size)
+        self.max_age = checks.whole("max_age", max_age, "a whole number of at least 0", least=0)
         self.computed = 0
         """Rows that the last call had to compute."""
         self._log_prob_fn = log_prob_fn
@@ -73,11 +75,15 @@ class CachedLogProbs:
         return {"log_probs": self._log_probs, "written": self._written, "now": self._now}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        states.check("CachedLogProbs", state, log_probs=self._fits, written=self._fits, now=states.is_count)
         self._log_probs, self._written, self._now = state["log_probs"].clone(), state["written"].clone(), state["now"]
 
+    def _fits(self, saved: Any) -> bool:
+        return isinstance(saved, Tensor) and saved.shape == self._written.shape
+
     def _keys(self, rows: Any) -> Tensor:
-        keys = self._key(rows)
-        if keys.dim() != 1 or keys.is_floating_point() or bool((keys < 0).any() | (keys >= len(self._written)).any()):
+        keys = checks.tensor("the cache's keys", self._key(rows), shape="whole numbers (n,)")
+        if keys.dim() != 1 or keys.dtype != torch.int64 or bool((keys < 0).any() | (keys >= len(self._written)).any()):
             raise ValueError(
                 f"the cache's keys are {keys.dtype} {tuple(keys.shape)}; expected whole numbers (n,) from 0 to "
                 f"{len(self._written) - 1}."
@@ -85,5 +91,10 @@ class CachedLogProbs:
         return keys
 
     def _remember(self, keys: Tensor, log_probs: Tensor) -> None:
+        checks.tensor("what log_prob_fn returned", log_probs, (1,), checks.FLOATING, "(n,)")
+        if log_probs.shape != keys.shape:
+            raise ValueError(
+                f"log_prob_fn returned shape {tuple(log_probs.shape)} for {len(keys)} rows; expected one for each."
+            )
         self._log_probs[keys] = log_probs.to(self._log_probs.dtype)
         self._written[keys] = self._now

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparkjoy import checks, states
 from sparkjoy.screeners.policy import checked_policy, log_probs_of
 
 
@@ -45,10 +46,11 @@ class DistilledDraft:
         every: int = 1,
         mask: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        if not learning_rate > 0 or every < 1:
-            raise ValueError(f"learning_rate is {learning_rate} and every {every}; expected above 0 and at least 1.")
+        learning_rate = checks.number("learning_rate", learning_rate, "a number above 0", lambda rate: rate > 0)
         self.student = checked_policy(student, "student")
-        self.every = every
+        self.every = checks.whole("every", every)
+        if mask is not None:
+            checks.function("mask", mask, "a function from rows to a mask (n, T), or None", ...)
         self._mask = mask
         self._optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate, fused=True)
         self._steps = 0
@@ -59,14 +61,17 @@ class DistilledDraft:
 
     def learn(self, seen: Sequence[tuple[Any, Tensor]]) -> None:
         """One step of Adam towards the exact log-probs of the rows seen, where there are any."""
+        checks.instance("seen", seen, Sequence, "pairs of rows and their exact log_probs")
         self._steps += 1
         if not seen or self._steps % self.every:
             return
+        for pair in seen:
+            checks.instance("of seen, each", pair, tuple, "a pair (rows, exact log_probs)")
         with torch.enable_grad():
             for rows, exact in seen:
                 difference = self.student.log_probs(rows) - exact  # type: ignore[operator]  # checked_policy saw to it
                 if self._mask is not None:
-                    difference = difference.where(self._mask(rows).bool(), 0)
+                    difference = difference.where(checks.mask(self._mask(rows), difference.shape), 0)
                 difference.square().mean().backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -79,6 +84,7 @@ class DistilledDraft:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.student.load_state_dict(state["student"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        states.check("DistilledDraft", state, student=states.is_state, optimizer=states.is_state, steps=states.is_count)
+        states.load_into("student", self.student, state["student"])
+        states.load_into("optimizer", self._optimizer, state["optimizer"])
         self._steps = state["steps"]

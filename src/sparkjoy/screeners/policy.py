@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparkjoy import checks
+
 
 class Policy(Protocol):
     """A module that gives log-probs of the actions taken in `rows`: (n,) or (n, T)."""
@@ -17,7 +19,7 @@ class Policy(Protocol):
 def checked_policy(policy: Any, role: str) -> nn.Module:
     """The policy, or a ValueError that says what one is."""
     if not isinstance(policy, nn.Module) or not callable(getattr(policy, "log_probs", None)):
-        raise ValueError(f"{role} is a {type(policy).__name__}; expected a torch module with log_probs(rows).")
+        raise ValueError(f"{role} is {checks.described(policy)}; expected a torch module with log_probs(rows).")
     return policy
 
 

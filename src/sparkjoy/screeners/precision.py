@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparkjoy import checks
 from sparkjoy.screeners.policy import checked_policy, log_probs_of
 
 
@@ -28,8 +29,8 @@ class LowerPrecision:
     """
 
     def __init__(self, policy: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype is {dtype}; expected torch.bfloat16 or torch.float16.")
+        if not isinstance(dtype, torch.dtype) or dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype is {checks.described(dtype)}; expected torch.bfloat16 or torch.float16.")
         self.dtype = dtype
         self._policy = checked_policy(policy, "policy")
 

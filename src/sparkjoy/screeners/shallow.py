@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparkjoy import checks
 from sparkjoy.policies.transformer import Transformer
 
 
@@ -29,8 +30,8 @@ class EarlyExit:
 
     def __init__(self, policy: nn.Module, layers: int) -> None:
         if not isinstance(policy, Transformer):
-            raise ValueError(f"policy is a {type(policy).__name__}, which has no layers to exit early from.")
-        if not 1 <= layers < len(policy.layers):
+            raise ValueError(f"policy is {checks.described(policy)}, which has no layers to exit early from.")
+        if checks.whole("layers", layers) >= len(policy.layers):
             raise ValueError(
                 f"layers is {layers}; expected at least 1 and fewer than the {len(policy.layers)} there are."
             )
@@ -54,8 +55,8 @@ class Flat:
     """
 
     def __init__(self, actions: Callable[[Any], Tensor]) -> None:
-        self._actions = actions
+        self._actions = checks.function("actions", actions, "a function from rows to actions (n,) or (n, T)", ...)
 
     def __call__(self, rows: Any) -> Tensor:
         """-1 for every action."""
-        return torch.full_like(self._actions(rows), -1, dtype=torch.float32)
+        return torch.full_like(checks.tensor("what actions returned", self._actions(rows)), -1, dtype=torch.float32)

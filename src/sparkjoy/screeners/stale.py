@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparkjoy import checks, states
 from sparkjoy.screeners.policy import checked_policy, log_probs_of
 
 
@@ -34,9 +35,7 @@ class StaleWeights:
     """
 
     def __init__(self, policy: nn.Module, every: int) -> None:
-        if every < 1:
-            raise ValueError(f"every is {every}; expected at least 1 step.")
-        self.every = every
+        self.every = checks.whole("every", every, "a whole number of at least 1 step")
         self._policy = checked_policy(policy, "policy")
         self._copy = copy.deepcopy(policy).requires_grad_(False)
         self._age = 0
@@ -56,5 +55,6 @@ class StaleWeights:
         return {"copy": self._copy.state_dict(), "age": self._age}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._copy.load_state_dict(state["copy"])
+        states.check("StaleWeights", state, copy=states.is_state, age=states.is_count)
+        states.load_into("copy", self._copy, state["copy"])
         self._age = state["age"]

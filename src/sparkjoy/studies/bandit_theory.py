@@ -1,9 +1,9 @@
 """The bandit theory of the Kondo gate, checked number by number: `sparkjoy study bandit`.
 
-Four claims, each measured in a file of its own: zero price keeps the direction and drops the noise
+Five claims, each measured in a file of its own: zero price keeps the direction and drops the noise
 (`bandit_zero_price`), DG is closer to the supervised oracle (`bandit_contexts`), a product ranks better than a sum
 (`bandit_sums`), and noise on a bad arm makes the gate gamble (`bandit_gambling`), with guards against it
-(`bandit_guards`).
+(`bandit_guards`), and how long a wrong corner holds whom (`bandit_corners`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparkjoy.gates import KondoGate
-from sparkjoy.studies import bandit_contexts, bandit_gambling, bandit_guards, bandit_sums, bandit_zero_price
+from sparkjoy.studies import (
+    bandit_contexts,
+    bandit_corners,
+    bandit_gambling,
+    bandit_guards,
+    bandit_sums,
+    bandit_zero_price,
+)
 from sparkjoy.tasks.bandit import SoftmaxBandit, checked_arms, checked_probability
 from sparkjoy.tasks.gambling import Gambling, checked_sigma
 from sparkjoy.training.memory import check_memory
@@ -75,11 +82,15 @@ class BanditStudy:
     """Of plain gradient ascent on the logits, above 0."""
     memory: int = 100
     """Draws that a guard with limited memory looks back over."""
+    log_ratios: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)
+    """log π(corner)/π(best) from which a wrong corner is to be left, from 0.1 to 15."""
+    corner_steps: int = 2_000
+    """Updates of a run with draws that may leave a corner, or come to rest."""
     seed: int = 0
     """Seed of everything drawn."""
 
     def __post_init__(self) -> None:
-        for name in ("arms", "p", "temperatures", "context_p", "alphas", "sigma"):
+        for name in ("arms", "p", "temperatures", "context_p", "alphas", "sigma", "log_ratios"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one value.")
         for arms in self.arms:
@@ -97,12 +108,15 @@ class BanditStudy:
         for temperature in self.temperatures:
             if not 0 < temperature < math.inf:
                 raise ValueError(f"temperatures has {temperature!r}; expected finite numbers above 0.")
-        for name in ("draws", "batches", "max_draws", "seeds", "steps", "batch", "memory"):
+        for name in ("draws", "batches", "max_draws", "seeds", "steps", "batch", "memory", "corner_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected at least 1.")
         for name in ("gap", "learning_rate", "fit_below"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a finite number above 0.")
+        for ratio in self.log_ratios:
+            if not 0.1 <= ratio <= 15:
+                raise ValueError(f"log_ratios has {ratio!r}; expected numbers from 0.1 to 15.")
         if len(set(self.context_p)) < 2:
             raise ValueError("context_p has fewer than 2 different values; contexts are compared in pairs.")
         if self.seed < 0:
@@ -136,15 +150,17 @@ def run(config: BanditStudy, progress: Progress | None = None) -> dict[str, Any]
 
     Returns:
         Lists of records: "zero_price", "slopes", "baseline_sweep", "contexts", "contexts_summary", "sums", "lucky",
-        "gambling_thresholds", "gambling", "guards", "guard_repeats", "guard_costs".
+        "gambling_thresholds", "gambling", "guards", "guard_repeats", "guard_costs", "corners", "corner_slopes",
+        "corners_sampled", "shared".
     """
-    jobs = [*_zero_price_jobs(config), *_exact_jobs(config), *_gambling_jobs(config)]
+    jobs = [*_zero_price_jobs(config), *_exact_jobs(config), *_gambling_jobs(config), *_corner_jobs(config)]
     summary: dict[str, Any] = {}
     for done, (key, what, job) in enumerate(jobs):
         if progress is not None:
             progress(done / len(jobs), what)
         summary.setdefault(key, []).extend(job())
     summary["slopes"] = bandit_zero_price.fitted_slopes(summary["zero_price"], config.fit_below)
+    summary["corner_slopes"] = bandit_corners.exit_slopes(summary["corners"])
     summary["contexts_summary"] = bandit_contexts.context_summary(summary["contexts"], config.seed)
     if progress is not None:
         progress(1.0, "done")
@@ -152,7 +168,7 @@ def run(config: BanditStudy, progress: Progress | None = None) -> dict[str, Any]
 
 
 def plot(summary: dict[str, Any]) -> dict[str, Figure]:
-    """One figure per part, from `run`'s summary: zero_price, contexts, sums, gambling, guards."""
+    """One figure per part, from `run`'s summary: zero_price, contexts, sums, gambling, guards, corners."""
     arms = sorted({record["arms"] for record in summary["zero_price"]})
     return {
         "zero_price": bandit_zero_price.plot_zero_price(
@@ -162,6 +178,7 @@ def plot(summary: dict[str, Any]) -> dict[str, Figure]:
         "sums": bandit_sums.plot_sums(summary["sums"]),
         "gambling": bandit_gambling.plot_gambling(summary["lucky"], summary["gambling"]),
         "guards": bandit_guards.plot_guards(summary["guards"], summary["guard_costs"], summary["guard_repeats"]),
+        "corners": bandit_corners.plot_corners(summary["corners"], summary["corners_sampled"], summary["shared"]),
     }
 
 
@@ -230,4 +247,18 @@ def _gambling_jobs(config: BanditStudy) -> list[Job]:
             "guards, fewer repeated draws",
             partial(bandit_guards.repeat_records, noisiest, learning, REPEAT_BATCHES),
         ),
+    ]
+
+
+def _corner_jobs(config: BanditStudy) -> list[Job]:
+    seeds, steps = min(config.seeds, 10), config.corner_steps
+    lowest = sorted(config.log_ratios)[:3]
+
+    def exits(method: str) -> list[Record]:
+        return [bandit_corners.sampled_exits(method, ratio, seeds, steps) for ratio in lowest]
+
+    return [
+        ("corners", "corners, exact", partial(bandit_corners.exit_records, sorted(config.log_ratios))),
+        *(("corners_sampled", f"corners, {method}", partial(exits, method)) for method in bandit_corners.SAMPLED),
+        ("shared", "two states, one parameter", partial(bandit_corners.shared_records, min(seeds, 5), steps // 2)),
     ]

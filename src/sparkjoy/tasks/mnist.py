@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparkjoy.baselines import expected_confidence_advantage, group_mean_advantage
 from sparkjoy.policies.mlp import MLP
 from sparkjoy.tasks.digits import load_digits
+from sparkjoy.tasks.frictions import DelayKind, Frictions
 from sparkjoy.tasks.rollouts import Rollout
 from sparkjoy.training.memory import FLOAT, TRAINED, check_memory
 
@@ -31,6 +32,12 @@ class MnistConfig:
     """Units in each of the two hidden layers; fewer make it harder."""
     label_noise: float = 0.0
     """Fraction of the training images whose label is replaced by a random one, the same ones every time."""
+    delay: int = 0
+    """Steps that the weights which act may be old."""
+    delay_kind: DelayKind = "uniform"
+    """Which weights act: any of the last delay + 1, drawn anew every step, or the oldest of them."""
+    corrupt: float = 0.0
+    """Chance that a reward is replaced by a fair coin of 0 and 1, anew every step."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "hidden"):
@@ -40,8 +47,14 @@ class MnistConfig:
             raise ValueError(f"--label-noise {self.label_noise}: expected a fraction, such as 0.2 for 20%.")
         weights = self.hidden * (784 + self.hidden + 10)
         check_memory(
-            TRAINED * weights + FLOAT * 784 * self.batch_size, f"--batch-size {self.batch_size} --hidden {self.hidden}"
+            TRAINED * weights + FLOAT * (weights * self.frictions.delay + 784 * self.batch_size),
+            f"--batch-size {self.batch_size} --hidden {self.hidden} --delay {self.delay}",
         )
+
+    @property
+    def frictions(self) -> Frictions:
+        """The last three fields."""
+        return Frictions(self.delay, self.delay_kind, corrupt=self.corrupt)
 
 
 class MnistTask:
@@ -64,6 +77,7 @@ class MnistTask:
 
     def __init__(self, config: MnistConfig) -> None:
         self.config = config
+        self.frictions = config.frictions
         self._digits = load_digits(config.data)
         if config.label_noise:
             generator = torch.Generator().manual_seed(0)
@@ -112,13 +126,13 @@ class MnistTask:
             actions = torch.multinomial(probabilities, 1, generator=generator)
             log_probs = every.gather(1, actions).squeeze(1)
         actions = actions.squeeze(1)
-        rewards = self.reward(labels, actions)
+        rewards = self.frictions.rewards(self.reward(labels, actions), generator)
         if self.config.baseline == "batch-mean":
             advantages = group_mean_advantage(rewards)
         else:
             advantages = expected_confidence_advantage(rewards, probabilities)
         batch = {"inputs": images, "actions": actions, "examples": drawn}
-        return Rollout(batch, advantages, log_probs, None, rewards.mean())
+        return Rollout(batch, advantages, log_probs, None, rewards.mean(), parts=labels, foreign=self.frictions.foreign)
 
     def trim(self, rows: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         """The rows as they are: an action is a single token."""

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from sparkjoy.baselines import group_mean_advantage
 from sparkjoy.policies.transformer import Transformer
+from sparkjoy.tasks.frictions import DelayKind, Frictions
 from sparkjoy.tasks.rollouts import Rollout
 from sparkjoy.training.memory import FLOAT, TRAINED, check_memory
 from sparkjoy.training.processes import WHOLE, Share
+
+Shaping = Literal["fraction", "first-error", "all-or-nothing"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class ReversalConfig:
     """M, different tokens."""
     target: Literal["reverse", "copy", "increment"] = "reverse"
     """The right answer: the prompt backwards, the prompt, or every token plus one modulo M."""
-    shaping: Literal["fraction", "first-error", "all-or-nothing"] = "fraction"
+    shaping: Shaping = "fraction"
     """Reward: fraction of right positions, of those before the first wrong one, or 1 only if all are right."""
     credit: Literal["answer", "token"] = "answer"
     """Whose reward a token's advantage counts: the whole answer's, or, with shaping by fraction, its own position's."""
@@ -43,6 +46,16 @@ class ReversalConfig:
     """Attention heads; they divide the width."""
     feed_forward: int = 128
     """Width of the feed-forward parts."""
+    delay: int = 0
+    """Steps that the weights which sample may be old."""
+    delay_kind: DelayKind = "uniform"
+    """Which weights sample: any of the last delay + 1, drawn anew every step, or the oldest of them."""
+    bug: float = 0.0
+    """Chance that an answer is replaced by zeros, recorded at log-prob 0."""
+    corrupt: float = 0.0
+    """Chance that a reward is replaced by a fair coin of 0 and 1."""
+    discover: float = 0.0
+    """Chance that an answer is replaced by the right one, recorded at log-prob 0."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_length", "prompts", "answers", "held_out", "layers", "width", "heads", "feed_forward"):
@@ -55,7 +68,16 @@ class ReversalConfig:
             raise ValueError("--credit token: expected --shaping fraction; no other reward is a sum over positions.")
         if self.width % self.heads:
             raise ValueError(f"--width {self.width}: expected a multiple of --heads {self.heads}.")
+        if self.credit == "token" and self.corrupt:
+            raise ValueError(
+                f"--corrupt {self.corrupt} replaces the reward of a whole answer; expected --credit answer."
+            )
         self._check_memory()
+
+    @property
+    def frictions(self) -> Frictions:
+        """The last five fields."""
+        return Frictions(self.delay, self.delay_kind, self.bug, self.corrupt, self.discover)
 
     def _check_memory(self) -> None:
         """By weights and their moments, and the keys of the answers that are sampled side by side."""
@@ -64,7 +86,10 @@ class ReversalConfig:
         answers = max(self.held_out, self.prompts * self.answers) * self.prompt_length
         names = ("prompt_length", "vocab_size", "prompts", "answers", "held_out", "layers", "width", "feed_forward")
         flags = " ".join(f"--{name.replace('_', '-')} {getattr(self, name)}" for name in names)
-        check_memory(TRAINED * weights + FLOAT * answers * self.layers * self.width, flags)
+        old = FLOAT * weights * self.frictions.delay
+        check_memory(
+            TRAINED * weights + old + FLOAT * answers * self.layers * self.width, f"{flags} --delay {self.delay}"
+        )
 
 
 class ReversalTask:
@@ -93,6 +118,7 @@ class ReversalTask:
                 f"as many; for instance {share.count * -(-config.prompts // share.count)}."
             )
         self.config = config
+        self.frictions = config.frictions
         self.share = share
         self._held_out = self.sample(config.held_out, torch.Generator().manual_seed(0))
 
@@ -162,14 +188,17 @@ class ReversalTask:
         noise = noise[:, share.of(noise.shape[1])]
         answers, log_probs = policy.sample(prompts, config.answers, config.prompt_length, noise=noise)
         prompts = prompts.repeat_interleave(config.answers, 0)
-        rewards = self.reward(prompts, answers)
+        answers, log_probs = self.frictions.answers(answers, log_probs, self.target(prompts), generator, share)
+        rewards = self.frictions.rewards(self.reward(prompts, answers), generator, share)
         advantages = group_mean_advantage(rewards, config.answers)
         if config.credit == "token":
             right = (answers == self.target(prompts)).float().view(-1, config.answers, config.prompt_length)
             advantages = ((right - right.mean(dim=1, keepdim=True)) / config.prompt_length).flatten(0, 1)
         index = torch.arange(len(prompts) // config.answers).repeat_interleave(config.answers)
         batch = {"prompts": prompts, "answers": answers, "prompt_index": index}
-        return Rollout(batch, advantages, log_probs, None, rewards.mean(), config.answers)
+        return Rollout(
+            batch, advantages, log_probs, None, rewards.mean(), config.answers, foreign=self.frictions.foreign
+        )
 
     def trim(self, rows: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         """Rows of a batch with their answers cut to the first `length` tokens."""

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparkjoy.tasks.frictions import Frictions
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -16,10 +18,13 @@ class Rollout:
     Args:
         batch: what the policy's `log_probs` takes, leading dimension B.
         advantages: (B,), or (B, T) where every token has its own.
-        log_probs: (B,) or (B, T), those the answers were sampled with; with a graph if that was asked for.
+        log_probs: (B,) or (B, T), those the answers were sampled with; with a graph if that was asked for. Answers that
+            were injected have log-probs of 0.
         mask: (B, T), or None.
         reward: mean reward, 0-dim.
         group_size: answers per prompt, beside one another; None: the batch is one group.
+        parts: (B,), the part of the data that each row belongs to, such as its class; None: there are none.
+        foreign: whether the log-probs may be those of another policy than the one that learns.
     """
 
     batch: dict[str, Tensor]
@@ -28,12 +33,16 @@ class Rollout:
     mask: Tensor | None
     reward: Tensor
     group_size: int | None = None
+    parts: Tensor | None = None
+    foreign: bool = False
 
 
 class Task(Protocol):
     """What the training loop needs of a task."""
 
     name: str
+    frictions: Frictions
+    """What its actors have; those of another age than the learner's are for the loop to keep."""
     samples_with_graph: bool
     """Whether `rollout` can keep the graph of the forward pass that sampled."""
 
@@ -42,7 +51,7 @@ class Task(Protocol):
         ...
 
     def rollout(self, policy: Any, generator: torch.Generator, graph: bool) -> Rollout:
-        """Sample a batch; `graph`: keep the forward pass's graph in `log_probs`, so that it can be differentiated."""
+        """Sample a batch from an actor; `graph`: keep the forward pass's graph in `log_probs`, to be differentiated."""
         ...
 
     def trim(self, rows: Any, length: int) -> Any:

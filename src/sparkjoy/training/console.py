@@ -211,6 +211,32 @@ def print_budget(rows: list[dict[str, Any]]) -> None:
     _console().print(table)
 
 
+def print_frictions(rows: list[dict[str, Any]]) -> None:
+    """One row a friction, strength and arm: errors at the end and over the whole run, and steps to the target."""
+    table = Table(title="errors in %, means over seeds, and over dg's; steps to the target: median")
+    columns = ("H", "friction", "arm", "lr", "error", "of dg's", "whole run", "of dg's", "solved", "steps", "kept")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("friction", "arm") else "right", no_wrap=True)
+    for row in rows:
+        strength = "" if row["strength"] is None else f" {row['strength']:g}"
+        spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.2f}"
+        ratios = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("of_dg", "whole_run_of_dg")]
+        table.add_row(
+            str(row["prompt_length"]),
+            row["friction"] + (f" {row['level'] + 1}" if row["friction"] == "all" else strength),
+            row["arm"],
+            f"{row['learning_rate']:g}",
+            f"{100 * row['error']:.2f}{spread}",
+            ratios[0],
+            f"{100 * row['whole_run']:.1f}",
+            ratios[1],
+            f"{row['solved']} of {row['seeds']}",
+            "-" if row["steps"] is None else f"{row['steps']:g}",
+            f"{100 * row['kept']:.1f}%",
+        )
+    _console().print(table)
+
+
 def _value_and_spread(row: dict[str, Any]) -> tuple[str, str]:
     unit, scale, digits = ("%", 100, 2) if row["measure"] == "error" else ("", 1, 0)
     spread = "" if row["sd"] is None else f" ± {scale * row['sd']:.{digits}f}{unit}"

@@ -7,6 +7,7 @@ a killed run goes on to the same records and weights it would have had.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sparkjoy.engine.coverage import Coverage
 from sparkjoy.engine.flops import FlopCount
+from sparkjoy.engine.report import BackwardReport
+from sparkjoy.tasks.frictions import Actors
 from sparkjoy.tasks.rollouts import Rollout, Task
 from sparkjoy.training.checkpoint import save_checkpoint
 from sparkjoy.training.processes import WHOLE, Share
@@ -33,6 +37,8 @@ OnStep = Callable[[int, Record | None], None]
 """Called after every step with its number and the last record, None before the first."""
 
 CHECKPOINT_SECONDS = 10.0
+PATIENCE = 1_000
+"""Rows of a class, all skipped, before it may be called lost: a few hundred come and go while a policy starts."""
 
 
 class LogProbs(nn.Module):
@@ -72,6 +78,11 @@ class Training:
         # The strongest dense loop differentiates the forward pass that sampled, instead of running a second one.
         undivided = settings.micro_batch_size is None and settings.updates == 1 and share.count == 1
         self.differentiates_rollout = task.samples_with_graph and not settings.gated and undivided
+        self.differentiates_rollout &= not task.frictions.foreign
+        if task.frictions.foreign and settings.unit == "token":
+            raise ValueError("--unit token decides on its own log-probs; expected no --delay, --bug or --discover.")
+        self.actors = Actors(self.policy, task.frictions) if task.frictions.delay else None
+        self.coverage = Coverage(PATIENCE)
         self.tally = Tally()
         self.steps_done = 0
         self.records: list[Record] = []
@@ -84,7 +95,9 @@ class Training:
         sampled = time.perf_counter()
         advantages = self._advantages(rollout)
         log_prob_fn = (lambda _: rollout.log_probs) if self.differentiates_rollout else self.own_forward
-        known = {"log_probs" if self.settings.screen == "sampler" else "behavior_log_probs": rollout.log_probs}
+        # What others recorded is a ratio's denominator; surprisal is the learner's own.
+        decides = self.settings.screen == "recorded" or (self.settings.screen == "sampler" and not rollout.foreign)
+        known = {"log_probs" if decides else "behavior_log_probs": rollout.log_probs}
         for _ in range(self.settings.updates):
             report = self.backward(log_prob_fn, rollout.batch, advantages, mask=rollout.mask, **known)
             if report.kept:
@@ -93,6 +106,9 @@ class Training:
                 self.optimizer.zero_grad()
                 self.tally.seconds["optimizer"] += time.perf_counter() - before
             self.tally.stepped(report, self.differentiates_rollout)
+        self._watch(rollout, advantages, report)
+        if self.actors is not None:
+            self.actors.follow()
         self.steps_done += 1
         self.tally.seconds["sample"] += sampled - start
         self.tally.seconds["total"] += time.perf_counter() - start
@@ -126,6 +142,7 @@ class Training:
             "seed": settings.seed,
             "step": self.steps_done,
             "error": error,
+            "lost": self.coverage.lost if self.coverage.parts else None,
             **self.tally.record(),
         }
 
@@ -143,6 +160,8 @@ class Training:
             "generator": self.generator.get_state(),
             "torch_random_state": torch.get_rng_state(),
             "backward": self.backward.state_dict(),
+            "actors": {} if self.actors is None else self.actors.state_dict(),
+            "coverage": self.coverage.state_dict(),
             "tally": self.tally.state_dict(),
             "rollout_flops": self._rollout_flops,
             "steps_done": self.steps_done,
@@ -162,6 +181,9 @@ class Training:
             self.generator.set_state(state["generator"])
             torch.set_rng_state(state["torch_random_state"])
             self.backward.load_state_dict(state["backward"])
+            if self.actors is not None:
+                self.actors.load_state_dict(state["actors"])
+            self.coverage.load_state_dict(state["coverage"])
             if self.share.first:  # it has the counts of all
                 self.tally.load_state_dict(state["tally"])
         except Exception as error:  # whatever a state of another kind breaks
@@ -174,6 +196,14 @@ class Training:
         """What the method makes of the advantages of the whole batch, for this process's rows."""
         whole = self.settings.advantages(self.share.whole(rollout.advantages), rollout.group_size)
         return whole[self.share.of(len(whole))]
+
+    def _watch(self, rollout: Rollout, advantages: Tensor, report: BackwardReport) -> None:
+        """Warn of classes of which nothing is kept any more."""
+        if rollout.parts is None or not self.settings.gated or self.settings.unit == "token":
+            return
+        lost = self.coverage.seen(rollout.parts.tolist(), advantages, report.decision.keep)
+        if lost:
+            warnings.warn(f"after {self.steps_done} steps {self.coverage.warning(lost)}", stacklevel=2)
 
     def _rollout(self) -> Rollout:
         if self._rollout_flops is None:
@@ -190,7 +220,8 @@ class Training:
 
     def _sampled(self) -> Rollout:
         try:
-            rollout = self.task.rollout(self.policy, self.generator, self.differentiates_rollout)
+            actor = self.policy if self.actors is None else self.actors.draw(self.generator)
+            rollout = self.task.rollout(actor, self.generator, self.differentiates_rollout)
         except RuntimeError as error:
             if "probability tensor" not in str(error):  # torch draws from no distribution with a NaN in it
                 raise

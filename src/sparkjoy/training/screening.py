@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparkjoy.screeners import CachedLogProbs, DistilledDraft, EarlyExit, Flat, LowerPrecision, StaleWeights
 
-Screen = Literal["sampler", "exact", "stale", "bfloat16", "early-exit", "draft", "cached", "flat"]
+Screen = Literal["sampler", "recorded", "exact", "stale", "bfloat16", "early-exit", "draft", "cached", "flat"]
 Keys = tuple[Callable[[Any], Tensor], int]
 """`rows -> (n,)`, whole numbers that are the same for the same action in the same example, and how many there are."""
 
@@ -54,7 +54,7 @@ class Draftable(Protocol):
 
 
 def screener(drafting: Drafting, task: Any, policy: nn.Module) -> Callable[[Any], Tensor] | None:
-    """What `--screen` names, for this policy; None for the sampler's log-probs and for an exact pass.
+    """What `--screen` names, for this policy; None for known log-probs and for an exact pass.
 
     A draft's weights are drawn from the seed, and leave torch's global random state alone.
 
@@ -62,7 +62,7 @@ def screener(drafting: Drafting, task: Any, policy: nn.Module) -> Callable[[Any]
         ValueError: the task, or its policy, has no such screener.
     """
     screen = drafting.screen
-    if screen in ("sampler", "exact"):
+    if screen in ("sampler", "recorded", "exact"):
         return None
     if screen == "stale":
         return StaleWeights(policy, drafting.refresh_every)

@@ -16,7 +16,7 @@ from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.speculative import SpeculativeBackward
 from sparkjoy.engine.token_gate import TokenGatedBackward
 from sparkjoy.gates import BudgetGate, Gate, KondoGate, SoftGate, UnbiasedGate
-from sparkjoy.losses import Loss, clipped, delightful, reinforce, weighted_by
+from sparkjoy.losses import Loss, clipped, delightful, importance_weighted, reinforce, weighted_by
 from sparkjoy.prices import EffectiveSize, Nucleus, RollingQuantile
 from sparkjoy.scores import (
     ScoreFunction,
@@ -31,7 +31,7 @@ from sparkjoy.scores import (
 from sparkjoy.training.processes import WHOLE, Share
 from sparkjoy.training.screening import Screen
 
-Method = Literal["pg", "dg", "kondo", "uniform", "unbiased", "ppo", "grpo", "pmpo"]
+Method = Literal["pg", "importance", "dg", "kondo", "uniform", "unbiased", "ppo", "grpo", "pmpo"]
 PriceKind = Literal["batch", "rolling", "budget", "effective", "nucleus"]
 Score = Literal["delight", "advantage", "absolute-advantage", "surprisal", "additive", "uniform"]
 
@@ -44,12 +44,14 @@ class Settings:
     """One run: everything that its records depend on, but for the task."""
 
     method: Method = "kondo"
-    """pg: plain policy gradient; dg: delightful one; kondo: the gate; uniform: rows at random;
-    unbiased: DG at a noise budget; ppo, grpo, pmpo."""
+    """pg: plain policy gradient; importance: the same, weighted by the ratio to what sampled; dg: delightful one;
+    kondo: the gate; uniform: rows at random; unbiased: DG at a noise budget; ppo, grpo, pmpo."""
     rate: float | None = None
     """Fraction of samples kept by kondo, uniform and unbiased. Default 0.03 for kondo and uniform without a price."""
     noise: float | None = None
     """Noise budget of unbiased: what skipping may add to the batch's own gradient noise. Default 0.3 without a rate."""
+    floor: float = 0.0
+    """Least chance of unbiased to keep an answer, for sizes that may be 0 by mistake."""
     price: float | None = None
     """Keep only samples whose score is above this; 0 is the papers' zero price."""
     price_kind: PriceKind = "batch"
@@ -90,7 +92,8 @@ class Settings:
     compare_every: int | None = None
     """Steps between comparisons of the gated gradient with the dense one, computed besides; none by default."""
     screen: Screen = "sampler"
-    """Log-probs that the gate decides on: the sampler's own, free; an exact forward pass; or a cheaper draft."""
+    """Log-probs that the gate decides on: the sampler's own, free, or an exact forward pass where others sampled; those
+    recorded, whoever sampled; an exact forward pass; or a cheaper draft."""
     verify: float | None = None
     """Propose so many times the rate by the draft, and decide by exact log-probs of the proposed; None: do not."""
     audit_every: int = 20
@@ -140,6 +143,8 @@ class Settings:
                 f"--noise {self.noise:g}: a budget that finds its own rate; give it with --method "
                 "unbiased, and no --rate."
             )
+        if self.floor and self.method != "unbiased":
+            raise ValueError(f"--floor {self.floor:g} goes with --method unbiased; --method {self.method} was given.")
         if self.score_noise and not (self.method == "dg" or (self.method == "kondo" and self.unit == "sample")):
             raise ValueError(
                 f"--score-noise {self.score_noise}: goes with --method dg, or with kondo of whole samples."
@@ -168,7 +173,7 @@ class Settings:
     @property
     def speculates(self) -> bool:
         """Whether a draft decides, or proposes."""
-        return self.screen not in ("sampler", "exact") or self.verify is not None
+        return self.screen not in ("sampler", "recorded", "exact") or self.verify is not None
 
     @property
     def updates(self) -> int:
@@ -195,6 +200,8 @@ class Settings:
             parts.append(f"{100 * self.gate_rate:g}%" + ("" if self.price_kind == "batch" else f" {self.price_kind}"))
         if self.gate_noise is not None:
             parts.append(f"noise {self.gate_noise:g}")
+        if self.floor:
+            parts.append(f"floor {self.floor:g}")
         if self.price is not None:
             parts.append(f"price {self.price:g}")
         if self.unit == "token":
@@ -239,6 +246,8 @@ class Settings:
                 loss = weighted_by(self._noisy(delight, generator))
         elif self.method in ("ppo", "grpo"):
             loss = clipped(self.clip)
+        elif self.method == "importance":
+            loss = importance_weighted
         gate = self._gate(generator) if self.gated else None
         if gate is not None and self.unit == "token":
             return TokenGatedBackward(gate, loss=loss, trim=trim, count_flops=True)
@@ -263,7 +272,7 @@ class Settings:
 
     def _gate(self, generator: torch.Generator) -> Gate:
         if self.method == "unbiased":
-            return UnbiasedGate(noise=self.gate_noise, rate=self.gate_rate, generator=generator)
+            return UnbiasedGate(self.gate_noise, self.gate_rate, self.floor, generator)
         if self.gate_rate is not None and self.price_kind == "budget":
             return BudgetGate(self.gate_rate)
         prices = {"rolling": RollingQuantile, "effective": EffectiveSize, "nucleus": Nucleus}

@@ -7,6 +7,7 @@ from typing import Literal
 
 from trl import GRPOConfig
 
+from sparkjoy import checks
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.gates.decision import rule_of
 
@@ -75,6 +76,13 @@ class KondoGRPOConfig(GRPOConfig):
             "`gate_noise`: record and compute none."
         },
     )
+    gate_parts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the dataset that says which part of it a prompt belongs to, such as a topic. By default "
+            "each prompt is one. Parts of which nothing is kept any more are counted in the log and warned of."
+        },
+    )
     gate_empty_step: Literal["skip", "momentum"] = field(
         default="skip",
         metadata={
@@ -126,8 +134,8 @@ class KondoGRPOConfig(GRPOConfig):
             raise ValueError("gate_negative_share is set without a gate; give gate_rate or gate_price too.")
         if self.gate() is None and self.gate_pack_for == "memory":
             raise ValueError("gate_pack_for='memory' is set without a gate; give gate_noise, gate_rate or gate_price.")
-        if not self.gate_dg_temperature > 0:
-            raise ValueError(f"gate_dg_temperature is {self.gate_dg_temperature!r}; expected a number above 0.")
+        temperature, expected = self.gate_dg_temperature, "a number above 0"
+        self.gate_dg_temperature = checks.number("gate_dg_temperature", temperature, expected, lambda eta: eta > 0)
         if self.gate_dg is not None and self.loss_type not in UNCLIPPED_LOSSES:
             raise ValueError(
                 f"gate_dg weights the terms of an unclipped loss, and loss_type={self.loss_type!r} is clipped: choose "

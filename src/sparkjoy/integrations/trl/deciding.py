@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from torch import Tensor
 from sparkjoy import signs
 from sparkjoy.gates import Decision
 from sparkjoy.scores import sequence_delight
+
+PROMPT_LETTERS = 40
+"""Of a prompt's name."""
 
 
 def worth(advantages: Tensor, own_advantages: Tensor, mask: Tensor) -> Tensor:
@@ -77,6 +82,22 @@ def kept_rates(worth: Tensor, keep: Tensor) -> dict[str, float]:
         "kept_rate_negative": float(keep[worth < 0].float().mean()),
         "teaching_rate": float((worth != 0).float().mean()),
     }
+
+
+def part_of(example: dict[str, Any], column: str | None) -> str:
+    """The part of the data that an example belongs to: what `column` says, or its prompt, shortened but told apart.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if column is None:
+        prompt = repr(example["prompt"])
+        return (
+            prompt if len(prompt) <= PROMPT_LETTERS else f"{prompt[:PROMPT_LETTERS]}... ({zlib.crc32(prompt.encode())})"
+        )
+    if column not in example:
+        raise ValueError(f"gate_parts is {column!r}; the dataset has the columns {', '.join(example)}.")
+    return str(example[column])
 
 
 def draws(*seed: int) -> torch.Generator:

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
+from sparkjoy.engine.coverage import Coverage
 from sparkjoy.gates import Gate
 from sparkjoy.gates.decision import rule_of, weighted
 from sparkjoy.integrations.trl.advantages import of_the_gate
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
-from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score, sized_figures, worth
+from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score, part_of, sized_figures, worth
 from sparkjoy.integrations.trl.packing import Rows, loss_mask
 from sparkjoy.integrations.trl.sizes import DIVIDES_BY_LENGTH, RowSize
 from sparkjoy.noise import NoiseSums, expected_noise
 from sparkjoy.signs import undecided
+
+PATIENCE = 4
+"""Groups of completions of a part, all skipped, before it may be called lost."""
 
 
 class DecidingMixin(GRPOTrainer):
@@ -35,6 +39,9 @@ class DecidingMixin(GRPOTrainer):
         self._gate_recorded = False  # whether the sampler's log-probs are those read off its passes
         self._gate_warned = False  # that it ranks by the loss's advantages where it was to rank by centred rewards
         self._gate_expected: float | None = None  # noise that the last decision lets expect, until its rows have run
+        self._gate_coverage = Coverage(
+            PATIENCE * self.num_generations
+        )  # of this process's prompts; anew after a resume
         self._gate_sums = torch.zeros(4, dtype=torch.float64)  # `noise_sums` of what has run since, of this process
 
     def _decide(self, gate: Gate, output: Rows) -> Tensor:
@@ -57,6 +64,16 @@ class DecidingMixin(GRPOTrainer):
             if value == value:  # not NaN
                 self._metrics["train"][f"gate/{name}"].append(value)
         return self._mine(keep, mask)
+
+    def _watch(self, inputs: list[Rows], output: Rows, keep: Tensor) -> None:
+        """Log how many parts of the data are lost, and warn when some are."""
+        parts = [part_of(example, self.args.gate_parts) for example in inputs]
+        advantages = output["advantages"]
+        advantages = advantages * loss_mask(output) if advantages.dim() == 2 else advantages
+        lost = self._gate_coverage.seen(parts, advantages.float().cpu(), keep.cpu())
+        self._metrics["train"]["gate/lost_parts"].append(float(len(self._gate_coverage.lost)))
+        if lost:
+            warnings.warn(f"step {self.state.global_step}: {self._gate_coverage.warning(lost)}", stacklevel=2)
 
     # All processes decide alike, each on the numbers of all.
 

@@ -143,6 +143,7 @@ class KondoGRPOMixin(DecidingMixin):
             raise ValueError(TEXT_ONLY)
         old = output.pop("old_per_token_logps", None) if postpones else None
         keep = self._decide(self._gate, output)
+        self._watch(inputs, output, keep)
         weight = output.get("gate_weight")
         if old is not None:
             rows = keep.nonzero().flatten()
