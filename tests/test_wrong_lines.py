@@ -86,6 +86,12 @@ WRONG = {
         --reversal-steps 0 ; --reversal-steps 100000000000000000000000 ; --target-error nan ;
         --tasks "mnist, full" ; --tasks "mnist, full" --data /no/such
     """,
+    "study language": """
+        --task poems ; --arms ; --arms all ; --arms "noise 1" "noise 1" ; --steps 0 ; --steps 100000000000000000000000 ;
+        --prompts 0 ; --group 1 ; --group 7 ; --micro-batch 0 ; --learning-rates ; --learning-rates nan ;
+        --learning-rates 0 ; --learning-rates 1e30 ; --tuned "TRL's own" ; --tuned all ; --seeds ; --seeds 1 1 ;
+        --seeds 100 ; --held-out 0 ; --evaluate-every 0 ; --threads 100000 ; --model /no/such
+    """,
     "study frictions": """
         --frictions ; --frictions rain ; --frictions bug bug ; --arms sgd ; --arms dg dg ; --prompt-lengths 0 ;
         --prompt-lengths 100000000 ; --steps-per-token 0 ; --learning-rates nan ; --learning-rates 0 ;

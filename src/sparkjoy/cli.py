@@ -19,6 +19,7 @@ HELP = """usage: sparkjoy COMMAND [flags]
   sparkjoy pareto reversal  the same on token reversal
   sparkjoy study scores     the same rate by other scores than delight, under two baselines
   sparkjoy study budget     one noise budget everywhere, against fixed rates and others that move
+  sparkjoy study language   a pre-trained language model learns with TRL's trainer, gated and not
   sparkjoy study frictions  actors that are late, broken, corrupted or lucky: which method stands what
   sparkjoy study screening  cheaper screeners than a forward pass, noise on delight, an unbiased gate
   sparkjoy study scaling    the longest prompt each method learns to reverse within a budget

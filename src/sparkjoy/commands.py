@@ -29,6 +29,8 @@ from sparkjoy.studies import (
     step_gain,
     token_gate,
 )
+from sparkjoy.studies.language import LanguageStudy
+from sparkjoy.studies.language_tasks import TASKS
 from sparkjoy.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.tasks.rollouts import Task
@@ -38,6 +40,7 @@ from sparkjoy.training.console import (
     print_budget,
     print_frictions,
     print_gains,
+    print_language,
     print_runs,
     print_scaling,
     print_scores,
@@ -185,6 +188,28 @@ class StudyBudget:
 
 
 @dataclass(frozen=True)
+class StudyLanguage:
+    """A pre-trained language model learns with TRL's trainer: every gate beside TRL's own, in seconds."""
+
+    out: Path = Path("out/study-language")
+    """Folder for the results; finished runs in it are not run again, and one that was stopped goes on."""
+    study: Annotated[LanguageStudy, FLAT] = field(default_factory=LanguageStudy)
+
+    def __call__(self) -> None:
+        modules = ["trl", *(["reasoning_gym"] if self.study.task == "gym" else [])]
+        need("lm", *modules)
+        from sparkjoy.studies import language_figure, language_runs  # they import TRL, which takes seconds
+
+        with study_progress() as progress:
+            rows = language_runs.run(self.study, self.out, progress)
+        target = TASKS[self.study.task].target
+        save_figure(language_figure.curves(rows, target), self.out, "language")
+        save_figure(language_figure.bars(rows), self.out, "language_seconds")
+        print_language(language_runs.table(rows, target), target)
+        print(f"results in {self.out}, the figures in language.png and language_seconds.png there")
+
+
+@dataclass(frozen=True)
 class StudyFrictions:
     """Actors that are late, broken, corrupted or lucky: which method stands what, on token reversal."""
 
@@ -309,6 +334,7 @@ COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("study", "bandit"): StudyBandit,
     ("study", "scaling"): StudyScaling,
     ("study", "budget"): StudyBudget,
+    ("study", "language"): StudyLanguage,
     ("study", "frictions"): StudyFrictions,
     ("study", "gain"): StudyGain,
     ("study", "tokens"): StudyTokens,

@@ -173,6 +173,28 @@ def print_scaling(rows: list[dict[str, Any]]) -> None:
     _console().print(table)
 
 
+def print_language(rows: list[Record], target: float) -> None:
+    """One row an arm: held-out score, what was kept, seconds of a step, and steps and seconds to the target."""
+    table = Table(title=f"means over {rows[0]['seeds']} seeds; on the right, to {target:.0%}, and over TRL's own")
+    for column in ("arm", "right %", "±", "kept %", "steps", "s/step", "steps", "×", "seconds", "×"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column != "arm")
+    for row in rows:
+        error, steps, seconds = row["standard_error"], row["step_to_target"], row["seconds_to_target"]
+        table.add_row(
+            row["arm"],
+            f"{100 * row['score']:.1f}",
+            "-" if error is None else f"{100 * error:.1f}",
+            f"{100 * row['kept']:.1f}",
+            f"{row['steps']:.0f}",
+            f"{row['seconds_a_step']['total']:.2f}",
+            "-" if steps is None else f"{steps:.1f}",
+            "-" if row["step_of_dense"] is None else f"{row['step_of_dense']:.2f}",
+            "-" if seconds is None else f"{seconds:.0f}",
+            "-" if row["seconds_of_dense"] is None else f"{row['seconds_of_dense']:.2f}",
+        )
+    _console().print(table)
+
+
 def print_budget(rows: list[dict[str, Any]]) -> None:
     """One row a task and arm: error or steps, that over DG's, what was kept, and seconds over DG's."""
     table = Table(title="mean over seeds; error after the same steps, or steps to the target error")

@@ -50,7 +50,9 @@ class Recorder:
 
     def _choose(self, tokens: Tensor) -> None:
         assert self._logits is not None  # both callers looked
-        logits = self._logits.float() / self._temperature
+        logits = self._logits.float()
+        if self._temperature != 1:  # a copy of all of them
+            logits = logits / self._temperature
         self._tokens.append(tokens)
         self._log_probs.append(logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=1))
 
