@@ -1,7 +1,7 @@
 """What recording log-probs costs while transformers generates: sampling with and without it, in turns.
 
-    python benchmarks/trl_recording.py                      # SmolLM2-135M, 64 answers of 5 tokens to 8 prompts
-    python benchmarks/trl_recording.py --model NAME --task sentences
+python benchmarks/trl_recording.py                      # SmolLM2-135M, 64 answers of 5 tokens to 8 prompts
+python benchmarks/trl_recording.py --model NAME --task sentences
 """
 
 from __future__ import annotations

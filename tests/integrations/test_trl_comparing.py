@@ -149,7 +149,7 @@ def test_after_twenty_it_tells_how_consistent_they_are_and_a_resumed_run_too(tmp
 
 @pytest.mark.parametrize("every", [0, -1, 1.5])
 def test_every_is_a_number_of_steps(tmp_path, every):
-    with pytest.raises(ValueError, match=f"gate_compare_every is {every}; expected a number of steps"):
+    with pytest.raises(ValueError, match=f"gate_compare_every is {every}; expected a whole number of steps"):
         KondoGRPOConfig(**trl_task.options(output_dir=str(tmp_path), gate_rate=0.1, gate_compare_every=every))
 
 

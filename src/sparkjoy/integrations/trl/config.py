@@ -148,8 +148,8 @@ class KondoGRPOConfig(GRPOConfig):
             )
             if self.gate() is None:
                 raise ValueError(
-                    f"gate_compare_every={self.gate_compare_every} is set without a gate; give gate_noise, gate_rate or "
-                    "gate_price."
+                    f"gate_compare_every={self.gate_compare_every} is set without a gate; give gate_noise, "
+                    "gate_rate or gate_price."
                 )
         temperature, expected = self.gate_dg_temperature, "a number above 0"
         self.gate_dg_temperature = checks.number("gate_dg_temperature", temperature, expected, lambda eta: eta > 0)
