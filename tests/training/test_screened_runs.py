@@ -111,7 +111,7 @@ def test_cached_screening_runs_fewer_flops():
         ({"audit_every": 0}, "--audit-every 0: expected at least 1"),
         ({"method": "unbiased", "price": 1.0}, "--method unbiased goes by a score of its own"),
         ({"method": "pg", "score_noise": 0.5}, "--score-noise 0.5: goes with"),
-        ({"score_noise": -1.0}, "noise is -1.0"),
+        ({"score_noise": -1.0}, "--score-noise -1.0: expected a number of at least 0"),
         ({"method": "pg", "noise": 0.5}, "--noise 0.5: a budget that finds its own rate"),
         ({"method": "unbiased", "noise": 0.5, "rate": 0.1}, "--noise 0.5: a budget that finds its own rate"),
         ({"method": "unbiased", "noise": -1.0}, "noise is -1.0"),

@@ -145,6 +145,8 @@ class Settings:
             )
         if self.floor and self.method != "unbiased":
             raise ValueError(f"--floor {self.floor:g} goes with --method unbiased; --method {self.method} was given.")
+        if not self.score_noise >= 0:
+            raise ValueError(f"--score-noise {self.score_noise}: expected a number of at least 0.")
         if self.score_noise and not (self.method == "dg" or (self.method == "kondo" and self.unit == "sample")):
             raise ValueError(
                 f"--score-noise {self.score_noise}: goes with --method dg, or with kondo of whole samples."

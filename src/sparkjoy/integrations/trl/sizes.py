@@ -61,7 +61,7 @@ class RowSize:
             reference: (B, T), log-probs of the KL term's reference.
         """
         valid = mask.bool()
-        advantages = per_row(advantages, mask).expand(mask.shape).where(valid, 0)
+        advantages = per_row(advantages, mask.to(advantages)).expand(mask.shape).where(valid, 0)
         pull = advantages.abs() if ratio is None else advantages.abs() * ratio
         doubt: Tensor | float = 1.0
         if log_probs is not None:
