@@ -86,7 +86,7 @@ class MaxVariance(Timed):
         advantages = (of_chosen - of_chosen.mean(dim=1, keepdim=True)) / (of_chosen.std(dim=1, keepdim=True) + 1e-4)
         all_rows = torch.zeros_like(rewards).scatter(1, chosen, advantages)
         output["advantages"] = self._mine(all_rows.flatten(), output["advantages"])
-        keep = output["advantages"] != 0
+        keep: Tensor = output["advantages"] != 0
         self._metrics["train"]["gate/kept_rate"].append(float(keep.float().mean()))
         return keep
 
