@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,14 +132,16 @@ def test_the_study_tunes_compares_and_draws(model, tmp_path, monkeypatch, capsys
 
 
 def test_max_variance_keeps_the_ends_of_each_group_that_has_any():
-    class Trainer:
-        _gate_rewards = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 1.0, 1.0, 1.0]).unsqueeze(1)
-        reward_weights, num_generations, kept = torch.ones(1), 4, 2
-        _metrics = {"train": {"gate/kept_rate": []}}  # noqa: RUF012
-        _mine = staticmethod(lambda of_all, local: of_all)
-
+    trainer = SimpleNamespace(
+        _gate_rewards=torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 1.0, 1.0, 1.0]).unsqueeze(1),
+        reward_weights=torch.ones(1),
+        num_generations=4,
+        kept=2,
+        _metrics={"train": {"gate/kept_rate": []}},
+        _mine=lambda of_all, local: of_all,
+    )
     output = {"advantages": torch.zeros(8)}
-    keep = MaxVariance._decide(Trainer(), None, output)
+    keep = MaxVariance._decide(trainer, None, output)
     assert keep.tolist() == [True, True, *[False] * 6]
     assert output["advantages"][:2].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-3)
 

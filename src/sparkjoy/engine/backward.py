@@ -365,12 +365,8 @@ class GatedBackward:
         began, ranks, ledger, device = time.perf_counter(), self._ranks, Ledger(None), inputs.advantages.device
         options = (self.loss, self.normalizer, self._packing, self.backward, ranks)
         passes = Passes(gated.log_prob_fn, inputs, ledger, *options)
-        devices = [] if device.type == "cpu" else [device]
         everything = torch.ones(inputs.total, dtype=torch.bool, device=device)
-        with (
-            torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type),
-            beside.dense(),
-        ):
+        with beside.dense(device):
             passes.differentiate(inputs, None, None, everything, ranks.total(inputs.total))
             passes.close()
         found = torch.cat([beside.sums(), beside.sketches(ranks.shard or 0).flatten()])

@@ -217,9 +217,8 @@ class SpeculativeBackward:
         def watched(rows: Any) -> Tensor:
             nonlocal screened
             current, with_graph = log_prob_fn(rows), torch.is_grad_enabled()
-            if isinstance(current, Tensor) and not (
-                with_graph and screened
-            ):  # survivors of rows that were seen without a graph are seen already
+            again = with_graph and screened  # survivors of rows that were seen without a graph
+            if isinstance(current, Tensor) and not again:
                 seen.append((rows, current.detach()))
             screened = screened or not with_graph
             return current

@@ -94,11 +94,9 @@ class ComparingMixin(DecidingMixin):
         The step has been finished: what these passes count or log of one goes into figures that are thrown away.
         """
         start, metrics = time.perf_counter(), self._metrics["train"]
-        device = self.accelerator.device
-        devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
         self._metrics["train"], self._gate_compares = defaultdict(list), True
         try:
-            with torch.random.fork_rng(devices, device_type=kind), beside.dense():
+            with beside.dense(self.accelerator.device):
                 for micro_batch in window:
                     Trainer.training_step(self, model, as_of_trl(micro_batch), num_items)  # it knows what to divide by
         finally:
