@@ -92,9 +92,8 @@ def part_of(example: dict[str, Any], column: str | None) -> str:
     """
     if column is None:
         prompt = repr(example["prompt"])
-        return (
-            prompt if len(prompt) <= PROMPT_LETTERS else f"{prompt[:PROMPT_LETTERS]}... ({zlib.crc32(prompt.encode())})"
-        )
+        short = len(prompt) <= PROMPT_LETTERS
+        return prompt if short else f"{prompt[:PROMPT_LETTERS]}... ({zlib.crc32(prompt.encode())})"
     if column not in example:
         raise ValueError(f"gate_parts is {column!r}; the dataset has the columns {', '.join(example)}.")
     return str(example[column])

@@ -39,9 +39,8 @@ class DecidingMixin(GRPOTrainer):
         self._gate_recorded = False  # whether the sampler's log-probs are those read off its passes
         self._gate_warned = False  # that it ranks by the loss's advantages where it was to rank by centred rewards
         self._gate_expected: float | None = None  # noise that the last decision lets expect, until its rows have run
-        self._gate_coverage = Coverage(
-            PATIENCE * self.num_generations
-        )  # of this process's prompts; anew after a resume
+        # Of this process's prompts, and anew after a resume.
+        self._gate_coverage = Coverage(PATIENCE * self.num_generations)
         self._gate_sums = torch.zeros(4, dtype=torch.float64)  # `noise_sums` of what has run since, of this process
 
     def _decide(self, gate: Gate, output: Rows) -> Tensor:
