@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sparkjoy as sj
-from sparkjoy.policies.transformer import Transformer
-from sparkjoy.training.loop import LogProbs
-from sparkjoy.training.tracking import write_json
+from sparkjoy.lab.policies.transformer import Transformer
+from sparkjoy.lab.training.loop import LogProbs
+from sparkjoy.lab.training.tracking import write_json
 
 DENSE = "dense, DDP alone"
 Batch = tuple[dict[str, Tensor], Tensor, Tensor]

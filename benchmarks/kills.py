@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from sparkjoy import cli
-from sparkjoy.training import loop
-from sparkjoy.training.checkpoint import load_checkpoint
-from sparkjoy.training.tracking import write_json
+from sparkjoy.lab import cli
+from sparkjoy.lab.training import loop
+from sparkjoy.lab.training.checkpoint import load_checkpoint
+from sparkjoy.lab.training.tracking import write_json
 
 TASKS = {
     "reversal": "reversal --method kondo --rate 0.1 --prompt-length 3 --width 16 --heads 2 --layers 1 --feed-forward 16"

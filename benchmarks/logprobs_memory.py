@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
 import sparkjoy as sj
-from sparkjoy.studies.memory import Step, peak_memory
-from sparkjoy.training.tracking import write_json
+from sparkjoy.lab.studies.memory import Step, peak_memory
+from sparkjoy.lab.training.tracking import write_json
 
 FULL, CHUNKED, TORCHS = "full logits", "token_log_probs", "torch's linear_cross_entropy"
 

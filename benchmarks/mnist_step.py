@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparkjoy.tasks.mnist import MnistConfig, MnistTask
-from sparkjoy.training.loop import Training
-from sparkjoy.training.settings import Settings
-from sparkjoy.training.tracking import write_json
+from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy.lab.training.loop import Training
+from sparkjoy.lab.training.settings import Settings
+from sparkjoy.lab.training.tracking import write_json
 
 STRONGEST = "strongest dense loop"
 

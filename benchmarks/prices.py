@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import sparkjoy as sj
-from sparkjoy.training.tracking import write_json
+from sparkjoy.lab.training.tracking import write_json
 
 Stream = Callable[[int, torch.Generator], Tensor]
 BATCHES = {1: 3200, 8: 200, 64: 200}

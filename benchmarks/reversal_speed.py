@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from sparkjoy.engine.flops import FlopCount
+from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy.lab.training.tracking import write_json
 from sparkjoy.losses import delightful
-from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.training.tracking import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference import plain_sample  # type: ignore[import-not-found]

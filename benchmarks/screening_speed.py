@@ -17,9 +17,10 @@ from functools import partial
 
 import torch
 
-from sparkjoy.engine.survivors import take
-from sparkjoy.screeners import DistilledDraft, EarlyExit, Flat, LowerPrecision
-from sparkjoy.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy.drafts import AdvantageOnly, DistilledDraft, LowerPrecision
+from sparkjoy.engine.batches import take
+from sparkjoy.lab.policies.early_exit import EarlyExit
+from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
 
 LARGE = ReversalConfig(prompt_length=5, layers=8, width=384, heads=6, feed_forward=1536)
 PROPOSED = 12
@@ -48,7 +49,7 @@ def main() -> None:
         "bfloat16": partial(LowerPrecision(policy), rows),
         "draft": partial(draft, rows),
         "learn": partial(draft.learn, [(proposed, exact(proposed))]),
-        "flat": partial(Flat(task.actions), rows),
+        "flat": partial(AdvantageOnly(task.actions), rows),
     }
     for layers in range(1, len(policy.layers), 1 if len(policy.layers) < 4 else 2):
         arms[f"early exit, {layers} of {len(policy.layers)}"] = partial(EarlyExit(policy, layers), rows)

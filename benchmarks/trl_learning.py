@@ -24,7 +24,7 @@ import trl_task
 from transformers import TrainerCallback
 
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
-from sparkjoy.training.tracking import read_json, save_figure, write_json
+from sparkjoy.lab.training.tracking import read_json, save_figure, write_json
 
 ARMS: dict[str, dict[str, Any]] = {
     "TRL's own": {},

@@ -30,8 +30,8 @@ import trl_task
 from trl_step import SIZE
 
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
-from sparkjoy.studies.memory import peak_memory
-from sparkjoy.training.tracking import write_json
+from sparkjoy.lab.studies.memory import peak_memory
+from sparkjoy.lab.training.tracking import write_json
 
 PLAIN = "TRL's own"
 GATES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ import torch
 
 from sparkjoy.integrations.language_model import pretrained
 from sparkjoy.integrations.trl.recording import recording
-from sparkjoy.studies.language_tasks import TASKS
+from sparkjoy.lab.studies.language_tasks import TASKS
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ import trl_task
 from transformers import TrainerCallback
 
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
-from sparkjoy.training.tracking import write_json
+from sparkjoy.lab.training.tracking import write_json
 
 SIZE = {"width": 192, "layers": 6, "heads": 4}
 PLAIN = "TRL's own"

@@ -2,7 +2,7 @@
 
 import sys
 
-from sparkjoy import cli
+from sparkjoy.lab import cli
 
 
 def sparkjoy(monkeypatch, capsys, *arguments):

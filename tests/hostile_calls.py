@@ -19,9 +19,11 @@ import torch
 from hostile_values import ACTIONS, ROWS, TOKENS, WIDTH, hostile_values
 
 import sparkjoy as sj
-from sparkjoy import baselines, guards, losses, prices, scores, screeners, sizes, testing
+from sparkjoy import baselines, drafts, losses, prices, scores, sizes, testing
 from sparkjoy.engine.audit import Audit
-from sparkjoy.policies.transformer import Transformer
+from sparkjoy.lab import guards
+from sparkjoy.lab.policies.early_exit import EarlyExit
+from sparkjoy.lab.policies.transformer import Transformer
 from sparkjoy.testing import TinyPolicy
 
 SOURCE = str(Path(sj.__file__).parent)
@@ -146,7 +148,7 @@ ENGINE_OPTIONS: dict[str, Callable[[], Any]] = {
 
 
 def draft_cases() -> Iterator[tuple[str, Case]]:
-    """Of everything in `sparkjoy.screeners`."""
+    """Of everything in `sparkjoy.drafts`."""
     rows = {"rows": lambda: batch(False)}
 
     def arguments(**makes: Callable[[], Any]) -> Callable[[], Arguments]:
@@ -157,17 +159,17 @@ def draft_cases() -> Iterator[tuple[str, Case]]:
 
     own = ("log_prob_fn", "key", "size", "max_age")
     cached = arguments(log_prob_fn=lambda: POLICY.log_probs, key=key, size=lambda: 8, max_age=lambda: 2)
-    yield "CachedLogProbs", Case(made(screeners.CachedLogProbs, *own), cached)
+    yield "CachedLogProbs", Case(made(drafts.CachedLogProbs, *own), cached)
     yield (
         "StaleWeights",
-        Case(made(screeners.StaleWeights, "policy", "every"), arguments(policy=lambda: POLICY, every=lambda: 2)),
+        Case(made(drafts.StaleWeights, "policy", "every"), arguments(policy=lambda: POLICY, every=lambda: 2)),
     )
     lower = arguments(policy=lambda: POLICY, dtype=lambda: torch.bfloat16)
-    yield "LowerPrecision", Case(made(screeners.LowerPrecision, "policy", "dtype"), lower)
-    yield "Flat", Case(made(screeners.Flat, "actions"), arguments(actions=key))
+    yield "LowerPrecision", Case(made(drafts.LowerPrecision, "policy", "dtype"), lower)
+    yield "AdvantageOnly", Case(made(drafts.AdvantageOnly, "actions"), arguments(actions=key))
 
     def distilled(seen: Any, **options: Any) -> Any:
-        draft = screeners.DistilledDraft(**options)
+        draft = drafts.DistilledDraft(**options)
         draft.learn(seen)
         return draft(batch())
 
@@ -187,9 +189,7 @@ def draft_cases() -> Iterator[tuple[str, Case]]:
     prompts = {"prompts": torch.zeros(5, 4, dtype=torch.long), "answers": torch.ones(5, 4, dtype=torch.long)}
     yield (
         "EarlyExit",
-        Case(
-            lambda policy, layers: screeners.EarlyExit(policy, layers)(prompts), lambda: {"policy": LAYERS, "layers": 1}
-        ),
+        Case(lambda policy, layers: EarlyExit(policy, layers)(prompts), lambda: {"policy": LAYERS, "layers": 1}),
     )
 
 
@@ -412,11 +412,11 @@ def cases() -> dict[str, Case]:
         "GuardedDelight": lambda: guards.GuardedDelight(guards.RepeatedDraws(8)),
         "GatedBackward": lambda: sj.GatedBackward(sj.UnbiasedGate(), count_flops=True),
         "SpeculativeBackward": lambda: sj.SpeculativeBackward(
-            sj.BudgetGate(0.5), screeners.StaleWeights(POLICY, 2), audit=Audit(every=1)
+            sj.BudgetGate(0.5), drafts.StaleWeights(POLICY, 2), audit=Audit(every=1)
         ),
-        "StaleWeights": lambda: screeners.StaleWeights(POLICY, 2),
-        "DistilledDraft": lambda: screeners.DistilledDraft(TinyPolicy(WIDTH, ACTIONS)),
-        "CachedLogProbs": lambda: screeners.CachedLogProbs(
+        "StaleWeights": lambda: drafts.StaleWeights(POLICY, 2),
+        "DistilledDraft": lambda: drafts.DistilledDraft(TinyPolicy(WIDTH, ACTIONS)),
+        "CachedLogProbs": lambda: drafts.CachedLogProbs(
             POLICY.log_probs, lambda rows: rows["action"].flatten()[: len(rows["action"])], 8, 2
         ),
     }.items():

@@ -2,7 +2,7 @@ import mnist_step
 import pytest
 import torch
 
-from sparkjoy.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
 
 
 @pytest.mark.timing

@@ -23,3 +23,10 @@ def test_the_api_page_has_every_public_name_once():
     page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
     named = re.findall(r"^::: sparkjoy\.(\w+)$", page, flags=re.MULTILINE)
     assert sorted(named) == sparkjoy.__all__
+
+
+def test_the_library_never_imports_its_laboratory():
+    source = Path(sparkjoy.__file__).parent
+    library = [file for file in source.rglob("*.py") if "lab" not in file.relative_to(source).parts]
+    entrance = source / "__main__.py"  # `python -m sparkjoy` is the laboratory's command
+    assert [file for file in library if "sparkjoy.lab" in file.read_text() and file != entrance] == []

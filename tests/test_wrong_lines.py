@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sparkjoy import cli
+from sparkjoy.lab import cli
 
 WRONG = {
     "train mnist": """

@@ -1,5 +1,5 @@
 """`python -m sparkjoy` is the `sparkjoy` command."""
 
-from sparkjoy.cli import main
+from sparkjoy.lab.cli import main
 
 main()

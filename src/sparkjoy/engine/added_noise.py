@@ -8,7 +8,7 @@ from torch import Tensor
 from sparkjoy.engine.deciding import row_scores
 from sparkjoy.engine.inputs import Inputs
 from sparkjoy.engine.passes import Passes
-from sparkjoy.engine.ranks import Scored
+from sparkjoy.engine.processes.ranks import Scored
 from sparkjoy.gates import Decision
 from sparkjoy.noise import NoiseSums, expected_noise, noise_sums
 from sparkjoy.scores import ScoreFunction

@@ -19,7 +19,6 @@ from sparkjoy import checks, states
 from sparkjoy.engine.added_noise import added_noise
 from sparkjoy.engine.comparing import Beside, Comparison, Comparisons
 from sparkjoy.engine.deciding import decide, row_scores, scored_rows
-from sparkjoy.engine.distributed import ranks_of
 from sparkjoy.engine.flops import KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import Ledger
@@ -27,7 +26,8 @@ from sparkjoy.engine.options import in_words
 from sparkjoy.engine.packing import Packing, Trim
 from sparkjoy.engine.passes import Normalizer, Passes, checked_normalizer
 from sparkjoy.engine.plan import BACKWARD_OVER_FORWARD, EVERYTHING, KNOWN, Choice, choose
-from sparkjoy.engine.ranks import Scored
+from sparkjoy.engine.processes.distributed import ranks_of
+from sparkjoy.engine.processes.ranks import Scored
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Decision, Gate

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparkjoy import checks
 from sparkjoy.checks import without_graph
 from sparkjoy.engine.inputs import Inputs
-from sparkjoy.engine.ranks import Scored
+from sparkjoy.engine.processes.ranks import Scored
 from sparkjoy.gates import Decision, Gate
 from sparkjoy.gates.decision import rule_of, weighted
 from sparkjoy.scores import ScoreFunction, at_least_float32, sign_of_advantage

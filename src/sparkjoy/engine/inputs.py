@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparkjoy import checks
 from sparkjoy.checks import as_tensor, without_graph
-from sparkjoy.engine.survivors import Rows, row_shapes, take
+from sparkjoy.engine.batches import Rows, row_shapes, take
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks
+from sparkjoy.engine.batches import Rows, row_shapes
 from sparkjoy.engine.inputs import Inputs
-from sparkjoy.engine.survivors import Rows, row_shapes
 
 Trim = Callable[[Any, Tensor], tuple[Any, slice]]
 """`(batch, mask) -> (batch without needless padding, the columns of the mask that are left)`."""

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks
+from sparkjoy.engine.batches import Rows
 from sparkjoy.engine.hooks import check_nothing_steps, leaves
 from sparkjoy.engine.inputs import Inputs, finite_where_valid
 from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.packing import AT_ONCE, Packing
-from sparkjoy.engine.ranks import ALONE, Ranks
+from sparkjoy.engine.processes.ranks import ALONE, Ranks
 from sparkjoy.engine.screening import LogProbFunction, screening
-from sparkjoy.engine.survivors import Rows
 from sparkjoy.losses import Loss, reinforce
 from sparkjoy.scores import at_least_float32, surprisal
 

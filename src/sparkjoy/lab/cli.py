@@ -1,0 +1,99 @@
+"""The `sparkjoy` command: train, compare, study."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+
+from sparkjoy.lab.output import lasting_output
+from sparkjoy.lab.training.memory import within_machine_memory
+from sparkjoy.lab.training.stopping import Terminated, ending_on_sigterm
+from sparkjoy.starting import ready
+
+HELP = """usage: sparkjoy COMMAND [flags]
+
+  sparkjoy train mnist      train one policy: sparkjoy train mnist --method kondo --rate 0.03 --out out/run
+  sparkjoy train reversal   the same on token reversal with a transformer
+  sparkjoy pareto mnist     train every method at every rate, and draw quality against cost
+  sparkjoy pareto reversal  the same on token reversal
+  sparkjoy study scores     the same rate by other scores than delight, under two baselines
+  sparkjoy study budget     one noise budget everywhere, against fixed rates and others that move
+  sparkjoy study language   a pre-trained language model learns with TRL's trainer, gated and not
+  sparkjoy study frictions  actors that are late, broken, corrupted or lucky: which method stands what
+  sparkjoy study screening  cheaper screeners than a forward pass, noise on delight, an unbiased gate
+  sparkjoy study scaling    the longest prompt each method learns to reverse within a budget
+  sparkjoy study gain       what the gate saves a step as problems grow and backward passes get dearer
+  sparkjoy study tokens     gating single tokens against gating whole answers
+  sparkjoy study bandit     the papers' bandit theory, checked number by number
+  sparkjoy bench            seconds and peak memory of one step: dense, gated, and what else one could do
+  sparkjoy frontier         what gating saves, and costs, on your own model, prompts and reward
+
+Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures. train, pareto, study
+scores, budget, frictions, screening and scaling go on from the last checkpoint when started again with the same
+--out."""
+
+NO_MEMORY = ("allocate memory", "std::bad_alloc", "out of memory", "calculation overflowed", "multiplication overflow")
+"""What torch says of sizes that are beyond memory, or beyond numbers."""
+
+
+def main() -> None:
+    """Run one command; exit status 2 and one line for what the user got wrong or the machine could not do."""
+    with lasting_output(), within_machine_memory():
+        try:
+            _run(sys.argv[1:])
+        except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+            line = _line(error)
+            if line is None:
+                raise
+            _say(line)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("sparkjoy: interrupted; finished work is in --out", file=sys.stderr)
+            raise SystemExit(130) from None
+        except Terminated:
+            print("sparkjoy: terminated; finished work is in --out", file=sys.stderr)
+            raise
+
+
+def _run(arguments: list[str]) -> None:
+    from sparkjoy.lab import commands
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return
+    if arguments == ["--version"]:
+        from sparkjoy import __version__
+
+        print(f"sparkjoy {__version__}")
+        return
+    ready()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # torchrun has its own ways to end its processes
+    with ending_on_sigterm() if alone else nullcontext():
+        commands.run(arguments)
+
+
+def _say(line: str) -> None:
+    """Write a line to stderr: once, whatever number of processes has come to it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        print(f"sparkjoy: {line}", file=sys.stderr)
+    else:
+        from sparkjoy.lab.training.processes import say_once
+
+        say_once(line)
+
+
+def _line(error: Exception) -> str | None:
+    """What went wrong, in one line; None for what is nobody's fault but the program's."""
+    said = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        return f'{str(error.name).partition(".")[0]} is missing; the command line needs: pip install "sparkjoy[cli]"'
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in said for word in NO_MEMORY)):
+        return "this takes more memory than there is; give smaller sizes."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return None if isinstance(error, RuntimeError) else said
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from command_line import sparkjoy
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sparkjoy.lab.studies.language import ARMS, DENSE, LanguageStudy
+from sparkjoy.lab.studies.language_runs import crossing, most_learnt, table
+from sparkjoy.lab.studies.language_tasks import TASKS, right_number, without_e
+from sparkjoy.lab.studies.language_training import PARTS, MaxVariance, train_one
+
+CHARACTERS = "0123456789+= \n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A Llama of SmolLM2's shape, but small and of random weights, in a folder; a token for each character."""
+    folder = tmp_path_factory.mktemp("model")
+    words = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    characters = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def small(model, **changes):
+    options = {"model": model, "steps": 2, "prompts": 2, "group": 4, "micro_batch": 4, "held_out": 6, "seed": 0}
+    return {**options, "evaluate_every": 1, "learning_rate": 1e-2, "bf16": False} | changes
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_held_out_problems_are_no_others(name):
+    if name == "gym":
+        pytest.importorskip("reasoning_gym")
+    problems = TASKS[name].problems()
+    assert len({row["prompt"] for row in problems}) == len(problems) > 1_000
+    assert problems == TASKS[name].problems()
+
+
+def test_a_sum_is_right_where_its_first_number_is():
+    problem = TASKS["sums"].problems()[0]
+    assert right_number(f" {problem['answer']}\n", problem) == 1
+    assert right_number(f" 1{problem['answer']}\n", problem) == 0
+    assert right_number(" so\n", problem) == 0
+
+
+def test_words_without_e_count_once_each_and_share_with_the_others():
+    assert without_e(" ".join(f"a{letter}" for letter in "abcdfghijklmnopqrstu"), {}) == 1
+    assert without_e("go " * 30, {}) == 1 / 20
+    assert without_e("go here", {}) == 1 / 2 * 1 / 20
+    assert without_e("", {}) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_runs_and_its_seconds_add_up(arm, model, tmp_path):
+    task = TASKS["sums"]
+    records = train_one(ARMS[arm], task, tmp_path / "run", **small(model))
+    assert [row["step"] for row in records] == [0, 1, 2]
+    assert all(0 <= row["score"] <= 1 for row in records)
+    last = records[-1]
+    assert sum(last["seconds"][part] for part in PARTS) == pytest.approx(last["seconds"]["total"])
+    assert last["seconds"]["sampling"] > 0
+    assert last["of_shared_prompts"] <= last["backward_tokens"]
+    if arm == DENSE:
+        rows, longest = 2 * 2 * 4, len("12 + 35 = 47\n48 + 19 =") + task.max_tokens
+        assert 0 < last["backward_tokens"] <= rows * longest
+    assert train_one(ARMS[arm], task, tmp_path / "run", **small(model)) == records  # read, not run
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights_and_records(model, tmp_path):
+    task, arm = TASKS["sentences"], ARMS["noise 0.3"]  # with partial credit, so that random weights have something
+    options = small(model, steps=6)
+    whole = train_one(arm, task, tmp_path / "whole", **options)
+
+    class KilledError(RuntimeError):
+        """As a signal would."""
+
+    def kill(record):
+        if record["step"] == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_one(arm, task, tmp_path / "killed", **options, on_step=kill)
+    assert list((tmp_path / "killed").glob("checkpoint-2"))
+    again = train_one(arm, task, tmp_path / "killed", **options)
+    assert timeless(again) == timeless(whole)
+    assert not list((tmp_path / "killed").glob("checkpoint-*"))
+
+
+def timeless(records):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in records]
+
+
+@pytest.mark.slow
+def test_the_study_tunes_compares_and_draws(model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    line = f"study language --out {out} --model {model} --steps 2 --prompts 2 --group 4 --micro-batch 4 --held-out 6"
+    line += " --evaluate-every 1 --no-bf16 --seeds 0 --learning-rates 1e-3 1e-2"
+    words = [*line.split(), "--arms", "noise 0.3", "uniform 15%"]
+    sparkjoy(monkeypatch, capsys, *words)
+    found = json.loads((out / "summary.json").read_text())
+    arms = ["TRL's own", "noise 0.3", "uniform 15%", "noise 0.3, as many seconds"]
+    assert [row["arm"] for row in found["table"]] == arms
+    assert found["table"][0]["kept"] == 1
+    assert all((out / f"{name}.png").exists() for name in ("language", "language_seconds"))
+    before = (out / "summary.json").read_bytes()
+    sparkjoy(monkeypatch, capsys, *words)
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_max_variance_keeps_the_ends_of_each_group_that_has_any():
+    trainer = SimpleNamespace(
+        _gate_rewards=torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 1.0, 1.0, 1.0]).unsqueeze(1),
+        reward_weights=torch.ones(1),
+        num_generations=4,
+        kept=2,
+        _metrics={"train": {"gate/kept_rate": []}},
+        _mine=lambda of_all, local: of_all,
+    )
+    output = {"advantages": torch.zeros(8)}
+    keep = MaxVariance._decide(trainer, None, output)
+    assert keep.tolist() == [True, True, *[False] * 6]
+    assert output["advantages"][:2].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-3)
+
+
+def row(step, score, seconds):
+    tokens = {"backward_tokens": 10 * step, "of_shared_prompts": 5 * step}
+    return {"step": step, "score": score, "seconds": dict.fromkeys((*PARTS, "total"), seconds), **tokens}
+
+
+def test_the_target_is_reached_on_the_line_between_two_scores():
+    run = [row(0, 0.2, 0.0), row(2, 0.4, 6.0), row(4, 0.8, 10.0)]
+    assert crossing(run, 0.6) == {"step": 3, "seconds": 8, "backward_tokens": 30}
+    assert crossing(run, 0.1)["step"] == 0
+    assert crossing(run, 0.9) is None
+
+
+def test_the_table_says_none_where_a_seed_failed():
+    of_arm = {DENSE: [0.4, 0.8], "noise 0.3": [0.4, 0.5]}
+    rows = [
+        {"arm": arm, "seed": seed, "learning_rate": 1e-5, **row(step, score, 2.0 * step)}
+        for arm, scores in of_arm.items()
+        for seed in (0, 1)
+        for step, score in enumerate([0.2, *scores] if seed == 0 else [0.2, 0.4, 0.8], start=0)
+    ]
+    dense, gated = table(rows, 0.6)
+    assert dense["step_to_target"] == 1.5
+    assert dense["seconds_of_dense"] == 1
+    assert gated["step_to_target"] is None
+    assert gated["score"] == pytest.approx(0.65)
+    assert gated["standard_error"] == pytest.approx(0.15)
+    assert math.isclose(gated["seconds_a_step"]["total"], 2)
+
+
+def test_the_rate_is_chosen_by_the_whole_curve():
+    soon, late = [row(0, 0.1, 0), row(1, 0.5, 1), row(2, 0.5, 2)], [row(0, 0.1, 0), row(1, 0.3, 1), row(2, 0.6, 2)]
+    assert most_learnt({1e-5: late, 2e-5: soon}) == 2e-5
+    assert most_learnt({1e-5: soon, 2e-5: soon}) == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"task": "poems"}, "--task"),
+        ({"arms": ("dense",)}, "--arms"),
+        ({"tuned": DENSE}, "--tuned"),
+        ({"seeds": (0, 0)}, "--seeds"),
+        ({"seeds": (100,)}, "--tuning-seed"),
+        ({"learning_rates": ()}, "--learning-rates"),
+        ({"learning_rates": (-1.0,)}, "--learning-rates"),
+        ({"steps": 0}, "--steps"),
+        ({"group": 1}, "--group"),
+        ({"micro_batch": 7}, "--micro-batch"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageStudy(**flags)

