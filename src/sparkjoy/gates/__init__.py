@@ -1,10 +1,10 @@
 """Gates: keep or skip. A guided tour.
 
-`decision.py`  what a gate is and decides            <- start here
-`kondo.py`     KondoGate, the papers' hard gate: the best by rate, or all above a price
-`unbiased.py`  UnbiasedGate, the noise budget: keeps at random and weights, so that the dense gradient is its mean
-`soft.py`      SoftGate, the Kondo gate at a temperature
-`budget.py`    BudgetGate, which holds the average cost in tokens
+- `decision.py`: what a gate is and decides. Start here.
+- `kondo.py`: KondoGate, the papers' hard gate: the best by rate, or all above a price.
+- `unbiased.py`: UnbiasedGate, the noise budget: keeps at random and weights, so that the dense gradient is its mean.
+- `soft.py`: SoftGate, the Kondo gate at a temperature.
+- `budget.py`: BudgetGate, which holds the average cost in tokens.
 
 A new gate is a callable `gate(score, cost=None) -> Decision` about N samples. Nothing is registered: give it to
 `sj.GatedBackward`, `sj.select` or `sj.frontier`.
