@@ -20,10 +20,13 @@ from hostile_values import ACTIONS, ROWS, TOKENS, WIDTH, hostile_values
 
 import sparkjoy as sj
 from sparkjoy import baselines, drafts, losses, prices, scores, sizes, testing
-from sparkjoy.engine.audit import Audit
+from sparkjoy.baselines import expected_confidence_advantage, good_and_bad_advantage
+from sparkjoy.drafts.audit import Audit
 from sparkjoy.lab import guards
 from sparkjoy.lab.policies.early_exit import EarlyExit
 from sparkjoy.lab.policies.transformer import Transformer
+from sparkjoy.logprobs import token_log_probs
+from sparkjoy.prices import FixedPrice, RollingQuantile
 from sparkjoy.testing import TinyPolicy
 
 SOURCE = str(Path(sj.__file__).parent)
@@ -37,7 +40,7 @@ SAID_AS = {
     "value": "price",
     "keys": "keys|key",
     "size": "keys",
-    "screen": "log-prob function",
+    "source": "log-prob function",
     "rows": "log-prob function|actions|cache's keys",
     "batch": "batch|log-prob function",
     "seen": "log_probs",
@@ -112,7 +115,7 @@ def loaded(make: Callable[[], Any]) -> Case:
     def use(what: Any) -> Any:
         if hasattr(what, "update"):
             return what.update(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
-        if isinstance(what, sj.SpeculativeBackward | sj.GatedBackward):
+        if isinstance(what, sj.GatedBackward):
             return what(POLICY.log_probs, batch(), per_row(), mask=mask())
         if hasattr(what, "observe"):
             return what.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
@@ -135,7 +138,7 @@ def engine_arguments() -> Arguments:
 ENGINE_OPTIONS: dict[str, Callable[[], Any]] = {
     "loss": lambda: sj.reinforce,
     "score": lambda: sj.delight,
-    "screen": lambda: POLICY.log_probs,
+    "draft": lambda: sj.Draft(POLICY.log_probs),
     "normalizer": lambda: "batch",
     "micro_batch_size": lambda: 4,
     "micro_batch_tokens": lambda: 8,
@@ -205,9 +208,9 @@ def cases() -> dict[str, Case]:
 
     for name in ("group_mean_advantage", "leave_one_out_advantage", "group_standardised_advantage"):
         found[name] = Case(getattr(baselines, name), lambda: {"rewards": per_row(), "group_size": 3})
-    found["good_and_bad_advantage"] = Case(sj.good_and_bad_advantage, lambda: {"advantages": per_row(), "alpha": 0.5})
+    found["good_and_bad_advantage"] = Case(good_and_bad_advantage, lambda: {"advantages": per_row(), "alpha": 0.5})
     found["expected_confidence_advantage"] = Case(
-        sj.expected_confidence_advantage,
+        expected_confidence_advantage,
         lambda: {"rewards": per_row(), "probabilities": torch.full((ROWS, ACTIONS), 1 / ACTIONS)},
     )
     found["KondoGate"] = gate(sj.KondoGate, rate=0.5, price=None, negative_share=0.0)
@@ -217,8 +220,8 @@ def cases() -> dict[str, Case]:
     found["UnbiasedGate"] = gate(sj.UnbiasedGate, noise=0.3, rate=None, floor=0.0, generator=None)
     found["UnbiasedGate with a rate"] = gate(sj.UnbiasedGate, noise=None, rate=0.5, floor=0.1, generator=None)
     found["BudgetGate"] = gate(sj.BudgetGate, rate=0.5, tolerance=0.1, window=4)
-    found["FixedPrice"] = gate(sj.FixedPrice, value=0.5)
-    found["RollingQuantile"] = gate(sj.RollingQuantile, rate=0.5, window=4)
+    found["FixedPrice"] = gate(FixedPrice, value=0.5)
+    found["RollingQuantile"] = gate(RollingQuantile, rate=0.5, window=4)
     found["BatchQuantile"] = gate(prices.BatchQuantile, rate=0.5)
     found["EffectiveSize"] = gate(prices.EffectiveSize, fraction=0.5)
     found["Nucleus"] = gate(prices.Nucleus, share=0.5)
@@ -262,7 +265,7 @@ def cases() -> dict[str, Case]:
         lambda: {"score": sj.delight, "level": 0.5, "kind": "additive", "generator": None, **of_rows()},
     )
     found["token_log_probs"] = Case(
-        sj.token_log_probs,
+        token_log_probs,
         lambda: {
             "hidden": torch.ones(ROWS, TOKENS, WIDTH),
             "output_layer": torch.eye(ACTIONS, WIDTH),
@@ -274,7 +277,7 @@ def cases() -> dict[str, Case]:
         },
     )
     found["token_log_probs of a layer"] = Case(
-        sj.token_log_probs,
+        token_log_probs,
         lambda: {
             "hidden": torch.ones(ROWS, TOKENS, WIDTH),
             "output_layer": lambda hidden: POLICY.layer(hidden),
@@ -329,12 +332,17 @@ def cases() -> dict[str, Case]:
         sj.gated_backward,
         lambda: {"log_prob_fn": POLICY.log_probs, "batch": batch(False), "advantages": per_row(), "gate": None},
     )
-    own = ("gate", "screen", "verify", "audit", "draft_score", "score", "normalizer", "count_flops", "loss")
-    found["SpeculativeBackward"] = Case(
-        made(sj.SpeculativeBackward, *own, *ENGINE_OPTIONS),
+
+    def drafted(gate: Any, source: Any, verify: Any, audit: Any, draft_score: Any, **options: Any) -> Any:
+        draft = sj.Draft(source, verify=verify, audit=audit, score=draft_score)
+        return sj.GatedBackward(gate, draft=draft, **options)
+
+    own = ("gate", "source", "verify", "audit", "draft_score", "score", "normalizer", "count_flops", "loss")
+    found["Draft"] = Case(
+        made(drafted, *own, *ENGINE_OPTIONS),
         lambda: {
             "gate": sj.KondoGate(rate=0.5),
-            "screen": POLICY.log_probs,
+            "source": POLICY.log_probs,
             "verify": 1.5,
             "audit": Audit(every=1, rows=4),
             "draft_score": sj.delight,
@@ -345,11 +353,14 @@ def cases() -> dict[str, Case]:
             **engine_arguments(),
         },
     )
-    found["SpeculativeBackward known"] = Case(
-        made(sj.SpeculativeBackward, *own),
+    found["Draft known"] = Case(
+        made(drafted, *own),
         lambda: {
             "gate": sj.KondoGate(rate=0.5),
-            "screen": None,
+            "source": None,
+            "verify": None,
+            "audit": None,
+            "draft_score": None,
             **engine_arguments(),
             "log_probs": log_probs(),
             "behavior_log_probs": log_probs(),
@@ -401,18 +412,18 @@ def cases() -> dict[str, Case]:
         },
     )
     for name, make in {
-        "KondoGate": lambda: sj.KondoGate(price=sj.RollingQuantile(0.5)),
+        "KondoGate": lambda: sj.KondoGate(price=RollingQuantile(0.5)),
         "KondoGate of a rate": lambda: sj.KondoGate(rate=0.5),
-        "SoftGate": lambda: sj.SoftGate(1.0, price=sj.RollingQuantile(0.5)),
+        "SoftGate": lambda: sj.SoftGate(1.0, price=RollingQuantile(0.5)),
         "UnbiasedGate": sj.UnbiasedGate,
         "BudgetGate": lambda: sj.BudgetGate(0.5),
-        "RollingQuantile": lambda: sj.RollingQuantile(0.5),
-        "FixedPrice": lambda: sj.FixedPrice(0.5),
+        "RollingQuantile": lambda: RollingQuantile(0.5),
+        "FixedPrice": lambda: FixedPrice(0.5),
         "RepeatedDraws": lambda: guards.RepeatedDraws(8),
         "GuardedDelight": lambda: guards.GuardedDelight(guards.RepeatedDraws(8)),
         "GatedBackward": lambda: sj.GatedBackward(sj.UnbiasedGate(), count_flops=True),
-        "SpeculativeBackward": lambda: sj.SpeculativeBackward(
-            sj.BudgetGate(0.5), drafts.StaleWeights(POLICY, 2), audit=Audit(every=1)
+        "GatedBackward with a draft": lambda: sj.GatedBackward(
+            sj.BudgetGate(0.5), draft=sj.Draft(drafts.StaleWeights(POLICY, 2), audit=Audit(every=1))
         ),
         "StaleWeights": lambda: drafts.StaleWeights(POLICY, 2),
         "DistilledDraft": lambda: drafts.DistilledDraft(TinyPolicy(WIDTH, ACTIONS)),

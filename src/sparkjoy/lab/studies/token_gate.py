@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.backward import GatedBackward
-from sparkjoy.engine.speculative import SpeculativeBackward
 from sparkjoy.gates import KondoGate
 from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.lab.tasks.rollouts import Rollout
@@ -125,9 +124,7 @@ def probe(training: Training, task: ReversalTask, generator: torch.Generator) ->
     }
 
 
-def _gradient(
-    step: GatedBackward | SpeculativeBackward | TokenGatedBackward, training: Training, rollout: Rollout
-) -> Tensor:
+def _gradient(step: GatedBackward | TokenGatedBackward, training: Training, rollout: Rollout) -> Tensor:
     step(training.policy.log_probs, rollout.batch, rollout.advantages, log_probs=rollout.log_probs)
     parameters = list(training.policy.parameters())
     parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
