@@ -5,6 +5,7 @@
 - `unbiased.py`: UnbiasedGate, the noise budget: keeps at random and weights, so that the dense gradient is its mean.
 - `soft.py`: SoftGate, the Kondo gate at a temperature.
 - `budget.py`: BudgetGate, which holds the average cost in tokens.
+- `inputs.py`: scores and costs, checked; for a gate of your own too.
 
 A new gate is a callable `gate(score, cost=None) -> Decision` about N samples. Nothing is registered: give it to
 `sj.GatedBackward`, `sj.select` or `sj.frontier`.
