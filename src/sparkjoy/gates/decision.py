@@ -15,6 +15,11 @@ from sparkjoy.signs import Rule
 class Decision:
     """What a gate decided about N samples. Values stay tensors on their device until read.
 
+    >>> import torch, sparkjoy as sj
+    >>> decision = sj.KondoGate(rate=0.5)(torch.tensor([0.2, 1.5, -3.0, 0.7]))
+    >>> decision.keep, decision.price
+    (tensor([False,  True, False,  True]), tensor(0.7000))
+
     Args:
         keep: (N,) bool, which samples get a backward pass.
         price: 0-dim, in units of the score: the smallest kept score of a hard rate gate (the smallest kept |score| of
@@ -35,7 +40,15 @@ GATE = "a callable (score, cost) -> Decision, such as KondoGate(rate=0.03)"
 
 
 class Gate(Protocol):
-    """Any callable of this shape is a gate. What more it may say of itself is read by the functions below."""
+    """Any callable of this shape is a gate. What more it may say of itself: `sparkjoy.gates`, the tour.
+
+    >>> import torch, sparkjoy as sj
+    >>> def above_mean(score, cost=None):
+    ...     keep = score > score.mean()
+    ...     return sj.Decision(keep, score.mean(), probability=keep.to(score.dtype), weight=torch.ones_like(score))
+    >>> above_mean(torch.tensor([0.2, 1.5, -3.0])).keep
+    tensor([ True,  True, False])
+    """
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
         """Decide on N samples from their scores (N,) and, where known, what each costs (N,), in tokens."""
