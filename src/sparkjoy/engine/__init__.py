@@ -8,10 +8,11 @@
     ledger       counts what ran
     inputs       what was given, checked; rows of it
 
-What they look up on the way: `plan` (which way is cheapest), `deciding` (scores, the gate, and what it may return), `packing`
-(rows into micro-batches), `normalizer`, `sound` and `hooks` (what is refused before it is differentiated), `screening` (a pass
-without a graph), `flops`, `counts` and `report`. `beside` and `comparing` compute the dense gradient too, `coverage` watches which parts
-of the data are kept. `processes` has what changes when several of them share a model; alone, each of its answers is the question.
+What they look up on the way: `plan` (which way is cheapest), `deciding` (scores, the gate, and what it may return),
+`packing` (rows into micro-batches), `normalizer`, `sound` and `hooks` (what is refused before it is
+differentiated), `screening` (a pass without a graph), `flops`, `counts` and `report`. `beside` and `comparing`
+compute the dense gradient too, `coverage` watches which parts of the data are kept. `processes` has what changes
+when several of them share a model; alone, each of its answers is the question.
 
 docs/how_a_step_runs.md has the sequence as a diagram.
 """
