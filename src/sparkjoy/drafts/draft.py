@@ -168,7 +168,7 @@ class Draft:
             warnings.warn(
                 f"the draft found {100 * mean:.0f}% of the rows to keep in the last {audit.window} audits, less than "
                 f"the {100 * audit.floor:g}% asked for: screening is exact from here on.",
-                stacklevel=3,
+                stacklevel=5,
             )
 
     def learn(self, seen: Sequence[tuple[Any, Tensor]]) -> None:

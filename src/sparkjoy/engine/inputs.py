@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ class Inputs:
         advantages = self.advantages if self.advantages.dim() == 1 else self.advantages[:, columns]
         known, behavior, mask = part(self.log_probs), part(self.behavior_log_probs), part(self.mask)
         return Inputs(batch, advantages, known, behavior, mask, self.row_tokens, row_shapes)
+
+    def without_log_probs(self) -> Inputs:
+        """The same with nothing given to decide on; what was stays the denominator of a ratio that has no other."""
+        behavior = self.log_probs if self.behavior_log_probs is None else self.behavior_log_probs
+        return replace(self, log_probs=None, behavior_log_probs=behavior)
 
     @property
     def total(self) -> int:
