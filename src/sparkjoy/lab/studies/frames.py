@@ -69,6 +69,6 @@ def mean_and_spread(values: pd.Series[float], digits: int = 2) -> str:
     return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
-def ratio(value: float | None) -> str:
-    """Two digits, or a dash where there is none."""
-    return "-" if value is None or value != value else f"{value:.2f}"
+def ratio(value: float | None, digits: int = 2) -> str:
+    """So many digits, or a dash where there is none."""
+    return "-" if value is None or value != value else f"{value:.{digits}f}"

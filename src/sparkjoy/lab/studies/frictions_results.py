@@ -86,13 +86,14 @@ def tables(rows: list[Record]) -> dict[str, pd.DataFrame]:
         "error": [f"{100 * error:.2f}{sd}" for error, sd in zip(found["error"], spread, strict=True)],
         "of dg's": found["of_dg"].map(ratio),
         "whole run": [f"{100 * error:.1f}" for error in found["whole_run"]],
-        "its part of dg's": found["whole_run_of_dg"].map(ratio),
+        "part": found["whole_run_of_dg"].map(ratio),
         "solved": [f"{row.solved} of {row.seeds}" for row in found.itertuples()],
         "steps": found["steps"],
         "kept": [f"{100 * kept:.1f}%" for kept in found["kept"]],
     }
     title = "errors in %, means over seeds, and over dg's; steps to the target: median"
-    return {title: pd.DataFrame(shown).set_index(["H", "friction", "arm"])}
+    index = ["H", "friction", "arm"]
+    return {title: pd.DataFrame(shown).set_index(index).rename(columns={"part": "of dg's"})}
 
 
 def _case(row: dict[str, Any]) -> str:

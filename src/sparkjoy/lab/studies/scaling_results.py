@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -48,7 +50,7 @@ def tables(rows: list[Record]) -> dict[str, pd.DataFrame]:
             of_arm["learning_rate"].first().map("{:g}".format).rename("learning rate"),
             pd.Series([f"{n} of {m}" for n, m in zip(solved, seeds, strict=True)], costs.index, name="solved"),
             costs.map(_number),
-            of_dg.map(ratio).set_axis(["tokens", "training", "total"], axis=1),
+            of_dg.map(partial(ratio, digits=3)).set_axis(["tokens", "training", "total"], axis=1),
         ],
         axis=1,
     )
