@@ -212,7 +212,7 @@ def plot_guards(records: Sequence[Record], costs: Sequence[Record], repeats: Seq
     figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
     for axis, noise in zip(axes[0], ("bad", "all"), strict=True):
         groups = {
-            (guard, color): [
+            (guard if color != REST else f"_{guard}", color): [
                 r for r in records if (r["noise"], r["guard"], r["memory"], r["rate"]) == (noise, guard, None, None)
             ]
             for guard, color in COLORS.items()

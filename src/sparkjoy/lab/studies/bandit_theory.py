@@ -27,6 +27,7 @@ from sparkjoy.lab.studies import (
     bandit_sums,
     bandit_zero_price,
 )
+from sparkjoy.lab.studies.drawing import fitted
 from sparkjoy.lab.studies.frames import grouped
 from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.tasks.bandit import SoftmaxBandit, checked_arms, checked_probability
@@ -183,7 +184,7 @@ class BanditStudy(Study):
     def figures(self, rows: Rows) -> dict[str, Figure]:
         found = self.summary(rows)
         arms = sorted({record["arms"] for record in found["zero_price"]})
-        return {
+        figures = {
             "zero_price": bandit_zero_price.plot_zero_price(
                 found["zero_price"], found["slopes"], found["baseline_sweep"], arms[len(arms) // 2]
             ),
@@ -193,6 +194,7 @@ class BanditStudy(Study):
             "guards": bandit_guards.plot_guards(found["guards"], found["guard_costs"], found["guard_repeats"]),
             "corners": bandit_corners.plot_corners(found["corners"], found["corners_sampled"], found["shared"]),
         }
+        return {name: fitted(figure) for name, figure in figures.items()}
 
 
 def _zero_price_jobs(config: BanditStudy) -> list[Job]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,35 +50,37 @@ def draw(axis: Axes, x: Any, y: Any, style: dict[str, Any], low: Any = None, hig
         axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
-def percent_axis(axis: Axes) -> None:
-    """A logarithmic axis of plain numbers."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+def log_axes(axis: Axes, which: str = "xy") -> None:
+    """Logarithmic axes of plain numbers, at 1, 2 and 5 within two decades; call when all is drawn."""
+    for name in which:
+        axis.set(**{f"{name}scale": "log"})
+        of_name = axis.xaxis if name == "x" else axis.yaxis
+        low, high = of_name.get_view_interval()
+        of_name.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        of_name.set_major_formatter("{x:g}")
+        of_name.set_minor_formatter(NullFormatter())
 
 
 def name_lines(axis: Axes) -> None:
     """Write each line's name where it ends, apart from the others' names; call when all is drawn."""
-    lines = [line for line in axis.get_lines() if not str(line.get_label()).startswith("_") and len(line.get_xdata())]
-    ends = [(line, *_end(line)) for line in lines]
-    axis.margins(x=0.02)
-    axis.figure.canvas.draw()  # the place of each end, in points
+    lines = [line for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
+    ends = {line: np.asarray(line.get_xydata())[-1, 1] for line in lines if len(line.get_xydata())}
+    axis.figure.canvas.draw()  # for the height of each end, in points
     points = 72 / axis.figure.dpi
-    places = [axis.transData.transform((x, y)) * points for _, x, y in ends]
-    right = axis.transAxes.transform((1, 0))[0] * points
+    heights = {line: axis.transData.transform((1, end))[1] * points for line, end in ends.items()}
     lowest = -np.inf
-    for (line, x, y), place in sorted(zip(ends, places, strict=True), key=lambda pair: pair[1][1]):
-        height = max(place[1], lowest + APART)
+    for line in sorted(ends, key=heights.__getitem__):
+        lowest = max(heights[line], lowest + APART)
         axis.annotate(
             str(line.get_label()),
-            (x, y),
-            xytext=(right - place[0] + 4, height - place[1]),
+            (1, ends[line]),
+            xycoords=axis.get_yaxis_transform(),
+            xytext=(4, lowest - heights[line]),
             textcoords="offset points",
             va="center",
             color=line.get_color(),
             annotation_clip=False,
         )
-        lowest = height
 
 
 def legend(figure: Figure, axis: Axes, columns: int = 5) -> None:
@@ -85,7 +90,20 @@ def legend(figure: Figure, axis: Axes, columns: int = 5) -> None:
     figure.legend(kept.values(), kept.keys(), loc="outside upper center", ncols=columns, frameon=False)
 
 
-def _end(line: Any) -> tuple[float, float]:
-    xy = np.asarray(line.get_xydata(), dtype=float)
-    known = xy[np.isfinite(xy).all(axis=1)]
-    return tuple(known[known[:, 0].argmax()]) if len(known) else (np.nan, np.nan)
+def fitted(figure: Figure, size: float = 8.0) -> Figure:
+    """A wide figure of several columns brought to a page's width: letters of `size` points at most, titles in lines.
+
+    Args:
+        figure: with a constrained layout; it is changed.
+        size: of letters, in points.
+    """
+    width, height = figure.get_size_inches()
+    columns = max(axis.get_subplotspec().get_gridspec().ncols for axis in figure.axes if axis.get_subplotspec())
+    figure.set_size_inches(WIDTH, min(height, 1.25 * height * WIDTH / width))
+    letters = int(WIDTH / columns * 72 / (0.6 * size))
+    for axis in figure.axes:
+        axis.tick_params(labelsize=size)
+        axis.set_title("\n".join(textwrap.fill(line, letters) for line in axis.get_title().splitlines()))
+    for text in figure.findobj(Text):
+        text.set_fontsize(min(size, text.get_fontsize()))
+    return figure

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from sparkjoy.lab.studies.drawing import draw, name_lines, panels, percent_axis, styles
+from sparkjoy.lab.studies.drawing import draw, log_axes, name_lines, panels, styles
 from sparkjoy.lab.studies.frames import grouped, mean_and_spread, mean_curves
 from sparkjoy.lab.training.loop import Record, summary
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COSTS = {
     "step": "optimizer steps",
     "backward": "samples differentiated",
-    "seconds": "training seconds, sampling included",
+    "seconds": "seconds, sampling included",
 }
 SHOWN = ("dg", "unbiased noise 0.3", "kondo 3%", "uniform 3%", "pg", "kondo 10%")
 """Five of these have a colour; the table has all arms."""
@@ -64,8 +64,8 @@ def plot(rows: list[Record]) -> Figure:
         every = curves.sort_values(cost, kind="stable")
         lowest = 100 * np.minimum.accumulate(every["error"])
         axis.step(every[cost], lowest, where="post", color="tab:purple", linestyle="--", linewidth=0.8, zorder=5)
-        axis.set(xlabel=label, xscale="log")
-        percent_axis(axis)
+        axis.set(xlabel=label)
+        log_axes(axis)
     seeds = len({row["seed"] for row in rows})
     axes[0].set_ylabel("test error, %")
     figure.suptitle(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sparkjoy.lab.studies.drawing import draw, legend, panels, styles
+from sparkjoy.lab.studies.drawing import draw, legend, log_axes, panels, styles
 from sparkjoy.lab.studies.frames import ratio
 from sparkjoy.lab.training.loop import Record
 
@@ -74,8 +74,11 @@ def plot(rows: list[Record]) -> Figure:
             means = of_arm.groupby("prompt_length")[kind].agg(lambda seeds: seeds.mean(skipna=False)).dropna()
             draw(axis, means.index, means, style[str(arm)])
             axis.plot(of_arm["prompt_length"], of_arm[kind], ".", color=style[str(arm)]["color"], markersize=3)
-        axis.set(xlabel="prompt length H", yscale="log")
+        axis.set(xlabel="prompt length H")
+        axis.set_xticks(sorted(frame["prompt_length"].unique()))
+        log_axes(axis, "y")
         axis.set_title(label, fontsize="medium")
     legend(figure, axes[0])
-    figure.supxlabel("to 1% error, each method at its best learning rate; dots: seeds that got there; lines: all did")
+    said = "to 1% error, each method at its best learning rate; dots: seeds that got there; lines: all did"
+    figure.supxlabel(said, fontsize="medium")
     return figure

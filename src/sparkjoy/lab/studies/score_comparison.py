@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from sparkjoy.lab.studies.drawing import draw, legend, panels, percent_axis, styles
+from sparkjoy.lab.studies.drawing import draw, legend, log_axes, panels, styles
 from sparkjoy.lab.studies.frames import as_records, mean_curves
 from sparkjoy.lab.studies.pareto_results import last_records
 from sparkjoy.lab.studies.runs import Run
@@ -131,9 +131,9 @@ def plot(rows: list[Record]) -> Figure:
             draw(
                 axis, curve["step"], 100 * curve["error"], style[str(score)], 100 * curve["best"], 100 * curve["worst"]
             )
-        axis.set(xlabel="optimizer steps", xscale="log")
+        axis.set(xlabel="optimizer steps")
         axis.set_title(f"baseline: {baseline}", fontsize="medium")
-        percent_axis(axis)
+        log_axes(axis)
     axes[0].set_ylabel(f"test error, %, {100 * rows[0]['rate']:g}% of the samples kept")
     legend(figure, axes[0])
     return figure
