@@ -64,7 +64,8 @@ def log_axes(axis: Axes, which: str = "xy") -> None:
 def name_lines(axis: Axes) -> None:
     """Write each line's name where it ends, apart from the others' names; call when all is drawn."""
     lines = [line for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
-    ends = {line: np.asarray(line.get_xydata())[-1, 1] for line in lines if len(line.get_xydata())}
+    paths = {line: np.asarray(line.get_xydata()) for line in lines}
+    ends = {line: path[-1, 1] for line, path in paths.items() if len(path)}
     axis.figure.canvas.draw()  # for the height of each end, in points
     points = 72 / axis.figure.dpi
     heights = {line: axis.transData.transform((1, end))[1] * points for line, end in ends.items()}
@@ -98,7 +99,8 @@ def fitted(figure: Figure, size: float = 8.0) -> Figure:
         size: of letters, in points.
     """
     width, height = figure.get_size_inches()
-    columns = max(axis.get_subplotspec().get_gridspec().ncols for axis in figure.axes if axis.get_subplotspec())
+    places = [axis.get_subplotspec() for axis in figure.axes]
+    columns = max(place.get_gridspec().ncols for place in places if place is not None)
     figure.set_size_inches(WIDTH, min(height, 1.25 * height * WIDTH / width))
     letters = int(WIDTH / columns * 72 / (0.6 * size))
     for axis in figure.axes:

@@ -38,7 +38,8 @@ def over_arm(values: pd.Series[float], arm: str = "dg") -> pd.Series[float]:
 def as_records(frame: pd.DataFrame) -> list[Record]:
     """A frame's rows as plain dicts, its index among them; None for what it has not."""
     plain = frame.reset_index().astype(object)
-    return plain.where(plain.notna(), None).to_dict("records")  # type: ignore[return-value]
+    records: list[Record] = plain.where(plain.notna(), None).to_dict("records")
+    return records
 
 
 def mean_curves(rows: list[Record], *keys: str, **means: str) -> pd.DataFrame:

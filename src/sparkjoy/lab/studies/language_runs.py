@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparkjoy.lab.studies.language import ARMS, DENSE, LONGEST, LanguageStudy
+from sparkjoy.lab.studies.language import ARMS, LONGEST, LanguageStudy
+from sparkjoy.lab.studies.language_results import DENSE
 from sparkjoy.lab.studies.language_tasks import TASKS
 from sparkjoy.lab.studies.language_training import train_one
 from sparkjoy.lab.studies.study import Rows, Work
