@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
-import sparkjoy as sj
 from sparkjoy.lab.studies.memory import Step, peak_memory
 from sparkjoy.lab.training.tracking import write_json
+from sparkjoy.logprobs import token_log_probs
 
 FULL, CHUNKED, TORCHS = "full logits", "token_log_probs", "torch's linear_cross_entropy"
 
@@ -46,7 +46,7 @@ def torchs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 ARMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     FULL: full_logits,
-    CHUNKED: sj.token_log_probs,
+    CHUNKED: token_log_probs,
     TORCHS: torchs,
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import sparkjoy as sj
 from sparkjoy.lab.training.tracking import write_json
+from sparkjoy.prices import RollingQuantile
 
 Stream = Callable[[int, torch.Generator], Tensor]
 BATCHES = {1: 3200, 8: 200, 64: 200}
@@ -96,7 +97,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     makers: dict[str, Callable[[float], sj.Gate]] = {
-        "rolling": lambda rate: sj.KondoGate(price=sj.RollingQuantile(rate)),
+        "rolling": lambda rate: sj.KondoGate(price=RollingQuantile(rate)),
         "budget": sj.BudgetGate,
     }
     chosen = {name: makers[name] for name in given.prices}

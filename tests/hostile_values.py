@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import sparkjoy as sj
+from sparkjoy.prices import FixedPrice, RollingQuantile
 
 ROWS, TOKENS, WIDTH, ACTIONS = 6, 3, 4, 5
 
@@ -28,7 +29,7 @@ def general_values() -> dict[str, Any]:
         "an object": object(),
         "the class of a gate": sj.KondoGate,
         "a gate": sj.KondoGate(rate=0.5),
-        "a price": sj.FixedPrice(0.0),
+        "a price": FixedPrice(0.0),
         "a module": torch.nn.Linear(WIDTH, ACTIONS),
         "a function of nothing": lambda: None,
         "a function of one": lambda given: given,
@@ -123,8 +124,8 @@ def like_state(valid: dict[str, Any], general: dict[str, Any]) -> dict[str, Any]
     others: dict[str, Any] = {
         "of a gate with a budget": sj.BudgetGate(0.5).state_dict(),
         "of an unbiased gate": sj.UnbiasedGate().state_dict(),
-        "of a price": sj.RollingQuantile(0.5).state_dict(),
-        "of a gate with a price": sj.KondoGate(price=sj.RollingQuantile(0.5)).state_dict(),
+        "of a price": RollingQuantile(0.5).state_dict(),
+        "of a gate with a price": sj.KondoGate(price=RollingQuantile(0.5)).state_dict(),
         "of a step": sj.GatedBackward(sj.UnbiasedGate()).state_dict(),
         "with one more": {**valid, "more": 1},
     }

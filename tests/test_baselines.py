@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparkjoy as sj
-from sparkjoy.baselines import as_tensor, centred
+from sparkjoy.baselines import as_tensor, centred, expected_confidence_advantage, good_and_bad_advantage
 
 GROUP_BASELINES = [sj.group_mean_advantage, sj.leave_one_out_advantage, sj.group_standardised_advantage]
 
@@ -32,7 +32,7 @@ def test_leave_one_out_is_the_mean_of_the_others():
 
 
 def test_expected_confidence_is_the_chance_that_two_draws_agree():
-    advantage = sj.expected_confidence_advantage(torch.tensor([1.0]), torch.tensor([[0.7, 0.2, 0.1]]))
+    advantage = expected_confidence_advantage(torch.tensor([1.0]), torch.tensor([[0.7, 0.2, 0.1]]))
     assert advantage.item() == pytest.approx(1 - (0.49 + 0.04 + 0.01))
 
 
@@ -57,7 +57,7 @@ def test_leave_one_out_refuses_groups_of_one():
 
 def test_expected_confidence_refuses_shapes_that_do_not_go_together():
     with pytest.raises(ValueError, match="probabilities"):
-        sj.expected_confidence_advantage(torch.ones(3), torch.ones(2, 4))
+        expected_confidence_advantage(torch.ones(3), torch.ones(2, 4))
 
 
 def test_group_standardised_has_unit_spread_and_exact_zeros():
@@ -72,11 +72,11 @@ def test_group_standardised_has_unit_spread_and_exact_zeros():
 def test_good_and_bad_average_to_pmpos_loss():
     advantages = torch.tensor([0.3, -0.2, 0.0, -0.9, -0.1])
     log_probs = -torch.rand(5, generator=torch.Generator().manual_seed(0))
-    loss = sj.reinforce(log_probs, sj.good_and_bad_advantage(advantages, alpha=0.25)).mean()
+    loss = sj.reinforce(log_probs, good_and_bad_advantage(advantages, alpha=0.25)).mean()
     assert loss.item() == pytest.approx((-0.25 * log_probs[0] + 0.75 * log_probs[[1, 3, 4]].mean()).item())
-    assert torch.equal(sj.good_and_bad_advantage(torch.zeros(3)), torch.zeros(3))
+    assert torch.equal(good_and_bad_advantage(torch.zeros(3)), torch.zeros(3))
     with pytest.raises(ValueError, match="alpha"):
-        sj.good_and_bad_advantage(advantages, alpha=2)
+        good_and_bad_advantage(advantages, alpha=2)
 
 
 @pytest.mark.parametrize("baseline", GROUP_BASELINES)
@@ -116,8 +116,8 @@ def test_advantages_are_those_of_the_rewards_in_float64(baseline, dtype, data):
 def test_sums_beyond_float16_do_not_overflow():
     rewards = torch.tensor([60000.0, 60000.0, 60000.0, 59968.0], dtype=torch.float16)
     assert sj.group_mean_advantage(rewards).tolist() == [8, 8, 8, -24]
-    assert sj.good_and_bad_advantage(torch.ones(3001, dtype=torch.float16)).tolist() == [0.5] * 3001
-    assert sj.expected_confidence_advantage([1], torch.full((1, 300), 1 / 300).bfloat16()).item() == pytest.approx(
+    assert good_and_bad_advantage(torch.ones(3001, dtype=torch.float16)).tolist() == [0.5] * 3001
+    assert expected_confidence_advantage([1], torch.full((1, 300), 1 / 300).bfloat16()).item() == pytest.approx(
         1 - 1 / 300, rel=1e-4
     )
 
@@ -144,8 +144,8 @@ def test_rewards_may_be_what_reward_functions_return(rewards):
     assert advantages.tolist() == [0.5, -0.5, 0, 0]
     assert advantages.dtype == torch.float32
     assert not advantages.requires_grad
-    assert sj.expected_confidence_advantage(rewards, torch.full((4, 2), 0.5)).tolist() == [0.5, -0.5, 0.5, 0.5]
-    assert sj.good_and_bad_advantage(rewards).shape == (4,)
+    assert expected_confidence_advantage(rewards, torch.full((4, 2), 0.5)).tolist() == [0.5, -0.5, 0.5, 0.5]
+    assert good_and_bad_advantage(rewards).shape == (4,)
 
 
 def test_large_integers_are_exact():

@@ -5,21 +5,24 @@ import random
 import numpy as np
 import pytest
 import torch
-from hostile_calls import ROWS, calls, cases, log_probs, mask, outcome, per_row
+from hostile_calls import calls, cases, outcome
+from hostile_cases import log_probs, mask, per_row
+from hostile_values import ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparkjoy as sj
 from sparkjoy import checks
-from sparkjoy.prices import BatchQuantile, quantile
+from sparkjoy.baselines import expected_confidence_advantage, good_and_bad_advantage
+from sparkjoy.prices import BatchQuantile, FixedPrice, RollingQuantile, quantile
 from sparkjoy.testing import TinyPolicy
 
 FOREIGN_STATES = {
-    "KondoGate": lambda: sj.KondoGate(price=sj.RollingQuantile(0.5)),
+    "KondoGate": lambda: sj.KondoGate(price=RollingQuantile(0.5)),
     "KondoGate without memory": lambda: sj.KondoGate(rate=0.5),
     "UnbiasedGate": sj.UnbiasedGate,
     "BudgetGate": lambda: sj.BudgetGate(0.5),
-    "RollingQuantile": lambda: sj.RollingQuantile(0.5),
+    "RollingQuantile": lambda: RollingQuantile(0.5),
 }
 
 
@@ -71,7 +74,7 @@ NAMED = {
     "a log-prob function of none": (lambda: step(log_prob_fn=lambda: None), TypeError, "log_prob_fn is .*cannot be"),
     "a class for a gate": (lambda: step(gate=sj.KondoGate), TypeError, r"class KondoGate.*write KondoGate\(\.\.\.\)"),
     "a class for a gate of select": (lambda: sj.select(sj.KondoGate, per_row()), TypeError, "not called"),
-    "a class for a price": (lambda: sj.KondoGate(price=sj.FixedPrice), ValueError, "the class FixedPrice"),
+    "a class for a price": (lambda: sj.KondoGate(price=FixedPrice), ValueError, "the class FixedPrice"),
     "True for a rate": (lambda: sj.KondoGate(rate=True), ValueError, "rate is True"),
     "a NaN for a rate": (lambda: sj.KondoGate(rate=float("nan")), ValueError, "rate is nan"),
     "an int beyond floats": (lambda: sj.KondoGate(price=10**400), ValueError, "price is a int"),
@@ -89,7 +92,7 @@ NAMED = {
     "no tokens of advantages": (lambda: step(advantages=torch.ones(ROWS, 0)), ValueError, "without a token"),
     "probabilities for log-probs": (lambda: step(log_probs=log_probs(False).exp()), ValueError, "give their logarithm"),
     "log-probs for probabilities": (
-        lambda: sj.expected_confidence_advantage(per_row(), log_probs()),
+        lambda: expected_confidence_advantage(per_row(), log_probs()),
         ValueError,
         "expected probabilities",
     ),
@@ -188,7 +191,7 @@ def test_more_scores_than_float32_can_count():
         kept = int(gate(score).keep.sum())
         assert abs(kept - 0.25 * len(score)) <= 2, gate
     assert sj.SoftGate(temperature=1e-3, rate=0.25)(score).keep.sum() == pytest.approx(0.25 * len(score), abs=100)
-    assert sj.good_and_bad_advantage(score)[0] == pytest.approx(0.5)
+    assert good_and_bad_advantage(score)[0] == pytest.approx(0.5)
 
 
 @given(st.one_of(st.floats(), st.integers(), st.text(), st.booleans(), st.lists(st.floats()), st.none()))

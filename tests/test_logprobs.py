@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sparkjoy as sj
 from sparkjoy import logprobs
+from sparkjoy.logprobs import token_log_probs
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 3, 7, 16, 53
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -51,7 +51,7 @@ def assert_same(own, reference, tolerance):
 def test_any_chunk_gives_the_values_and_gradients_of_full_logits(chunk, temperature, seed):
     leaves, targets, mask, upstream = case(seed=seed)
     hidden, weight, bias = leaves
-    own = sj.token_log_probs(hidden, weight, targets, bias=bias, mask=mask, chunk_tokens=chunk, temperature=temperature)
+    own = token_log_probs(hidden, weight, targets, bias=bias, mask=mask, chunk_tokens=chunk, temperature=temperature)
     reference = full_logits(hidden, weight, bias, targets, mask, temperature)
     assert_same(values_and_gradients(own, upstream, leaves), values_and_gradients(reference, upstream, leaves), 1e-10)
 
@@ -62,9 +62,9 @@ def test_every_dtype(dtype, called):
     leaves, targets, mask, upstream = case(dtype)
     hidden, weight, bias = leaves
     if called:
-        own = sj.token_log_probs(hidden, lambda h: F.linear(h, weight, bias), targets, mask=mask, chunk_tokens=4)
+        own = token_log_probs(hidden, lambda h: F.linear(h, weight, bias), targets, mask=mask, chunk_tokens=4)
     else:
-        own = sj.token_log_probs(hidden, weight, targets, bias=bias, mask=mask, chunk_tokens=4)
+        own = token_log_probs(hidden, weight, targets, bias=bias, mask=mask, chunk_tokens=4)
     assert own.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     reference = full_logits(hidden, weight, bias, targets, mask)
     assert_same(
@@ -81,7 +81,7 @@ def test_many_chunks_in_bfloat16_sum_the_weights_gradient_in_float32():
     gradients = {}
     for chunk in (4096, 8):
         low = weight.bfloat16().requires_grad_()
-        sj.token_log_probs(hidden.bfloat16(), low, targets, chunk_tokens=chunk).sum().backward()
+        token_log_probs(hidden.bfloat16(), low, targets, chunk_tokens=chunk).sum().backward()
         gradients[chunk] = low.grad.float()
     torch.testing.assert_close(gradients[8], gradients[4096], rtol=0.01, atol=0)
 
@@ -90,7 +90,7 @@ def test_autocast_is_that_of_a_linear_layer():
     leaves, targets, mask, upstream = case(torch.float32)
     hidden, weight, bias = leaves
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        own = sj.token_log_probs(hidden, weight, targets, bias=bias, mask=mask, chunk_tokens=4)
+        own = token_log_probs(hidden, weight, targets, bias=bias, mask=mask, chunk_tokens=4)
         reference = full_logits(hidden, weight, bias, targets, mask)
     assert own.dtype == torch.float32
     assert_same(values_and_gradients(own, upstream, leaves), values_and_gradients(reference, upstream, leaves), 3e-2)
@@ -99,7 +99,7 @@ def test_autocast_is_that_of_a_linear_layer():
 def test_gradcheck():
     (hidden, weight, bias), targets, mask, _ = case()
     torch.autograd.gradcheck(
-        lambda *leaves: sj.token_log_probs(
+        lambda *leaves: token_log_probs(
             leaves[0], leaves[1], targets, bias=leaves[2], mask=mask, chunk_tokens=4, temperature=1.3
         ),
         (hidden, weight, bias),
@@ -115,7 +115,7 @@ def test_tied_embeddings_get_both_gradients():
     mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
     states = embedding(tokens[:, :-1]).cumsum(dim=1).tanh()
     upstream = torch.randn(ROWS, TOKENS, generator=generator)
-    own = sj.token_log_probs(states, head, tokens[:, 1:], chunk_tokens=4)
+    own = token_log_probs(states, head, tokens[:, 1:], chunk_tokens=4)
     reference = full_logits(states, head.weight, None, tokens[:, 1:], mask)
     (gradient,) = torch.autograd.grad((own * upstream).sum(), embedding.weight, retain_graph=True)
     (expected,) = torch.autograd.grad((reference * upstream).sum(), embedding.weight)
@@ -129,7 +129,7 @@ def test_nothing_leaks_from_where_the_mask_is_0(called):
         hidden[~mask] = math.nan
         targets[~mask] = -100
     layer = (lambda h: F.linear(h, weight, bias)) if called else weight
-    own = sj.token_log_probs(hidden, layer, targets, bias=None if called else bias, mask=mask, chunk_tokens=4)
+    own = token_log_probs(hidden, layer, targets, bias=None if called else bias, mask=mask, chunk_tokens=4)
     assert own[~mask].tolist() == [0.0] * int((~mask).sum())
     own.backward(torch.where(mask, 1.0, math.nan).double())  # not even what comes from above
     assert hidden.grad[~mask].count_nonzero() == 0
@@ -140,7 +140,7 @@ def test_nothing_leaks_from_where_the_mask_is_0(called):
 def test_no_position_at_all(called):
     (hidden, weight, _), targets, _, _ = case()
     layer = (lambda h: F.linear(h, weight)) if called else weight
-    own = sj.token_log_probs(hidden, layer, targets, mask=torch.zeros(ROWS, TOKENS))
+    own = token_log_probs(hidden, layer, targets, mask=torch.zeros(ROWS, TOKENS))
     own.sum().backward()
     assert own.shape == targets.shape
     assert weight.grad.shape == weight.shape
@@ -170,7 +170,7 @@ def test_no_tensor_has_more_logits_than_a_chunk(called):
     targets = torch.randint(200, (4, 50))
     with LargestResult() as seen:
         layer = (lambda h: F.linear(h, weight)) if called else weight
-        sj.token_log_probs(hidden, layer, targets, chunk_tokens=10).sum().backward()
+        token_log_probs(hidden, layer, targets, chunk_tokens=10).sum().backward()
     assert seen.largest == 10 * 200
 
 
@@ -178,7 +178,7 @@ def test_what_is_kept_for_the_backward_pass_has_no_logits():
     (hidden, weight, _), targets, _, _ = case()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None):
-        sj.token_log_probs(hidden, weight, targets, chunk_tokens=4)
+        token_log_probs(hidden, weight, targets, chunk_tokens=4)
     assert max(math.prod(shape) for shape in kept) == max(hidden.numel(), weight.numel()) < targets.numel() * VOCABULARY
 
 
@@ -188,7 +188,7 @@ def test_a_frozen_weight_or_body_costs_no_product():
     for frozen in (None, "weight", "hidden"):
         h = hidden.detach() if frozen == "hidden" else hidden
         w = weight.detach() if frozen == "weight" else weight
-        own = sj.token_log_probs(h, w, targets)
+        own = token_log_probs(h, w, targets)
         with LargestResult() as seen:
             own.sum().backward()
         products[frozen] = seen.products
@@ -198,14 +198,14 @@ def test_a_frozen_weight_or_body_costs_no_product():
 def test_no_grad_and_screening():
     (hidden, weight, bias), targets, mask, _ = case()
     with torch.no_grad():
-        own = sj.token_log_probs(hidden, weight, targets, bias=bias, mask=mask)
+        own = token_log_probs(hidden, weight, targets, bias=bias, mask=mask)
     assert not own.requires_grad
     torch.testing.assert_close(own, full_logits(hidden, weight, bias, targets, mask))
 
 
 def test_a_graph_can_be_kept_and_used_twice():
     leaves, targets, mask, upstream = case()
-    own = sj.token_log_probs(leaves[0], leaves[1], targets, bias=leaves[2], mask=mask, chunk_tokens=4)
+    own = token_log_probs(leaves[0], leaves[1], targets, bias=leaves[2], mask=mask, chunk_tokens=4)
     first = torch.autograd.grad((own * upstream).sum(), leaves, retain_graph=True)
     second = torch.autograd.grad((own * upstream).sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -214,9 +214,9 @@ def test_a_graph_can_be_kept_and_used_twice():
 def test_the_gradient_of_a_gradient_is_refused():
     (hidden, weight, _), targets, _, _ = case()
     with pytest.raises(ValueError, match="gradient of a gradient"):
-        torch.autograd.grad(sj.token_log_probs(hidden, weight, targets).sum(), hidden, create_graph=True)
+        torch.autograd.grad(token_log_probs(hidden, weight, targets).sum(), hidden, create_graph=True)
     second = []
-    called = sj.token_log_probs(hidden, lambda states: F.linear(states, weight), targets, chunk_tokens=4)
+    called = token_log_probs(hidden, lambda states: F.linear(states, weight), targets, chunk_tokens=4)
     for log_probs in (called, full_logits(hidden, weight, None, targets, torch.tensor(True))):
         (gradient,) = torch.autograd.grad(log_probs.sum(), hidden, create_graph=True)
         second.append(torch.autograd.grad(gradient.square().sum(), weight)[0])
@@ -241,7 +241,7 @@ def test_an_adapted_output_layer_is_called():
     base = nn.Linear(WIDTH, VOCABULARY, bias=False, dtype=torch.float64)
     layer = Adapted(base)
     leaves = [hidden, layer.down.weight, layer.up.weight]
-    own = values_and_gradients(sj.token_log_probs(hidden, layer, targets, mask=mask, chunk_tokens=4), upstream, leaves)
+    own = values_and_gradients(token_log_probs(hidden, layer, targets, mask=mask, chunk_tokens=4), upstream, leaves)
     merged = base.weight + layer.up.weight @ layer.down.weight
     reference = values_and_gradients(full_logits(hidden, merged, None, targets, mask), upstream, leaves)
     assert_same(own, reference, 1e-10)
@@ -251,20 +251,20 @@ def test_an_adapted_output_layer_is_called():
 def test_a_hooked_or_patched_linear_layer_is_called():
     hidden, targets = torch.randn(4, WIDTH), torch.zeros(4, dtype=torch.long)
     plain = nn.Linear(WIDTH, VOCABULARY)
-    expected = sj.token_log_probs(hidden, lambda h: 2 * plain(h), targets)
+    expected = token_log_probs(hidden, lambda h: 2 * plain(h), targets)
     hooked, patched = copy.deepcopy(plain), copy.deepcopy(plain)
     hooked.register_forward_hook(lambda _module, _inputs, output: 2 * output)
     patched.forward = lambda h: 2 * plain(h)
     for layer in (hooked, patched):
-        torch.testing.assert_close(sj.token_log_probs(hidden, layer, targets), expected)
-    assert not torch.allclose(sj.token_log_probs(hidden, plain, targets), expected)
+        torch.testing.assert_close(token_log_probs(hidden, layer, targets), expected)
+    assert not torch.allclose(token_log_probs(hidden, plain, targets), expected)
 
 
 def test_one_dimension_and_the_size_of_a_default_chunk(monkeypatch):
     (hidden, weight, _), targets, _, _ = case()
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 2 * VOCABULARY)
     with LargestResult() as seen:
-        own = sj.token_log_probs(hidden[0].detach(), weight.detach(), targets[0])
+        own = token_log_probs(hidden[0].detach(), weight.detach(), targets[0])
     assert seen.largest == max(2 * VOCABULARY, weight.numel())
     torch.testing.assert_close(own, full_logits(hidden[0], weight, None, targets[0], torch.tensor(True)).detach())
 
@@ -297,7 +297,7 @@ def test_wrong_input_is_refused(changed, message):
         **changed,
     }
     with pytest.raises(ValueError, match=message):
-        sj.token_log_probs(given.pop("hidden"), given.pop("output_layer"), given.pop("targets"), **given)
+        token_log_probs(given.pop("hidden"), given.pop("output_layer"), given.pop("targets"), **given)
 
 
 def test_the_documented_use_with_transformers_runs():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import sparkjoy as sj
 from sparkjoy.gates.budget import ONE_ROW
-from sparkjoy.prices import BatchQuantile
+from sparkjoy.prices import BatchQuantile, FixedPrice, Price, RollingQuantile
 from sparkjoy.testing import TinyPolicy
 
 
@@ -23,15 +23,15 @@ def test_batch_quantile_refuses_a_rate_outside_its_range():
 
 
 def test_prices_are_prices():
-    prices = (sj.FixedPrice(1.0), BatchQuantile(0.5), sj.RollingQuantile(0.5))
-    assert all(isinstance(price, sj.Price) for price in prices)
+    prices = (FixedPrice(1.0), BatchQuantile(0.5), RollingQuantile(0.5))
+    assert all(isinstance(price, Price) for price in prices)
     assert repr(prices[2]) == "RollingQuantile(0.5, window=1024)"
     assert repr(sj.BudgetGate(0.5)) == "BudgetGate(0.5, tolerance=0.015, window=1024)"
 
 
 @pytest.mark.parametrize("batch", [1, 3, 40])
 def test_a_rolling_quantile_is_that_of_the_last_scores(batch, generator):
-    price = sj.RollingQuantile(0.2, window=30)
+    price = RollingQuantile(0.2, window=30)
     scores = torch.randn(120, generator=generator)
     for end in range(batch, 121, batch):
         expected = torch.quantile(scores[max(0, end - max(30, batch)) : end], 0.8)
@@ -39,7 +39,7 @@ def test_a_rolling_quantile_is_that_of_the_last_scores(batch, generator):
 
 
 def test_a_rolling_quantile_holds_a_stationary_rate_row_by_row(generator):
-    gate = sj.KondoGate(price=sj.RollingQuantile(0.1, window=500))
+    gate = sj.KondoGate(price=RollingQuantile(0.1, window=500))
     kept = [int(gate(torch.randn(1, generator=generator)).keep) for _ in range(4000)]
     assert abs(sum(kept[1000:]) / 3000 - 0.1) < 0.015
 
@@ -148,7 +148,7 @@ def test_a_budget_of_everything_keeps_everything_with_a_gradient():
 
 
 def rolling_gate(rate, window):
-    return sj.KondoGate(price=sj.RollingQuantile(rate, window=window))
+    return sj.KondoGate(price=RollingQuantile(rate, window=window))
 
 
 @pytest.mark.parametrize("gate", [rolling_gate, sj.BudgetGate])
@@ -204,9 +204,9 @@ def test_the_engine_passes_tokens_as_costs(generator):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sj.RollingQuantile(0), "rate is 0"),
-        (lambda: sj.RollingQuantile(0.1, window=0), "window is 0"),
-        (lambda: sj.RollingQuantile(0.1, window=2.5), "window is 2.5"),
+        (lambda: RollingQuantile(0), "rate is 0"),
+        (lambda: RollingQuantile(0.1, window=0), "window is 0"),
+        (lambda: RollingQuantile(0.1, window=2.5), "window is 2.5"),
         (lambda: sj.BudgetGate(1.5), "rate is 1.5"),
         (lambda: sj.BudgetGate(0.1, tolerance=0), "tolerance is 0"),
         (lambda: sj.BudgetGate(0.1, tolerance=math.nan), "tolerance is nan"),

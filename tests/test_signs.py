@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import sparkjoy as sj
 from sparkjoy.gates.decision import rule_of, weighted
+from sparkjoy.prices import FixedPrice, RollingQuantile
 from sparkjoy.signs import Rule, mixed, undecided, with_sign, worth
 
 GATES = st.one_of(
@@ -98,7 +99,7 @@ def test_a_subclass_that_decides_anew_says_anew_what_it_is():
     assert bool((torch.tensor([1.0, -1.0] * 10)[report.decision.keep] < 0).all())
 
 
-@pytest.mark.parametrize("price", [sj.RollingQuantile(0.1), sj.FixedPrice(0.5)])
+@pytest.mark.parametrize("price", [RollingQuantile(0.1), FixedPrice(0.5)])
 def test_only_a_price_that_stays_is_a_floor(price):
     rule = sj.KondoGate(price=price).rule
-    assert rule == (Rule(floor=0.5) if isinstance(price, sj.FixedPrice) else None)
+    assert rule == (Rule(floor=0.5) if isinstance(price, FixedPrice) else None)

@@ -5,16 +5,14 @@ from sparkjoy.starting import quiet_if_command as _quiet_if_command
 _quiet_if_command()  # first: the rest takes a second
 
 # ruff: noqa: E402
-from sparkjoy.baselines import expected_confidence_advantage as expected_confidence_advantage
-from sparkjoy.baselines import good_and_bad_advantage as good_and_bad_advantage
 from sparkjoy.baselines import group_mean_advantage as group_mean_advantage
 from sparkjoy.baselines import group_standardised_advantage as group_standardised_advantage
 from sparkjoy.baselines import leave_one_out_advantage as leave_one_out_advantage
+from sparkjoy.drafts.draft import Draft as Draft
 from sparkjoy.engine.backward import GatedBackward as GatedBackward
-from sparkjoy.engine.backward import gated_backward as gated_backward
+from sparkjoy.engine.once import gated_backward as gated_backward
 from sparkjoy.engine.packing import TrimRight as TrimRight
 from sparkjoy.engine.report import BackwardReport as BackwardReport
-from sparkjoy.engine.speculative import SpeculativeBackward as SpeculativeBackward
 from sparkjoy.frontier import Frontier as Frontier
 from sparkjoy.frontier import frontier as frontier
 from sparkjoy.gates import BudgetGate as BudgetGate
@@ -23,13 +21,9 @@ from sparkjoy.gates import Gate as Gate
 from sparkjoy.gates import KondoGate as KondoGate
 from sparkjoy.gates import SoftGate as SoftGate
 from sparkjoy.gates import UnbiasedGate as UnbiasedGate
-from sparkjoy.logprobs import token_log_probs as token_log_probs
 from sparkjoy.losses import clipped as clipped
 from sparkjoy.losses import delightful as delightful
 from sparkjoy.losses import reinforce as reinforce
-from sparkjoy.prices import FixedPrice as FixedPrice
-from sparkjoy.prices import Price as Price
-from sparkjoy.prices import RollingQuantile as RollingQuantile
 from sparkjoy.scores import delight as delight
 from sparkjoy.scores import sequence_delight as sequence_delight
 from sparkjoy.scores import surprisal as surprisal
@@ -40,24 +34,19 @@ __all__ = [
     "BackwardReport",
     "BudgetGate",
     "Decision",
-    "FixedPrice",
+    "Draft",
     "Frontier",
     "Gate",
     "GatedBackward",
     "KondoGate",
-    "Price",
-    "RollingQuantile",
     "SoftGate",
-    "SpeculativeBackward",
     "TrimRight",
     "UnbiasedGate",
     "clipped",
     "delight",
     "delightful",
-    "expected_confidence_advantage",
     "frontier",
     "gated_backward",
-    "good_and_bad_advantage",
     "group_mean_advantage",
     "group_standardised_advantage",
     "leave_one_out_advantage",
@@ -65,7 +54,6 @@ __all__ = [
     "select",
     "sequence_delight",
     "surprisal",
-    "token_log_probs",
     "update_size",
 ]
 __version__ = "0.1.0"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparkjoy import KondoGate, SpeculativeBackward
+from sparkjoy import Draft, GatedBackward, KondoGate
 from sparkjoy.drafts import AdvantageOnly, CachedLogProbs, DistilledDraft, LowerPrecision, StaleWeights
-from sparkjoy.engine.audit import Audit
+from sparkjoy.drafts.audit import Audit
 from sparkjoy.lab.policies.early_exit import EarlyExit
 from sparkjoy.lab.policies.mlp import MLP
 from sparkjoy.lab.policies.transformer import Transformer
@@ -136,13 +136,13 @@ def test_distillation_finds_more_of_the_true_survivors(generator):
     with torch.no_grad():
         policy.layers[1].weight.mul_(6)  # sure of itself in places
     draft = DistilledDraft(student, learning_rate=1e-2)
-    step = SpeculativeBackward(KondoGate(rate=0.05), draft, verify=2, audit=Audit(every=1, floor=0))
+    step = GatedBackward(KondoGate(rate=0.05), draft=Draft(draft, verify=2, audit=Audit(every=1, floor=0)))
     recalls = []
     for _ in range(400):
         inputs = torch.randn(100, 8, generator=generator)
         probabilities = policy(inputs).softmax(dim=1).detach()
         batch = {"inputs": inputs, "actions": torch.multinomial(probabilities, 1, generator=generator).squeeze(1)}
-        recalls.append(step(policy.log_probs, batch, torch.ones(100)).screening.audit.recall)
+        recalls.append(step(policy.log_probs, batch, torch.ones(100)).drafting.audit.recall)
     before, after = sum(recalls[:20]) / 20, sum(recalls[-50:]) / 50
     assert after > before + 0.3
 

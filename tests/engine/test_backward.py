@@ -130,14 +130,16 @@ def test_plans_by_counts_and_what_is_known():
     assert plan(sj.KondoGate(rate=0.3)) == "screen"
     assert plan(sj.KondoGate(rate=0.8)) == "dense"
     assert plan(sj.KondoGate(rate=0.8), micro_batch_size=4) == "screen"
-    assert plan(sj.KondoGate(rate=0.8), screen=policy.log_probs) == "screen"
+    assert plan(sj.KondoGate(rate=0.8), draft=sj.Draft(policy.log_probs)) == "draft"
     assert plan(None) == plan(sj.KondoGate(rate=1)) == "dense"
 
 
-def test_a_screen_of_its_own_decides_but_is_not_differentiated():
+def test_a_draft_decides_but_is_not_differentiated():
     policy, batch, advantages, _ = make_case("rows")
     draft = TinyPolicy(WIDTH, ACTIONS, seed=9, dtype=torch.float64)
-    report = sj.gated_backward(policy.log_probs, batch, advantages, sj.KondoGate(rate=0.3), screen=draft.log_probs)
+    report = sj.gated_backward(
+        policy.log_probs, batch, advantages, sj.KondoGate(rate=0.3), draft=sj.Draft(draft.log_probs)
+    )
     by_draft = sj.KondoGate(rate=0.3)(sj.delight(advantages, draft.log_probs(batch)))
     assert torch.equal(report.decision.keep, by_draft.keep)
     successes = int((advantages > 0).sum())

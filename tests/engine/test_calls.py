@@ -70,7 +70,7 @@ def test_rows_with_a_graph_are_refused_by_name_in_every_plan(container, case):
 
 def test_a_draft_gets_no_graph_either():
     trunk, _, states, log_prob_fn, batch = make_case("dict")
-    step = sj.SpeculativeBackward(sj.KondoGate(rate=0.2), log_prob_fn, verify=2)
+    step = sj.GatedBackward(sj.KondoGate(rate=0.2), draft=sj.Draft(log_prob_fn, verify=2))
     with pytest.raises(ValueError, match="has a graph"):
         step(log_prob_fn, batch(trunk(states)), torch.randn(ROWS))
 

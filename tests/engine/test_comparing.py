@@ -14,11 +14,13 @@ from processes import run_processes
 from torch import nn
 
 import sparkjoy as sj
-from sparkjoy.engine.comparing import WIDTH, WINDOW, Beside, Comparisons
+from sparkjoy.engine.beside import WIDTH, Beside
+from sparkjoy.engine.comparing import WINDOW, Comparisons
+from sparkjoy.prices import RollingQuantile
 
 GATES = {
     "hard": lambda: sj.KondoGate(rate=0.3),
-    "rolling": lambda: sj.KondoGate(price=sj.RollingQuantile(0.3)),
+    "rolling": lambda: sj.KondoGate(price=RollingQuantile(0.3)),
     "soft": lambda: sj.SoftGate(1.0, price=0.0, generator=torch.Generator().manual_seed(1)),
     "noise": lambda: sj.UnbiasedGate(noise=0.3, generator=torch.Generator().manual_seed(1)),
 }
@@ -162,8 +164,6 @@ def test_refusals():
     for given in (0, -3, 1.5, "often"):
         with pytest.raises(ValueError, match="expected a whole number of steps, or None"):
             sj.GatedBackward(None, compare_every=given)
-    with pytest.raises(ValueError, match=r"GatedBackward\(gate, screen=...\)"):
-        sj.SpeculativeBackward(sj.KondoGate(rate=0.3), lambda rows: rows, compare_every=5)
 
 
 def test_sketches_keep_inner_products():

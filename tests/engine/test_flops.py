@@ -220,7 +220,7 @@ def test_flops_are_counted_on_request_only():
     policy, batch, advantages, _ = make_case("rows")
     for step in (
         sj.GatedBackward(sj.KondoGate(rate=0.3)),
-        sj.SpeculativeBackward(sj.KondoGate(rate=0.3), policy.log_probs),
+        sj.GatedBackward(sj.KondoGate(rate=0.3), draft=sj.Draft(policy.log_probs)),
     ):
         report = step(policy.log_probs, batch, advantages)
         assert (report.forward_flops, report.backward_flops, report.flops) == (None, None, None)

@@ -6,7 +6,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparkjoy as sj
-from sparkjoy.engine.audit import Audit
+from sparkjoy.drafts.audit import Audit
 
 ROWS = 32
 PARAMETRIZED = {
@@ -69,7 +69,7 @@ def test_weights_cached_around_a_step_get_their_gradients(parametrized, plan, mi
 def test_a_draft_and_its_verification_leave_cached_weights_alone():
     net, batch, log_prob_fn = make_policy()
     advantages = torch.randn(ROWS).double()
-    step = sj.SpeculativeBackward(sj.KondoGate(rate=0.25), log_prob_fn, verify=2, audit=Audit(every=1))
+    step = sj.GatedBackward(sj.KondoGate(rate=0.25), draft=sj.Draft(log_prob_fn, verify=2, audit=Audit(every=1)))
     with parametrize.cached():
         report = step(log_prob_fn, batch, advantages)
     found = gradients(net)

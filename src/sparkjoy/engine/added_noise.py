@@ -7,15 +7,20 @@ from torch import Tensor
 
 from sparkjoy.engine.deciding import row_scores
 from sparkjoy.engine.inputs import Inputs
-from sparkjoy.engine.passes import Passes
-from sparkjoy.engine.processes.ranks import Scored
+from sparkjoy.engine.processes.ranks import Ranks, Scored
 from sparkjoy.gates import Decision
 from sparkjoy.noise import NoiseSums, expected_noise, noise_sums
 from sparkjoy.scores import ScoreFunction
 
 
 def added_noise(
-    size: ScoreFunction, passes: Passes, inputs: Inputs, scored: Scored, decision: Decision, exact: bool
+    size: ScoreFunction,
+    inputs: Inputs,
+    scored: Scored,
+    decision: Decision,
+    exact: bool,
+    differentiated: Tensor | None,
+    ranks: Ranks,
 ) -> tuple[float, NoiseSums | None]:
     """The second moment that skipping added, over the batch's own, about the rows of all processes.
 
@@ -24,28 +29,28 @@ def added_noise(
 
     Args:
         size: of a row's gradient in the loss.
-        passes: of the step, all done; they watched what was differentiated.
         inputs: this process's rows.
         scored: what the gate decided on.
         decision: the gate's, about all rows.
         exact: whether those were exact sizes.
+        differentiated: (B,) or (B, T) log-probs of the kept rows; None: there were none.
+        ranks: the processes.
     """
     used = scored.score if scored.teaches is None else scored.score.where(scored.teaches.bool(), 0)
     noise = expected_noise(used, decision.probability)
     if exact:
         return noise, None
-    ranks = passes.ranks
-    own = _own_sums(size, passes, inputs, *(ranks.own(part) for part in (scored.score, decision.keep, decision.weight)))
-    sums = NoiseSums(*ranks.add(own).tolist())
+    used, keep, weight = (ranks.own(part) for part in (scored.score, decision.keep, decision.weight))
+    sums = NoiseSums(*ranks.add(_own_sums(size, differentiated, inputs, used, keep, weight)).tolist())
     return noise * sums.ratio, sums
 
 
 def _own_sums(
-    size: ScoreFunction, passes: Passes, inputs: Inputs, used: Tensor, keep: Tensor, weight: Tensor
+    size: ScoreFunction, differentiated: Tensor | None, inputs: Inputs, used: Tensor, keep: Tensor, weight: Tensor
 ) -> Tensor:
     """(4,) this process's part of the `NoiseSums`."""
     rows = keep.nonzero().squeeze(1)
-    if passes.differentiated is None or len(rows) == 0:
+    if differentiated is None or len(rows) == 0:
         return torch.zeros(4, dtype=torch.float64)
-    exact = row_scores(size, inputs, passes.differentiated)[rows]
+    exact = row_scores(size, inputs, differentiated)[rows]
     return noise_sums(exact, used[rows], weight[rows]).cpu()

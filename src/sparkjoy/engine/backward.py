@@ -9,38 +9,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparkjoy import checks, states
-from sparkjoy.engine.added_noise import added_noise
-from sparkjoy.engine.comparing import Beside, Comparison, Comparisons
-from sparkjoy.engine.deciding import decide, row_scores, scored_rows
+from sparkjoy.drafts.audit import AuditResult
+from sparkjoy.drafts.draft import Draft, Drafting
+from sparkjoy.engine.auditing import audited
+from sparkjoy.engine.beside import Beside
+from sparkjoy.engine.comparing import Comparisons, compared
 from sparkjoy.engine.flops import KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import Ledger
+from sparkjoy.engine.looking import Asked
+from sparkjoy.engine.normalizer import Normalizer, checked_normalizer
 from sparkjoy.engine.options import in_words
-from sparkjoy.engine.packing import Packing, Trim
-from sparkjoy.engine.passes import Normalizer, Passes, checked_normalizer
-from sparkjoy.engine.plan import BACKWARD_OVER_FORWARD, EVERYTHING, KNOWN, Choice, choose
+from sparkjoy.engine.packing import Trim, checked_packing
+from sparkjoy.engine.passes import HowToRun, Passes, Seen
 from sparkjoy.engine.processes.distributed import ranks_of
-from sparkjoy.engine.processes.ranks import Scored
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
-from sparkjoy.gates import Decision, Gate
+from sparkjoy.engine.step import decided, everything
+from sparkjoy.gates import Gate
 from sparkjoy.gates.decision import GATE, load_state, rule_of, state_of, weighted
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
-from sparkjoy.scores import SCORE, ScoreFunction, delight, reads_log_probs, sign_of_advantage
-from sparkjoy.signs import mixed, undecided, worth
+from sparkjoy.scores import SCORE, ScoreFunction, delight
 
 STATE = {
     "gate": states.is_state,
     "kept_fraction": lambda value: value is None or (checks.is_number(value) and 0 <= value <= 1),
     "backward_over_forward": lambda value: value is None or (checks.is_number(value) and value > 0),
     "known_flops": KnownFlops.fits,
+    "draft": states.is_state,
     "comparisons": states.is_state,
 }
 
@@ -71,8 +73,8 @@ class GatedBackward:
         loss: `(log_probs, advantages, behavior_log_probs, mask) -> terms` to minimise, proportional to the advantage.
         score: `(advantages, log_probs) -> (B,)` or (B, T), which is summed over valid tokens; what the gate decides on.
             None: delight, or for a weighted gate the size of a row's gradient in the loss, `sparkjoy.losses.size_of`.
-        screen: `rows -> log-probs` to decide on, from another source than `log_prob_fn` (a draft, stale weights);
-            None: a pass of `log_prob_fn` without a graph, exact.
+        draft: a `Draft`: log-probs to decide on, or to propose rows by, from a cheaper source than `log_prob_fn`; None:
+            the policy's own, exact.
         normalizer: what the sum of the kept terms is divided by. "batch": all valid tokens of the call, kept or not
             (all samples for (B,)); "samples": B; "kept": valid tokens (samples) of the kept rows; or a number.
         micro_batch_size: rows per forward and backward pass; None: all at once.
@@ -102,7 +104,7 @@ class GatedBackward:
         *,
         loss: Loss = reinforce,
         score: ScoreFunction | None = None,
-        screen: LogProbFunction | None = None,
+        draft: Draft | None = None,
         normalizer: Normalizer = "batch",
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
@@ -118,17 +120,11 @@ class GatedBackward:
         checks.function("loss", loss, LOSS, ..., ..., ..., ...)
         if score is not None:
             checks.function("score", score, SCORE, ..., ...)
-        if screen is not None:
-            checks.function("screen", screen, "a function from rows to log-probs, or None", ...)
+        if draft is not None:
+            checks.instance("draft", draft, Draft, "a Draft(source, ...), or None").check_gate(gate)
         checks.function("backward", backward, "a function of a loss, such as accelerator.backward", ...)
         normalizer = checked_normalizer(normalizer)
-        expected = "a whole number of at least 1, or None for all at once"
-        micro_batch_size, micro_batch_tokens = (
-            None if limit is None else checks.whole(name, limit, expected)
-            for name, limit in (("micro_batch_size", micro_batch_size), ("micro_batch_tokens", micro_batch_tokens))
-        )
-        if trim is not None:
-            checks.function("trim", trim, "a function (batch, mask) -> (batch, columns), or None", ..., ...)
+        packing = checked_packing(micro_batch_size, micro_batch_tokens, trim)
         count_flops = checks.flag("count_flops", count_flops)
         if backward_over_forward is not None:
             backward_over_forward = checks.number(
@@ -140,12 +136,12 @@ class GatedBackward:
         self.loss = loss
         self._size = size_of(loss) if weighted(gate) else None
         self.score = score or self._size or delight
-        self.screen = screen
+        self.draft = draft
         self.normalizer = normalizer
         self.backward = backward
         self._ranks = ranks_of(module)
         self._known_flops = KnownFlops() if count_flops else None
-        self._packing = Packing(micro_batch_size, micro_batch_tokens, trim)
+        self._packing = packing
         self._kept_fraction: float | None = None
         self._backward_over_forward = backward_over_forward
         self._comparisons = None if compare_every is None else Comparisons(compare_every)
@@ -183,58 +179,76 @@ class GatedBackward:
             ValueError: NaN, infinite or misshapen input, before any `.grad` is touched; a log-prob that turns NaN or
                 infinite while differentiating, with the number of its micro-batch.
         """
-        ranks, ledger = self._ranks, Ledger(self._known_flops)
-        with ranks.together():
+        how = HowToRun(self.loss, self.normalizer, self._packing, self.backward, self._ranks)
+        with self._ranks.together():
             checks.function("log_prob_fn", log_prob_fn, "a function from rows to log-probs")
             self._check_call(log_probs, mask)
-            score_tells = self.score is delight and not self._keeps_everything and log_probs is not None
-            score_tells = score_tells and rule_of(self.gate) is not None and behavior_log_probs is None
-            score_tells = score_tells and ranks.size == 1  # else it is not known whose value it was
+            rule = rule_of(self.gate)
+            keeps_all = self.gate is None or (rule is not None and rule.keeps_everything)
+            # A NaN or infinite value would show in such a score; of several processes it is not known whose it was.
+            score_tells = self.score is delight and rule is not None and not keeps_all and self._ranks.size == 1
+            score_tells = score_tells and self.draft is None and behavior_log_probs is None and log_probs is not None
             inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells)
-            ranks.open(inputs, self._in_words)
-            watches = self._size is not None  # exact sizes of the kept rows, to compare with those decided on
-            # Given log-probs are looked at to decide; others may not be, where signs decide, or nobody does.
-            discrete = self.score is delight and self.gate is not None and (log_probs is None or self._keeps_everything)
-            beside = self._beside()
-            passes = Passes(
-                log_prob_fn if beside is None else beside.watched(log_prob_fn),
-                inputs,
-                ledger,
-                self.loss,
-                self.normalizer,
-                self._packing,
-                self.backward,
-                ranks,
-                watches,
-                discrete,
-            )
-            choice, decision, noise = self._run(passes, inputs)
-            kept, total = int(decision.keep.count_nonzero()), ranks.total(inputs.total)
-            loss = passes.close()
-            comparison = None if beside is None else self._compared(beside, passes, inputs)
-        recent = kept / total
-        self._kept_fraction = recent if self._kept_fraction is None else 0.8 * self._kept_fraction + 0.2 * recent
-        if self._measures_ratio:
-            self._backward_over_forward = ledger.backward_over_forward or self._backward_over_forward
-        counted = self._known_flops is not None
+            self._ranks.open(inputs, self._in_words)
+            return self._step(None if keeps_all else self.gate, log_prob_fn, inputs, how)
+
+    def _step(self, gate: Gate | None, log_prob_fn: LogProbFunction, inputs: Inputs, how: HowToRun) -> BackwardReport:
+        """Audit, decide, differentiate what is kept, and report, on checked inputs; no gate keeps everything."""
+        draft = self.draft if self.draft is None or not self.draft.exact else None
+        ledger, audit = Ledger(self._known_flops), None
+        beside = None if gate is None else self._beside()
+        lessons: list[Seen] | None = [] if draft is not None and draft.learns else None
+        watched = log_prob_fn if beside is None else beside.watched(log_prob_fn)
+        if draft is not None:
+            audit = audited(draft, log_prob_fn, inputs, ledger, how, self.score, self._rate, lessons)
+            draft = None if draft.exact else draft
+        # Log-probs given to decide on are looked at; others may not be, where signs decide, or nobody does.
+        unseen = inputs.log_probs is None or gate is None
+        discrete = self.score is delight and self.gate is not None and unseen
+        passes = Passes(watched, inputs, ledger, how, discrete, lessons)
+        if gate is None:
+            done = everything(inputs, passes, how)
+        else:
+            asked = Asked(gate, self.score, draft, self._kept_fraction, self._backward_over_forward)
+            done = decided(asked, self._size, inputs, passes, how)
+        loss = passes.close()
+        comparison = None
+        if beside is not None and self._comparisons is not None:
+            comparison = compared(self._comparisons, beside, watched, inputs, how)
+        kept, total = done.kept, how.ranks.total(inputs.total)
+        drafting = self._taught(ledger, lessons, kept if done.proposed is None else done.proposed, audit)
+        self._remember(kept / total, ledger)
         return BackwardReport(
-            decision=decision,
+            **ledger.counted,
+            decision=done.decision,
             kept=kept,
             total=total,
             loss=loss,
-            noise=noise,
+            noise=done.noise,
+            drafting=drafting,
             comparison=comparison,
-            screened_rows=ledger.screened_rows,
-            forward_rows=ledger.forward_rows,
-            backward_rows=ledger.backward_rows,
-            screened_tokens=ledger.screened_tokens,
-            forward_tokens=ledger.forward_tokens,
-            backward_tokens=ledger.backward_tokens,
-            forward_flops=ledger.forward_flops if counted else None,
-            backward_flops=ledger.backward_flops if counted else None,
             seconds=ledger.seconds,
-            choice=choice,
+            choice=done.choice,
         )
+
+    def _taught(
+        self, ledger: Ledger, lessons: list[Seen] | None, proposed: int, audit: AuditResult | None
+    ) -> Drafting | None:
+        """What the draft did; it is taught what was seen on the way."""
+        if self.draft is None:
+            return None
+        began = time.perf_counter()
+        if lessons is not None:
+            self.draft.learn(lessons)
+        ledger.lap("screen")
+        return Drafting(proposed, self.draft.exact, time.perf_counter() - began, audit)
+
+    def _remember(self, kept: float, ledger: Ledger) -> None:
+        """What the next step's plan goes by."""
+        before = self._kept_fraction
+        self._kept_fraction = kept if before is None else 0.8 * before + 0.2 * kept
+        if self._measures_ratio:
+            self._backward_over_forward = ledger.backward_over_forward or self._backward_over_forward
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide and plan as an unbroken one would."""
@@ -243,6 +257,7 @@ class GatedBackward:
             "kept_fraction": self._kept_fraction,
             "backward_over_forward": self._backward_over_forward,
             "known_flops": {} if self._known_flops is None else self._known_flops.state_dict(),
+            "draft": {} if self.draft is None else self.draft.state_dict(),
             "comparisons": {} if self._comparisons is None else self._comparisons.state_dict(),
         }
 
@@ -254,13 +269,16 @@ class GatedBackward:
         self._backward_over_forward = state["backward_over_forward"]
         if self._known_flops is not None and state["known_flops"]:
             self._known_flops.load_state_dict(state["known_flops"])
+        if self.draft is not None and state["draft"]:
+            self.draft.load_state_dict(state["draft"])
         if self._comparisons is not None and state["comparisons"]:
             self._comparisons.load_state_dict(state["comparisons"])
 
     def _check_call(self, log_probs: Tensor | None, mask: Tensor | None) -> None:
-        if log_probs is not None and self.screen is not None:
+        if self.draft is not None and (log_probs is None) == (self.draft.source is None):
             raise ValueError(
-                "log_probs and a screen are both given to decide on; give one. For a ratio: behavior_log_probs."
+                "expected either a draft's source or log_probs to decide on, and not both. For a ratio: "
+                "behavior_log_probs."
             )
         if self._packing.tokens is not None and mask is None:
             raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
@@ -273,7 +291,9 @@ class GatedBackward:
                 "gate": self.gate,
                 "loss": self.loss,
                 "score": self.score,
-                "screen": self.screen,
+                "draft": self.draft and self.draft.source,
+                "verify": self.draft and self.draft.verify,
+                "audit": self.draft and self.draft.audit,
                 "normalizer": self.normalizer,
                 "micro_batch_size": packing.rows,
                 "micro_batch_tokens": packing.tokens,
@@ -283,154 +303,13 @@ class GatedBackward:
         )
 
     @property
-    def _keeps_everything(self) -> bool:
-        rule = rule_of(self.gate)
-        return self.gate is None or (rule is not None and rule.keeps_everything)
-
-    def _run(self, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision, float | None]:
-        """Decide, differentiate what is kept, and say how, and how much noise that added."""
-        if self.gate is None or self._keeps_everything:
-            total = self._ranks.total(inputs.total)
-            ones = torch.ones(total, dtype=inputs.advantages.dtype, device=inputs.advantages.device)
-            decision = Decision(ones.bool(), None, ones, ones)
-            passes.differentiate(inputs, None, None, decision.keep[: inputs.total], total)
-            return EVERYTHING, decision, None
-        gate, log_probs = self.gate, inputs.log_probs
-        if log_probs is None and not reads_log_probs(self.score):
-            log_probs = inputs.blank_log_probs()
-        if log_probs is None:
-            return self._run_unknown(gate, passes, inputs)
-        scored = self._ranks.gather(scored_rows(gate, row_scores(self.score, inputs, log_probs), inputs))
-        decision = self._ranks.same(decide(gate, scored, inputs))
-        passes.ledger.lap("screen")
-        self._differentiate_kept(passes, inputs, decision)
-        return KNOWN, decision, self._noise(passes, inputs, scored, decision, False)
-
-    def _run_unknown(self, gate: Gate, passes: Passes, inputs: Inputs) -> tuple[Choice, Decision, float | None]:
-        """As `_run`, where log-probs have to be computed to decide."""
-        ranks, rule = self._ranks, rule_of(gate)
-        signs_tell = sign_of_advantage(self.score) and not ranks.sum(int(mixed(inputs.advantages)))
-        value = worth(inputs.advantages)
-        rows = undecided(rule if signs_tell else None, value, ranks.sum)
-        possible = rows.kept | rows.open
-        # Several processes decide before any of them differentiates: all skip the passes, or none.
-        undivided = ranks.size == 1 and self.screen is None
-        undivided = undivided and self._packing.holds(inputs, int(possible.count_nonzero()))
-        measured = self._backward_over_forward
-        ratio = BACKWARD_OVER_FORWARD if measured is None else measured
-        quota = None if rule is None else rule.quota(ranks.total(inputs.total))
-        choice = choose(rows, inputs.total, quota, undivided, self._kept_fraction, ratio)
-        any_open = ranks.most(int(rows.open.any()))
-        passes.ledger.lap("screen")
-        graph = passes.forward(_indices(possible)) if choice.plan == "dense" else None
-
-        if any_open and graph is None:
-            passes.screen(_indices(rows.open), self.screen)
-        score = value
-        if passes.seen is not None:
-            score = row_scores(self.score, inputs, passes.seen)
-            seen = possible if graph is not None else rows.open
-            score = torch.where(seen, score, value.to(score.dtype))  # else signs suffice
-        known = ranks.gather(scored_rows(gate, score, inputs))
-        decision = ranks.same(decide(gate, known, inputs))
-        passes.ledger.lap("screen")
-        if graph is None:
-            self._differentiate_kept(passes, inputs, decision)
-            if rule is not None and rule.rate is not None and ranks.most(int(rows.kept.any())):
-                decision = replace(decision, price=None)  # the row at the margin may be one without a score
-        elif bool(decision.keep.any()):
-            passes.differentiate_graph(graph, decision.weight * decision.keep, decision.keep)
-        exact = self.screen is None and self.score is self._size
-        return choice, decision, self._noise(passes, inputs, known, decision, exact)
-
-    def _noise(self, passes: Passes, inputs: Inputs, scored: Scored, decision: Decision, exact: bool) -> float | None:
-        """What a weighted gate's draws added; the gate is told of it where the sizes it decided on were approximate."""
-        if self._size is None:
-            return None
-        noise, sums = added_noise(self._size, passes, inputs, scored, decision, exact)
-        learn = getattr(self.gate, "learn", None)
-        if sums is not None and learn is not None:
-            learn(sums)
-        return noise
+    def _rate(self) -> float:
+        """What the gate keeps: its rate, or what it has kept of late."""
+        rate: float | None = getattr(self.gate, "rate", None)
+        return (1.0 if self._kept_fraction is None else max(1e-9, self._kept_fraction)) if rate is None else rate
 
     def _beside(self) -> Beside | None:
         """What compares the gradients of this step, if it is one to be compared."""
-        if self._comparisons is None or not self._comparisons.due() or self._keeps_everything:
+        if self._comparisons is None or not self._comparisons.due():
             return None
         return Beside(self._ranks.parameters())
-
-    def _compared(self, beside: Beside, gated: Passes, inputs: Inputs) -> Comparison:
-        """The gradient of the passes that have run beside that of all rows at weight 1, which is taken away again."""
-        assert self._comparisons is not None
-        began, ranks, ledger, device = time.perf_counter(), self._ranks, Ledger(None), inputs.advantages.device
-        options = (self.loss, self.normalizer, self._packing, self.backward, ranks)
-        passes = Passes(gated.log_prob_fn, inputs, ledger, *options)
-        everything = torch.ones(inputs.total, dtype=torch.bool, device=device)
-        with beside.dense(device):
-            passes.differentiate(inputs, None, None, everything, ranks.total(inputs.total))
-            passes.close()
-        found = torch.cat([beside.sums(), beside.sketches(ranks.shard or 0).flatten()])
-        found = found if ranks.shard is None else ranks.add(found)
-        seconds = time.perf_counter() - began
-        counts = (ledger.forward_rows, ledger.backward_rows, seconds)
-        return self._comparisons.compared(found[:4], found[4:].unflatten(0, (2, -1)), *counts)
-
-    def _differentiate_kept(self, passes: Passes, inputs: Inputs, decision: Decision) -> None:
-        """Differentiate what is kept of all processes' rows, this process its share."""
-        keep = self._ranks.own(decision.keep)
-        kept_rows = keep.nonzero().squeeze(1)
-        weight = None if weighted(self.gate) is False else self._ranks.own(decision.weight)
-        everything = None if len(kept_rows) == inputs.total > 0 else kept_rows
-        kept_everywhere = len(kept_rows) if self._ranks.size == 1 else int(decision.keep.count_nonzero())
-        passes.differentiate(inputs, everything, weight, keep, kept_everywhere)
-
-
-def gated_backward(
-    log_prob_fn: LogProbFunction,
-    batch: Any,
-    advantages: Tensor,
-    gate: Gate | None,
-    *,
-    log_probs: Tensor | None = None,
-    behavior_log_probs: Tensor | None = None,
-    mask: Tensor | None = None,
-    **options: Any,
-) -> BackwardReport:
-    """`GatedBackward` in one call: differentiate only the samples the gate keeps, adding to `.grad`.
-
-    It remembers nothing from call to call, so that counting FLOPs measures at every call; in a loop, a `GatedBackward`
-    made once measures once.
-
-    >>> import torch, sparkjoy as sj
-    >>> logits = torch.zeros(4, 2, requires_grad=True)
-    >>> def log_prob_fn(rows):
-    ...     return logits.log_softmax(1)[rows, 0]
-    >>> advantages = torch.tensor([1.0, -1.0, 3.0, 0.0])
-    >>> report = sj.gated_backward(log_prob_fn, torch.arange(4), advantages, sj.KondoGate(rate=0.25))
-    >>> report.kept, report.backward_rows, logits.grad.abs().sum(dim=1)
-    (1, 1, tensor([0.0000, 0.0000, 0.7500, 0.0000]))
-
-    Args:
-        log_prob_fn: `rows -> (n,)` or `(n, T)` differentiable log-probs of the actions taken in `rows`.
-        batch: a tensor, or a TensorDict, Mapping, namedtuple or dataclass of tensors, with leading dimension B.
-        advantages: (B,), or (B, T) with log-probs of (B, T).
-        gate: decides which samples to keep; None: all of them.
-        log_probs: known ones to decide on, such as the sampler's; then deciding is free. As in `GatedBackward`'s call.
-        behavior_log_probs: the denominator of a loss's ratio; default `log_probs`, else the current ones, detached.
-        mask: (B, T), 1 for tokens that count; anything may stand where it is 0, NaN too.
-        options: the options of `GatedBackward`.
-
-    Returns:
-        A `BackwardReport`, counted from what ran.
-
-    Raises:
-        ValueError: as `GatedBackward`.
-    """
-    return GatedBackward(gate, **options)(
-        log_prob_fn, batch, advantages, log_probs=log_probs, behavior_log_probs=behavior_log_probs, mask=mask
-    )
-
-
-def _indices(rows: Tensor) -> Tensor | None:
-    """Where `rows` (B,) is true; None where it is everywhere."""
-    return None if bool(rows.all()) else rows.nonzero().squeeze(1)

@@ -7,9 +7,8 @@ whether the gated one says it too.
 from __future__ import annotations
 
 import math
+import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,15 @@ import torch
 from torch import Tensor
 
 from sparkjoy import states
-from sparkjoy.engine.hooks import leaves
+from sparkjoy.engine.beside import WIDTH, Beside
+from sparkjoy.engine.inputs import Inputs
+from sparkjoy.engine.ledger import Ledger
+from sparkjoy.engine.passes import HowToRun, Passes
+from sparkjoy.engine.screening import LogProbFunction
 
 WINDOW = 20
 CONSISTENT = 0.6
 FOLLOWED = 0.1
-WIDTH = 4096
-CHUNK = 1 << 20
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -52,125 +52,6 @@ class Comparison:
     forward_rows: int
     backward_rows: int
     seconds: float
-
-
-class Beside:
-    """The gradients of one step: what was there before it, what it added, and the dense gradient beside it.
-
-    >>> weight = torch.ones(2, requires_grad=True)
-    >>> weight.grad = torch.tensor([5.0, 5.0])
-    >>> beside = Beside(None)
-    >>> log_prob_fn = beside.watched(lambda rows: weight * rows)
-    >>> log_prob_fn(torch.tensor([1.0, 0.0])).sum().backward()
-    >>> with beside.dense():
-    ...     log_prob_fn(torch.tensor([1.0, 1.0])).sum().backward()
-    >>> beside.sums().tolist(), weight.grad
-    ([1.0, 2.0, 1.0, 1.0], tensor([6., 5.]))
-
-    Args:
-        parameters: whose gradients; None: those behind the log-probs, as they are found.
-
-    Raises:
-        ValueError: one runs a hook on its gradient, which would see two.
-    """
-
-    def __init__(self, parameters: list[Tensor] | None) -> None:
-        self._finds = parameters is None
-        self._known: dict[int, tuple[Tensor, Tensor | None]] = {}  # and what was in .grad before
-        self._after: dict[int, Tensor | None] | None = None  # what the step has left there, while the dense passes run
-        self._put: dict[int, Tensor | None] = {}
-        self._dense: dict[int, Tensor | None] = {}
-        for parameter in parameters or []:
-            self._find(parameter)
-
-    def watched(self, log_prob_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        """The function, and the parameters behind what it returns are found before anything is added to them."""
-
-        def watched(rows: Any) -> Tensor:
-            log_probs = log_prob_fn(rows)
-            if self._finds and isinstance(log_probs, Tensor) and log_probs.requires_grad:
-                for leaf in (log_probs,) if log_probs.grad_fn is None else leaves(log_probs):
-                    self._find(leaf)
-            return log_probs
-
-        return watched
-
-    @contextmanager
-    def dense(self, device: torch.device = CPU) -> Iterator[None]:
-        """Around the dense passes on a device: `.grad` begins at 0, and in the end it is what it was, to the bit.
-
-        So is torch's random state, of the CPU and of the device.
-        """
-        self._after = {}
-        for leaf, _ in self._known.values():
-            self._put_aside(leaf)
-        devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-        try:
-            with torch.random.fork_rng(devices, device_type=kind):
-                yield
-        finally:
-            for key, after in self._after.items():
-                leaf = self._known[key][0]
-                self._dense[key] = _copy(leaf)
-                if after is None or after.layout != torch.strided:
-                    leaf.grad = after
-                else:
-                    _local(leaf).copy_(after)  # in place: whoever averages may hold on to it
-            self._put, self._after = self._after, None
-
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(n,) of each parameter the gated and the dense gradient, at least in float32."""
-        for key, (_, before) in self._known.items():
-            after, dense = self._put[key], self._dense[key]
-            if after is not None and dense is not None:
-                gated = _wide(after)
-                yield gated if before is None else gated - _wide(before), _wide(dense)
-            elif dense is not None:
-                yield torch.zeros_like(_wide(dense)), _wide(dense)
-
-    def sums(self) -> Tensor:
-        """(4,) ‖g‖², ‖d‖², g · d and ‖g − d‖², in double precision; of this process's part of the parameters."""
-        total = torch.zeros(4, dtype=torch.float64)
-        for gated, dense in self.pairs():
-            parts = (gated * gated, dense * dense, gated * dense, (gated - dense).square())
-            total += torch.stack([part.sum(dtype=torch.float64) for part in parts]).cpu()
-        return total
-
-    def sketches(self, salt: int) -> Tensor:
-        """(2, WIDTH) g and d with their coordinates added up at random places under random signs.
-
-        Inner products of sketches are those of what was sketched, to about 1/√WIDTH of the lengths; sketches of parts
-        add up to that of the whole.
-        """
-        both = torch.zeros(2, WIDTH, dtype=torch.float64)
-        for number, pair in enumerate(self.pairs()):
-            generator = torch.Generator(pair[0].device).manual_seed((salt << 32) + number)
-            for chunk in torch.stack(pair).split(CHUNK, dim=1):
-                places = torch.randint(2 * WIDTH, chunk.shape[1:], generator=generator, device=chunk.device)
-                signed = torch.where(places < WIDTH, chunk, -chunk)
-                both += chunk.new_zeros(2, WIDTH).index_add_(1, places % WIDTH, signed).double().cpu()
-        return both
-
-    def _find(self, leaf: Tensor) -> None:
-        if id(leaf) in self._known or not leaf.requires_grad:
-            return
-        if leaf._post_accumulate_grad_hooks or getattr(leaf, "_in_backward_optimizers", None):
-            raise ValueError(
-                f"compare_every: a parameter of shape {tuple(leaf.shape)} has a hook that runs as soon as its gradient "
-                "has arrived, such as an optimizer's step, and the dense gradient would arrive too; leave out "
-                "compare_every, or step after the call instead of in a hook."
-            )
-        self._known[id(leaf)] = (leaf, _copy(leaf))
-        if self._after is not None:
-            self._put_aside(leaf)
-
-    def _put_aside(self, leaf: Tensor) -> None:
-        assert self._after is not None
-        self._after[id(leaf)] = _copy(leaf)
-        if leaf.grad is None or leaf.grad.layout != torch.strided:
-            leaf.grad = None
-        else:
-            _local(leaf).zero_()
 
 
 class Comparisons:
@@ -244,6 +125,23 @@ class Comparisons:
         self._window = state["window"].clone()
 
 
+def compared(
+    comparisons: Comparisons, beside: Beside, log_prob_fn: LogProbFunction, inputs: Inputs, how: HowToRun
+) -> Comparison:
+    """The gradient of the passes that have run beside that of all rows at weight 1, which is taken away again."""
+    began, ranks, ledger, device = time.perf_counter(), how.ranks, Ledger(None), inputs.advantages.device
+    passes = Passes(log_prob_fn, inputs, ledger, how)
+    with beside.dense(device):
+        everything = torch.ones(inputs.total, dtype=torch.bool, device=device)
+        passes.differentiate(everything, None, ranks.total(inputs.total))
+        passes.close()
+    found = torch.cat([beside.sums(), beside.sketches(ranks.shard or 0).flatten()])
+    found = found if ranks.shard is None else ranks.add(found)
+    ran, seconds = ledger.counts, time.perf_counter() - began
+    sketches = found[4:].unflatten(0, (2, -1))
+    return comparisons.compared(found[:4], sketches, ran.forward_rows, ran.backward_rows, seconds)
+
+
 def _together(gated: Tensor, dense: Tensor) -> tuple[float, float]:
     """Consistency and agreement of (WINDOW, WIDTH): inner products of different steps, whose noise is independent."""
 
@@ -253,20 +151,3 @@ def _together(gated: Tensor, dense: Tensor) -> tuple[float, float]:
     own, other = float(dense.square().sum()) / WINDOW, float(gated.square().sum()) / WINDOW
     agreement = of_different(gated @ dense.T) / math.sqrt(own * other) if other > 0 else 0.0
     return of_different(dense @ dense.T) / own, agreement
-
-
-def _local(leaf: Tensor) -> Tensor:
-    """The strided `.grad`, or this process's part of it, to be read and written in place."""
-    gradient: Any = leaf.grad
-    gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    found: Tensor = gradient.detach()
-    return found
-
-
-def _copy(leaf: Tensor) -> Tensor | None:
-    return None if leaf.grad is None else _local(leaf).clone()
-
-
-def _wide(gradient: Tensor) -> Tensor:
-    flat = (gradient if gradient.layout == torch.strided else gradient.to_dense()).flatten()
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))

@@ -8,16 +8,21 @@ arrives there. FLOPs are measured on the first pass over rows of a new shape, an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from sparkjoy.engine.counts import Counts
 from sparkjoy.engine.flops import Direction, FlopCount, KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_log_probs
 from sparkjoy.engine.screening import uncached
+
+COUNTED = tuple(field.name for field in fields(Counts))
 
 
 class Ledger:
@@ -28,9 +33,8 @@ class Ledger:
     """
 
     def __init__(self, known_flops: KnownFlops | None) -> None:
-        self.screened_rows = self.forward_rows = self.backward_rows = 0
-        self.screened_tokens = self.forward_tokens = self.backward_tokens = 0
-        self.forward_flops = self.backward_flops = self._graph_flops = 0
+        self._counted = dict.fromkeys(COUNTED, 0)
+        self._graph_flops = 0
         self.seconds = {"screen": 0.0, "gather": 0.0, "forward": 0.0, "backward": 0.0}
         self._known_flops = known_flops
         self._measures_graph = False
@@ -41,9 +45,15 @@ class Ledger:
             known_flops.begin_call()
 
     @property
+    def counts_flops(self) -> bool:
+        """Whether FLOPs are counted."""
+        return self._known_flops is not None
+
+    @property
     def backward_over_forward(self) -> float | None:
         """r: FLOPs of the backward passes over those of the forward passes they went back through, if counted."""
-        return self.backward_flops / self._graph_flops if self._graph_flops and self.backward_flops else None
+        backward = self._counted["backward_flops"]
+        return backward / self._graph_flops if self._graph_flops and backward else None
 
     def lap(self, phase: str) -> None:
         """Add the host seconds since the last lap, or since the call began, to `seconds[phase]`."""
@@ -51,46 +61,61 @@ class Ledger:
         self.seconds[phase] += now - self._lap_began
         self._lap_began = now
 
+    @property
+    def counts(self) -> Counts:
+        """What ran so far."""
+        return Counts(**self.counted)
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """The same by name: fields of a `Counts`."""
+        return self._counted if self.counts_flops else {**self._counted, "forward_flops": None, "backward_flops": None}
+
     def screen(self, source: Callable[[Any], Tensor], part: Inputs, own: bool) -> Tensor:
         """Log-probs of `part`, to decide on; `own` says that the source is the log-prob function itself."""
         log_probs = self._forward("forward" if own else "screen", source, part)
-        tokens = part.tokens(log_probs)
-        self.screened_rows += part.total
-        self.screened_tokens += tokens
+        self._count("screened", part.total, part.tokens(log_probs))
         if own:
-            self.forward_rows += part.total
-            self.forward_tokens += tokens
+            self._count("forward", part.total, part.tokens(log_probs))
         return log_probs
 
     def forward(self, log_prob_fn: Callable[[Any], Tensor], part: Inputs) -> Tensor:
         """Log-probs of `part`, to differentiate; a hook counts its rows when their gradient arrives."""
-        flops_before = self.forward_flops
+        flops_before = self._counted["forward_flops"]
         self._measures_graph = self._known_flops is not None and self._known_flops.to_measure(part)
         log_probs = self._forward("forward", log_prob_fn, part, self._measures_graph)
-        self._graph_flops += self.forward_flops - flops_before
+        self._graph_flops += self._counted["forward_flops"] - flops_before
         tokens = part.tokens(log_probs)
-        self.forward_rows += part.total
-        self.forward_tokens += tokens
-
-        def gradient_arrived(gradient: Tensor) -> None:
-            self.backward_rows += gradient.shape[0]
-            self.backward_tokens += tokens
-
+        self._count("forward", part.total, tokens)
         if log_probs.requires_grad:
-            self._hook = log_probs.register_hook(gradient_arrived)
+            self._hook = log_probs.register_hook(lambda gradient: self._count("backward", gradient.shape[0], tokens))
         return log_probs
 
     def backward(self, backward: Callable[[Tensor], Any], loss: Tensor, part: Inputs) -> None:
         """Run `backward(loss)`, whose graph ends at the log-probs of `part`."""
-        self.backward_flops += self._counted("backward", part, lambda: backward(loss), self._measures_graph)[1]
+        flops = self._measured("backward", part, lambda: backward(loss), self._measures_graph)[1]
+        self._counted["backward_flops"] += flops
         if self._hook is not None:
             self._hook.remove()  # a log-prob function may return the same tensor again
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Around a pass that is nobody's work, but a question about a graph."""
+        before = dict(self._counted)
+        try:
+            yield
+        finally:
+            self._counted = before
+
+    def _count(self, direction: str, rows: int, tokens: int) -> None:
+        self._counted[f"{direction}_rows"] += rows
+        self._counted[f"{direction}_tokens"] += tokens
 
     def _forward(
         self, direction: Direction, source: Callable[[Any], Tensor], part: Inputs, measure: bool = False
     ) -> Tensor:
-        log_probs, flops = self._counted(direction, part, lambda: uncached(source, part.batch), measure)
-        self.forward_flops += flops
+        log_probs, flops = self._measured(direction, part, lambda: uncached(source, part.batch), measure)
+        self._counted["forward_flops"] += flops
         checked = check_log_probs(log_probs, part)
         if self._token_shape is None:
             self._token_shape = checked.shape[1:]
@@ -101,7 +126,7 @@ class Ledger:
             )
         return checked
 
-    def _counted(
+    def _measured(
         self, direction: Direction, part: Inputs, work: Callable[[], Any], measure: bool = False
     ) -> tuple[Any, int]:
         """What `work` returns, and its FLOPs: measured if asked to, or if nothing is known of such a pass."""

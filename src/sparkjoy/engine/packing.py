@@ -145,3 +145,15 @@ def _spans(mask: Tensor) -> Tensor:
     last = positions.amax(dim=1)
     first = positions.where(mask, mask.shape[1] + 1).amin(dim=1)
     return (last - first + 1).clamp(min=0)
+
+
+def checked_packing(micro_batch_size: Any, micro_batch_tokens: Any, trim: Any) -> Packing:
+    """The options of these names together, each as `GatedBackward` takes it, or a ValueError."""
+    expected = "a whole number of at least 1, or None for all at once"
+    rows, tokens = (
+        None if limit is None else checks.whole(name, limit, expected)
+        for name, limit in (("micro_batch_size", micro_batch_size), ("micro_batch_tokens", micro_batch_tokens))
+    )
+    if trim is not None:
+        checks.function("trim", trim, "a function (batch, mask) -> (batch, columns), or None", ..., ...)
+    return Packing(rows, tokens, trim)

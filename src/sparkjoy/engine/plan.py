@@ -11,7 +11,7 @@ from typing import Literal
 
 from sparkjoy.signs import Undecided
 
-Plan = Literal["known", "signs", "screen", "dense"]
+Plan = Literal["known", "signs", "draft", "screen", "dense"]
 
 BACKWARD_OVER_FORWARD = 2.0
 """r of full training, until it is measured: two matrix products backward for each one forward."""
@@ -22,9 +22,9 @@ class Choice:
     """A plan, and the counts it was chosen by.
 
     Args:
-        plan: "known": the log-probs are given. "signs": the advantages' signs decide. "screen": a forward pass without
-            a graph decides, survivors are recomputed. "dense": one differentiable pass over all that may be kept,
-            skipped rows at weight zero.
+        plan: "known": the log-probs are given. "signs": the advantages' signs decide. "draft": a draft decides, or
+            proposes what the policy then decides about. "screen": a forward pass without a graph decides, survivors are
+            recomputed. "dense": one differentiable pass over all that may be kept, skipped rows at weight zero.
         reason: why, in a sentence.
     """
 
@@ -43,20 +43,22 @@ def choose(
     undivided: bool,
     kept_fraction: float | None,
     backward_over_forward: float,
+    narrowed_by: str = "signs of the advantages",
 ) -> Choice:
     """The cheapest exact plan.
 
     Args:
-        rows: what signs leave to decide.
+        rows: what is left to decide.
         total: B.
         quota: rows that the gate keeps at most; None: no rate.
         undivided: what may be kept is one micro-batch; a dense pass over several would hold all their graphs until the
             decision.
         kept_fraction: kept of late, for gates without a rate; None: not known yet.
         backward_over_forward: r, as measured.
+        narrowed_by: what has decided about the others, in words.
     """
     kept, open_ = int(rows.kept.count_nonzero()), int(rows.open.count_nonzero())
-    settled = f"signs of the advantages keep {kept} and skip {total - kept - open_} of {total} rows"
+    settled = f"{narrowed_by} keep {kept} and skip {total - kept - open_} of {total} rows"
     if open_ == 0:
         return Choice("signs", f"The {settled}.")
     expected = open_ if quota is None else min(open_, quota - kept)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparkjoy import checks
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.inputs import Inputs, check_inputs
-from sparkjoy.engine.passes import Normalizer
+from sparkjoy.engine.normalizer import Normalizer
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.frontier.arms import Arm, Outcome, PlainLoop, Progress, check_gates, default_gates, turns

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparkjoy.engine.comparing import Beside, Comparisons
+from sparkjoy.engine.beside import Beside
+from sparkjoy.engine.comparing import Comparisons
 from sparkjoy.integrations.trl.decision import DecidingMixin
 from sparkjoy.integrations.trl.packing import Rows
 

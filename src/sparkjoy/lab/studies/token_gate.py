@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.backward import GatedBackward
-from sparkjoy.engine.speculative import SpeculativeBackward
 from sparkjoy.gates import KondoGate
 from sparkjoy.lab.studies.drawing import draw, legend, panels, styles
 from sparkjoy.lab.studies.frames import grouped
@@ -142,9 +141,7 @@ def probe(training: Training, task: ReversalTask, generator: torch.Generator) ->
     }
 
 
-def _gradient(
-    step: GatedBackward | SpeculativeBackward | TokenGatedBackward, training: Training, rollout: Rollout
-) -> Tensor:
+def _gradient(step: GatedBackward | TokenGatedBackward, training: Training, rollout: Rollout) -> Tensor:
     step(training.policy.log_probs, rollout.batch, rollout.advantages, log_probs=rollout.log_probs)
     parameters = list(training.policy.parameters())
     parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]

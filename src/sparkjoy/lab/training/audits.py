@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparkjoy.engine.speculative import Screening
+from sparkjoy.drafts.draft import Drafting
 
 
 @dataclass
@@ -30,13 +30,13 @@ class AuditTally:
     exact_flops: int = 0
     exact: bool = False
 
-    def stepped(self, screening: Screening) -> None:
+    def stepped(self, drafting: Drafting) -> None:
         """Count a step, and what its audit found, if it had one."""
         self.steps += 1
-        self.proposed += screening.proposed
-        self.learn_seconds += screening.learn_seconds
-        self.exact = screening.exact
-        found = screening.audit
+        self.proposed += drafting.proposed
+        self.learn_seconds += drafting.learn_seconds
+        self.exact = drafting.exact
+        found = drafting.audit
         if found is None:
             return
         self.audits += 1

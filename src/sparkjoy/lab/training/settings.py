@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sparkjoy.baselines import good_and_bad_advantage, group_standardised_advantage
-from sparkjoy.engine.audit import Audit
+from sparkjoy.drafts import Audit
+from sparkjoy.drafts.draft import Draft
 from sparkjoy.engine.backward import GatedBackward
-from sparkjoy.engine.speculative import SpeculativeBackward
 from sparkjoy.gates import BudgetGate, Gate, KondoGate, SoftGate, UnbiasedGate
 from sparkjoy.lab.token_gate import TokenGatedBackward
 from sparkjoy.lab.training.processes import WHOLE, Share
@@ -227,7 +227,7 @@ class Settings:
         screen: Callable[[Any], Tensor] | None = None,
         share: Share = WHOLE,
         module: Any = None,
-    ) -> GatedBackward | SpeculativeBackward | TokenGatedBackward:
+    ) -> GatedBackward | TokenGatedBackward:
         """The engine's step of this method.
 
         Args:
@@ -256,9 +256,11 @@ class Settings:
         score, size = self._score(generator, share), self.micro_batch_size
         if gate is not None and self.speculates:
             audit = Audit(self.audit_every, floor=self.recall_floor)
-            options: dict[str, Any] = {"loss": loss, "score": score, "micro_batch_size": size, "count_flops": True}
             noisy = None if score is None else self._noisy(score, generator)
-            return SpeculativeBackward(gate, screen, verify=self.verify, audit=audit, draft_score=noisy, **options)
+            draft = Draft(screen, verify=self.verify, audit=audit, score=noisy)
+            return GatedBackward(
+                gate, draft=draft, loss=loss, score=score, micro_batch_size=size, normalizer="batch", count_flops=True
+            )
         score = self._noisy(score, generator) if gate is not None and score is not None else score
         module = module if share.count > 1 else None
         return GatedBackward(

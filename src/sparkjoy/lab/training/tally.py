@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.report import BackwardReport
-from sparkjoy.engine.speculative import SpeculativeReport
 from sparkjoy.lab.training.audits import AuditTally
 from sparkjoy.lab.training.comparing import ComparisonTally
 from sparkjoy.lab.training.processes import Share
@@ -70,8 +69,8 @@ class Tally:
         self.backward_flops += report.backward_flops or 0
         self.seconds["screen"] += report.seconds["screen"]
         self.seconds["backward"] += sum(report.seconds[phase] for phase in ("gather", "forward", "backward"))
-        if isinstance(report, SpeculativeReport):
-            self.audits.stepped(report.screening)
+        if report.drafting is not None:
+            self.audits.stepped(report.drafting)
         if report.comparison is not None:
             self.comparisons.stepped(report.comparison)
             self.compared_samples += report.comparison.backward_rows

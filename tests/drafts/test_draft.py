@@ -4,8 +4,10 @@ import pytest
 import torch
 from engine_cases import ACTIONS, ROWS, SHAPES, WIDTH, make_case
 
-from sparkjoy import GatedBackward, KondoGate, SoftGate, SpeculativeBackward, UnbiasedGate, clipped
-from sparkjoy.engine.audit import Audit, recall, spearman
+import sparkjoy as sj
+from sparkjoy import Draft, GatedBackward, KondoGate, SoftGate, UnbiasedGate, clipped
+from sparkjoy.drafts import StaleWeights
+from sparkjoy.drafts.audit import Audit, recall, spearman
 from sparkjoy.engine.deciding import row_scores
 from sparkjoy.scores import delight, surprisal_score
 from sparkjoy.testing import TinyPolicy
@@ -38,9 +40,9 @@ def test_proposing_everything_is_exact_screening(shape, normalizer):
     exact = GatedBackward(KondoGate(rate=0.3), normalizer=normalizer)
     expected_report = exact(policy.log_probs, batch, advantages, mask=mask)
     expected = gradients(policy)
-    step = SpeculativeBackward(KondoGate(rate=0.3), draft_of(policy).log_probs, verify=4, normalizer=normalizer)
+    step = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft_of(policy).log_probs, verify=4), normalizer=normalizer)
     report = step(policy.log_probs, batch, advantages, mask=mask)
-    assert report.screening.proposed == int((scores_of(policy, batch, advantages, mask) > -torch.inf).sum())
+    assert report.drafting.proposed == int((scores_of(policy, batch, advantages, mask) > -torch.inf).sum())
     assert torch.equal(report.decision.keep, expected_report.decision.keep)
     if expected_report.decision.price is not None:  # exact screening has no score where signs decide
         assert float(report.decision.price) == pytest.approx(float(expected_report.decision.price))
@@ -53,7 +55,7 @@ def test_proposing_everything_is_exact_screening(shape, normalizer):
 def test_the_gate_decides_exactly_among_the_proposed(shape, verify):
     policy, batch, advantages, mask = make_case(shape)
     draft = draft_of(policy)
-    report = SpeculativeBackward(KondoGate(rate=0.3), draft.log_probs, verify=verify)(
+    report = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft.log_probs, verify=verify))(
         policy.log_probs, batch, advantages, mask=mask
     )
     count = {1: 4, 1.5: 6, 2: 8}[verify]
@@ -62,22 +64,25 @@ def test_the_gate_decides_exactly_among_the_proposed(shape, verify):
     best = proposed[exact[proposed].sort(descending=True).indices[:4]]
     assert sorted(best.tolist()) == report.decision.keep.nonzero().squeeze(1).tolist()
     count = min(count, int((scores_of(draft, batch, advantages, mask) > -torch.inf).sum()))
-    assert (report.screening.proposed, report.kept, report.total) == (count, 4, ROWS)
+    assert (report.drafting.proposed, report.kept, report.total) == (count, 4, ROWS)
     assert bool((exact[report.decision.keep] > -torch.inf).all())
-    assert report.decision.price == pytest.approx(float(exact[best].min()))
+    if shape == "rows":  # else signs keep some, which have no score
+        assert report.decision.price == pytest.approx(float(exact[best].min()))
 
 
 def test_rows_are_counted_as_they_ran():
     policy, batch, advantages, _ = make_case("rows")
-    step = SpeculativeBackward(KondoGate(rate=0.3), draft_of(policy).log_probs, verify=2, count_flops=True)
+    step = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft_of(policy).log_probs, verify=2), count_flops=True)
     first, second = (step(policy.log_probs, batch, advantages) for _ in range(2))
     # The 7 of positive advantage are drafted; of these, all proposed, 4 are kept: a screening pass and 4 again, until
-    # the share kept is known.
+    # it is known that going backward costs no more than going forward.
     assert int((advantages > 0).sum()) == 7
-    assert (first.plan, first.screened_rows, first.forward_rows, first.backward_rows) == ("screen", 7 + 7, 11, 4)
-    assert (second.screened_rows, second.forward_rows) == (7, 7)
-    one = 2 * WIDTH * ACTIONS
-    assert first.forward_flops == one * (7 + 11)
+    assert (first.plan, first.screened_rows, first.forward_rows, first.backward_rows) == ("draft", 7 + 7, 11, 4)
+    assert (second.plan, second.screened_rows, second.forward_rows, second.backward_rows) == ("draft", 7, 7, 7)
+    assert first.forward_flops == 2 * WIDTH * ACTIONS * (7 + 11)
+    audited = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft_of(policy).log_probs, audit=Audit(every=1)))
+    report = audited(policy.log_probs, batch, advantages)
+    assert (report.screened_rows, report.forward_rows) == (2 * ROWS + 7, ROWS + 4)
 
 
 def test_rows_that_signs_rule_out_are_not_drafted():
@@ -89,12 +94,12 @@ def test_rows_that_signs_rule_out_are_not_drafted():
         return draft.log_probs(rows)
 
     for gate in (KondoGate(rate=0.3), KondoGate(price=0.5)):
-        SpeculativeBackward(gate, watched, verify=1)(policy.log_probs, batch, advantages)
+        GatedBackward(gate, draft=Draft(watched, verify=1))(policy.log_probs, batch, advantages)
         assert torch.equal(drafted.pop(), batch["state"][advantages > 0])
-    few = KondoGate(rate=0.9)  # the 7 of positive advantage are fewer than the rate keeps
-    SpeculativeBackward(few, watched, verify=1)(policy.log_probs, batch, advantages)
-    assert torch.equal(drafted.pop(), batch["state"][advantages != 0])
-    own = SpeculativeBackward(KondoGate(rate=0.3), watched, verify=1, draft_score=surprisal_score)
+    few = KondoGate(rate=0.75)  # keeps 10: the 7 of positive advantage, and some of the others
+    GatedBackward(few, draft=Draft(watched, verify=1))(policy.log_probs, batch, advantages)
+    assert torch.equal(drafted.pop(), batch["state"][advantages < 0])
+    own = GatedBackward(KondoGate(rate=0.3), draft=Draft(watched, verify=1, score=surprisal_score))
     own(policy.log_probs, batch, advantages)
     assert len(drafted.pop()) == ROWS - 1  # a score of one's own may have any sign; row 2 teaches nothing
 
@@ -102,7 +107,9 @@ def test_rows_that_signs_rule_out_are_not_drafted():
 def test_a_price_proposes_what_the_draft_puts_above_it():
     policy, batch, advantages, _ = make_case("rows")
     draft = draft_of(policy)
-    report = SpeculativeBackward(KondoGate(price=0.5), draft.log_probs, verify=1)(policy.log_probs, batch, advantages)
+    report = GatedBackward(KondoGate(price=0.5), draft=Draft(draft.log_probs, verify=1))(
+        policy.log_probs, batch, advantages
+    )
     drafted, exact = (scores_of(p, batch, advantages, None) for p in (draft, policy))
     assert torch.equal(report.decision.keep, (drafted > 0.5) & (exact > 0.5))
     assert bool((drafted > 0.5).any() & (exact > 0.5).any())
@@ -110,11 +117,11 @@ def test_a_price_proposes_what_the_draft_puts_above_it():
 
 def test_nothing_worth_keeping_leaves_gradients_alone():
     policy, batch, advantages, _ = make_case("rows")
-    step = SpeculativeBackward(KondoGate(price=1e6), draft_of(policy).log_probs, verify=2)
+    step = GatedBackward(KondoGate(price=1e6), draft=Draft(draft_of(policy).log_probs, verify=2))
     report = step(policy.log_probs, batch, advantages)
     assert (report.kept, report.decision.price, report.loss) == (0, None, 0)
     assert all(parameter.grad is None for parameter in policy.parameters())
-    report = SpeculativeBackward(KondoGate(rate=0.3), draft_of(policy).log_probs, verify=2)(
+    report = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft_of(policy).log_probs, verify=2))(
         policy.log_probs, batch, torch.zeros_like(advantages)
     )
     assert report.kept == 0
@@ -123,10 +130,10 @@ def test_nothing_worth_keeping_leaves_gradients_alone():
 def test_without_verification_the_draft_decides():
     policy, batch, advantages, _ = make_case("rows")
     draft = draft_of(policy)
-    report = SpeculativeBackward(KondoGate(rate=0.3), draft.log_probs)(policy.log_probs, batch, advantages)
-    expected = GatedBackward(KondoGate(rate=0.3), screen=draft.log_probs)(policy.log_probs, batch, advantages)
+    report = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft.log_probs))(policy.log_probs, batch, advantages)
+    expected = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft.log_probs))(policy.log_probs, batch, advantages)
     assert torch.equal(report.decision.keep, expected.decision.keep)
-    assert report.screening.proposed == report.kept == 4
+    assert report.drafting.proposed == report.kept == 4
 
 
 def test_known_log_probs_are_verified_and_the_ratio_is_over_them():
@@ -135,7 +142,7 @@ def test_known_log_probs_are_verified_and_the_ratio_is_over_them():
     dense = GatedBackward(None, loss=clipped(0.2), normalizer=1.0)
     dense(policy.log_probs, batch, advantages, behavior_log_probs=older)
     expected = gradients(policy)
-    step = SpeculativeBackward(KondoGate(rate=1, price=-100), None, verify=1, loss=clipped(0.2), normalizer=1.0)
+    step = GatedBackward(KondoGate(rate=1, price=-100), draft=Draft(None, verify=1), loss=clipped(0.2), normalizer=1.0)
     report = step(policy.log_probs, batch, advantages, log_probs=older)
     assert report.kept == ROWS - 1
     for got, wanted in zip(gradients(policy), expected, strict=True):
@@ -144,7 +151,7 @@ def test_known_log_probs_are_verified_and_the_ratio_is_over_them():
 
 def test_a_draft_may_be_ranked_by_another_score():
     policy, batch, advantages, _ = make_case("rows")
-    step = SpeculativeBackward(KondoGate(rate=0.3), policy.log_probs, verify=1, draft_score=surprisal_score)
+    step = GatedBackward(KondoGate(rate=0.3), draft=Draft(policy.log_probs, verify=1, score=surprisal_score))
     report = step(policy.log_probs, batch, advantages)
     score = surprisal_score(advantages, policy.log_probs(batch)).where(advantages != 0, 0)
     assert report.decision.keep.nonzero().squeeze(1).tolist() == sorted(
@@ -177,35 +184,37 @@ def test_a_bad_draft_is_replaced_by_exact_screening_with_a_warning():
     policy, batch, advantages, _ = make_case("rows")
     advantages = torch.full_like(advantages, 1.0)
     draft = Wrong(policy)
-    step = SpeculativeBackward(KondoGate(rate=0.3), draft, audit=Audit(every=2, floor=0.6, window=2))
+    step = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft, audit=Audit(every=2, floor=0.6, window=2)))
     reports = [step(policy.log_probs, batch, advantages) for _ in range(3)]
-    assert [report.screening.audit is not None for report in reports] == [False, True, False]
-    assert not any(report.screening.exact for report in reports)
+    assert [report.drafting.audit is not None for report in reports] == [False, True, False]
+    assert not any(report.drafting.exact for report in reports)
     with pytest.warns(UserWarning, match="less than the 60% asked for: screening is exact from here on"):
         report = step(policy.log_probs, batch, advantages)
-    assert report.screening.exact
+    assert report.drafting.exact
     exact = GatedBackward(KondoGate(rate=0.3))(policy.log_probs, batch, advantages)
     assert torch.equal(report.decision.keep, exact.decision.keep)
     assert draft.lessons == 3  # nothing to teach once it is given up
-    fresh = SpeculativeBackward(KondoGate(rate=0.3), Wrong(policy), audit=Audit(every=2, floor=0.6, window=2))
+    fresh = GatedBackward(KondoGate(rate=0.3), draft=Draft(Wrong(policy), audit=Audit(every=2, floor=0.6, window=2)))
     fresh.load_state_dict(step.state_dict())
-    assert fresh(policy.log_probs, batch, advantages).screening.exact
+    assert fresh(policy.log_probs, batch, advantages).drafting.exact
 
 
 def test_a_good_draft_is_kept_and_taught_what_was_verified():
     policy, batch, advantages, _ = make_case("rows")
     draft = Wrong(policy)
-    step = SpeculativeBackward(KondoGate(rate=0.3), draft, verify=4, audit=Audit(every=1, floor=1.0, window=1, rows=5))
+    step = GatedBackward(
+        KondoGate(rate=0.3), draft=Draft(draft, verify=4, audit=Audit(every=1, floor=1.0, window=1, rows=5))
+    )
     report = step(policy.log_probs, batch, advantages)
-    assert report.screening.audit.recall == 1.0  # everything is proposed
-    assert not report.screening.exact
+    assert report.drafting.audit.recall == 1.0  # everything is proposed
+    assert not report.drafting.exact
     assert draft.rows == 5 + 7  # the audited and the proposed, of which the kept are some
 
 
 def test_audits_time_and_count_by_turns():
     policy, batch, advantages, _ = make_case("rows")
-    step = SpeculativeBackward(KondoGate(rate=0.3), policy.log_probs, audit=Audit(every=1), count_flops=True)
-    timed, counted = (step(policy.log_probs, batch, advantages).screening.audit for _ in range(2))
+    step = GatedBackward(KondoGate(rate=0.3), draft=Draft(policy.log_probs, audit=Audit(every=1)), count_flops=True)
+    counted, timed = (step(policy.log_probs, batch, advantages).drafting.audit for _ in range(2))
     assert timed.draft_flops is None
     assert timed.exact_seconds > 0
     assert counted.exact_seconds is None
@@ -235,14 +244,22 @@ def test_spearman_agrees_with_the_formula_for_distinct_ranks(generator):
         ({"verify": 2, "gate": SoftGate(1.0, rate=0.1)}, "expected a hard KondoGate"),
         ({"verify": 2, "gate": KondoGate(rate=0.1, negative_share=0.5)}, "expected a hard KondoGate of no negative"),
         ({"verify": 2, "gate": UnbiasedGate(rate=0.1)}, "expected a hard KondoGate"),
-        ({"screen": "draft"}, "screen is 'draft'; expected a function"),
+        ({"source": "draft"}, "source is 'draft'; expected a function"),
+        ({"gate": None}, "draft is given with the gate None"),
+        ({"draft": "small"}, "draft is 'small'; expected a Draft"),
         ({"normalizer": "all"}, "normalizer is 'all'"),
     ],
 )
 def test_wrong_options_are_refused(options, says):
-    options = {"gate": KondoGate(rate=0.1), "screen": TinyPolicy(2, 2).log_probs, **options}
+    gate = options.pop("gate", KondoGate(rate=0.1))
+    of_draft = {name: options.pop(name) for name in ("source", "verify") if name in options}
+
+    def made(draft=None, **others):
+        draft = draft or Draft(**{"source": TinyPolicy(2, 2).log_probs, **of_draft})
+        return GatedBackward(gate, draft=draft, **others)
+
     with pytest.raises((ValueError, TypeError), match=says):
-        SpeculativeBackward(**options)
+        made(**options)
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"rows": 0}, {"window": 0}, {"floor": 1.5}])
@@ -251,12 +268,64 @@ def test_wrong_audits_are_refused(options):
         Audit(**options)
 
 
+@pytest.mark.parametrize("shape", ["ragged tokens", "ragged tokens, an advantage each"])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 12}, {"micro_batch_size": 2}, {"trim": True}], ids=str)
+def test_drafts_and_audits_run_in_the_steps_own_micro_batches(shape, options):
+    policy, batch, advantages, mask = make_case(shape)
+    draft, widths = draft_of(policy), []
+
+    def watched(rows):
+        widths.append(rows["state"].shape[0] * rows["state"].shape[1])
+        return draft.log_probs(rows)
+
+    if options.pop("trim", False):
+        options = {"trim": sj.TrimRight("state", "action"), "micro_batch_tokens": 12}
+    expected = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft.log_probs, verify=2))
+    decision = expected(policy.log_probs, batch, advantages, mask=mask).decision
+    wanted = gradients(policy)
+    step = GatedBackward(KondoGate(rate=0.3), draft=Draft(watched, verify=2, audit=Audit(every=1, floor=0)), **options)
+    report = step(policy.log_probs, batch, advantages, mask=mask)
+    assert torch.equal(report.decision.keep, decision.keep)
+    for got, expected_gradient in zip(gradients(policy), wanted, strict=True):
+        torch.testing.assert_close(got, expected_gradient)
+    if "micro_batch_tokens" in options:
+        assert max(widths) <= 12
+
+
+def test_a_drafted_step_compares_its_gradient_too():
+    policy, batch, advantages, _ = make_case("rows")
+    step = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft_of(policy).log_probs, verify=2), compare_every=1)
+    report = step(policy.log_probs, batch, advantages)
+    got = torch.cat([gradient.flatten() for gradient in gradients(policy)])
+    GatedBackward(None)(policy.log_probs, batch, advantages)
+    dense = torch.cat([gradient.flatten() for gradient in gradients(policy)])
+    assert report.comparison.cosine == pytest.approx(float(torch.cosine_similarity(got, dense, dim=0)))
+
+
+def test_a_resumed_draft_goes_on_as_it_would_have():
+    policy, batch, advantages, _ = make_case("rows")
+
+    def made():
+        audit = Audit(every=2, rows=5, floor=0)
+        return GatedBackward(KondoGate(rate=0.3), draft=Draft(StaleWeights(draft_of(policy), 3), verify=2, audit=audit))
+
+    whole, first, second = made(), made(), made()
+    expected = [whole(policy.log_probs, batch, advantages).drafting for _ in range(6)]
+    for _ in range(3):
+        first(policy.log_probs, batch, advantages)
+    second.load_state_dict(first.state_dict())
+    found = [second(policy.log_probs, batch, advantages).drafting for _ in range(3)]
+    assert [one.audit and one.audit.recall for one in found] == [one.audit and one.audit.recall for one in expected[3:]]
+
+
 def test_there_is_one_draft():
     policy, batch, advantages, _ = make_case("rows")
     log_probs = policy.log_probs(batch).detach()
     for screen, known in ((policy.log_probs, log_probs), (None, None)):
-        with pytest.raises(ValueError, match="either a screen or log_probs"):
-            SpeculativeBackward(KondoGate(rate=0.1), screen)(policy.log_probs, batch, advantages, log_probs=known)
+        with pytest.raises(ValueError, match="either a draft's source or log_probs"):
+            GatedBackward(KondoGate(rate=0.1), draft=Draft(screen))(
+                policy.log_probs, batch, advantages, log_probs=known
+            )
 
 
 def test_row_scores_refuse_another_shape():
