@@ -62,8 +62,7 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"no command {said!r}; there are: {', '.join(COMMANDS)}. See sparkjoy --help.")
     program = f"sparkjoy {name}"
     refuse_empty(flags)
-    if words[0] != "train":
-        need("cli", "matplotlib", "pandas")
+    need("cli", "pandas", *([] if words[0] == "train" else ["matplotlib"]))
     parsed = checked(parse(_with_folder(name), flags, program))
     if name != "train reversal":
         refuse_several_processes(program)

@@ -34,4 +34,4 @@ class Frontier:
             save_figure(plot(found, self.asked.noise), out, "frontier")
         for one in found.values():
             print(f"{one.table()}\n{one.recommend(self.asked.noise).reason}\n")
-        print(f"results in {out}, the figure in {out / 'frontier.png'}")
+        print(f"results in {out}; drawn: frontier.png")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sparkjoy.lab.studies import pareto_results
+from sparkjoy.lab.studies import run_tables
+from sparkjoy.lab.studies.pareto_figure import plot
 from sparkjoy.lab.studies.runs import Run, TaskConfig, default_target, task_of
 from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.tasks.mnist import MnistConfig
@@ -103,13 +104,13 @@ class Pareto(Study):
         return rows
 
     def summary(self, rows: Rows) -> dict[str, Any]:
-        return {"runs": pareto_results.last_records(rows, self.target)}
+        return {"runs": run_tables.last_records(rows, self.target)}
 
     def tables(self, rows: Rows) -> dict[str, DataFrame]:
-        return pareto_results.tables(rows, self.target)
+        return run_tables.tables(rows, self.target)
 
     def figures(self, rows: Rows) -> dict[str, Figure]:
-        return {"pareto": pareto_results.plot(rows)}
+        return {"pareto": plot(rows)}
 
 
 @dataclass(frozen=True)

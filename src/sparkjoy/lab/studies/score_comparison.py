@@ -10,7 +10,7 @@ import pandas as pd
 
 from sparkjoy.lab.studies.drawing import draw, legend, log_axes, panels, styles
 from sparkjoy.lab.studies.frames import as_records, mean_curves
-from sparkjoy.lab.studies.pareto_results import last_records
+from sparkjoy.lab.studies.run_tables import last_records
 from sparkjoy.lab.studies.runs import Run
 from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.tasks.mnist import MnistConfig

@@ -77,7 +77,8 @@ def _unbiased(found: pd.DataFrame) -> Figure:
         if len(line) > 1:
             axes[len(tasks)].plot(line["batch_size"], 100 * line["error"], **style[str(arm)])
     axes[len(tasks)].set_xscale("log", base=2)
-    axes[len(tasks)].xaxis.set_major_formatter("{x:g}")
+    sizes = sorted(sized["batch_size"].unique())
+    axes[len(tasks)].set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes[len(tasks)].set_title("30% wrong labels: error, %, by batch size at equal cost", fontsize="medium")
     return figure
 

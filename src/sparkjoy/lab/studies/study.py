@@ -144,8 +144,7 @@ def run_study(study: Study, out: Path, jobs: int = 1) -> Rows:
             save_figure(figure, out, name)
     for title, table in study.tables(rows).items():
         print_table(title, table)
-    drawn = f"the figures in {', '.join(f'{name}.png' for name in figures)} there"
-    print(f"results in {out}, {drawn if len(figures) > 1 else f'the figure in {out / next(iter(figures))}.png'}")
+    print(f"results in {out}; drawn: {', '.join(f'{name}.png' for name in figures)}")
     return rows
 
 

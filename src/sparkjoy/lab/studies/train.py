@@ -8,7 +8,6 @@ from typing import Annotated
 
 import tyro
 
-from sparkjoy.lab.studies.pareto_results import tables
 from sparkjoy.lab.studies.runs import TaskConfig, default_target
 from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
@@ -60,6 +59,8 @@ def _train(task: Task, task_config: TaskConfig, settings: Settings, out: Path, s
         return
     with LiveRuns(runs=1) as live, live.run(settings.label, settings) as on_step:
         records = train(task, settings, out, asdict(task_config), on_step, share)
+    from sparkjoy.lab.studies.run_tables import tables  # pandas, of which processes after the first have no need
+
     for title, table in tables([{"arm": settings.label, **record} for record in records], target).items():
         print_table(title, table)
     print(f"results in {out}")
