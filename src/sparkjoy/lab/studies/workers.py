@@ -39,7 +39,7 @@ class Workers:
 
     def __init__(self, count: int, out: Path) -> None:
         self.out = out
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
         self._stopped = threading.Event()
         self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._pipes: list[Connection] = []
@@ -64,31 +64,27 @@ class Workers:
         """
         pipe = self._idle.get()
         try:
-            if self._stopped.is_set():
-                raise StoppedError
-            pipe.send(run)
-            while True:
-                said = pipe.recv()
-                if isinstance(said, tuple):
-                    on_step(*said)
-                elif isinstance(said, list):
-                    return said
-                else:
-                    raise said
-        except (EOFError, OSError) as error:
+            found: list[Record] | Exception = self._found(pipe, run, on_step)
+        except (EOFError, OSError):  # of the pipe
             if self._stopped.is_set():
                 raise StoppedError from None
-            if isinstance(error, OSError) and error.filename is not None:
-                self._fail(error)
-                raise
-            ended = ValueError("a process that trained was ended from outside, as where memory runs out.")
-            self._fail(ended)
-            raise ended from None
-        except Exception as error:
-            self._fail(error)
-            raise
+            found = ValueError("a process that trained was ended from outside, as where memory runs out.")
         finally:
             self._idle.put(pipe)
+        if isinstance(found, Exception):
+            self.failure = self.failure or found
+            self.stop()
+            raise found
+        return found
+
+    def _found(self, pipe: Connection, run: Run, on_step: OnStep) -> list[Record] | Exception:
+        if self._stopped.is_set():
+            raise StoppedError
+        pipe.send(run)
+        while isinstance(said := pipe.recv(), tuple):
+            on_step(*said)
+        found: list[Record] | Exception = said
+        return found
 
     def stop(self) -> None:
         """Have every process end after the step it is at, with a checkpoint of it."""
@@ -113,11 +109,6 @@ class Workers:
         finally:  # a second signal, while a long step is waited for
             for process in self._processes:
                 process.kill()
-
-    def _fail(self, error: BaseException) -> None:
-        if not isinstance(error, StoppedError) and self.failure is None:
-            self.failure = error
-            self.stop()
 
 
 def work(pipe: Connection, out: Path) -> None:
