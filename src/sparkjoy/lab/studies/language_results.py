@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
-from sparkjoy.lab.studies.frames import as_records, grouped, over_arm, ratio
+from sparkjoy.lab.studies.frames import as_records, grouped, ratio
 from sparkjoy.lab.training.loop import Record
 
 DENSE = "TRL's own"
@@ -24,8 +26,8 @@ def table(rows: list[Record], target: float) -> list[Record]:
     kept = stepped[stepped["step"] > 0].fillna({"kept": 1.0}).groupby("arm")["kept"].mean()
     found = of_arm.mean().assign(seeds=of_arm.size(), standard_error=of_arm["score"].sem(), kept=kept)
     for name in COSTS:
-        found[f"{name}_to_target"] = of_arm[f"{name}_to_target"].agg(lambda seeds: seeds.mean(skipna=False))
-        found[f"{name}_of_dense"] = over_arm(found[f"{name}_to_target"], DENSE)
+        to_target = of_arm[f"{name}_to_target"].agg(lambda seeds: seeds.mean(skipna=False))
+        found[f"{name}_to_target"], found[f"{name}_of_dense"] = to_target, to_target / to_target.get(DENSE, math.nan)
     records = as_records(found)
     for record in records:
         record["seconds_a_step"] = {part: record.pop(f"a_step.{part}") for part in (*PARTS, "total")}
