@@ -419,8 +419,11 @@ def test_a_resumed_draft_goes_on_as_it_would_have():
 def test_there_is_one_draft():
     policy, batch, advantages, _ = make_case("rows")
     log_probs = policy.log_probs(batch).detach()
-    for screen, known in ((policy.log_probs, log_probs), (None, None)):
-        with pytest.raises(ValueError, match="either a draft's source or log_probs"):
+    for screen, known, says in (
+        (policy.log_probs, log_probs, "both the draft's source and log_probs are given"),
+        (None, None, "the draft has no source and log_probs is None"),
+    ):
+        with pytest.raises(ValueError, match=says):
             GatedBackward(KondoGate(rate=0.1), draft=Draft(screen))(
                 policy.log_probs, batch, advantages, log_probs=known
             )

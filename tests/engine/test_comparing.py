@@ -173,7 +173,7 @@ def test_what_steps_in_a_hook_is_refused_before_grad_is_touched():
 
 def test_refusals():
     for given in (0, -3, 1.5, "often"):
-        with pytest.raises(ValueError, match="expected a whole number of steps, or None"):
+        with pytest.raises(ValueError, match="expected a whole number of steps, at least 1"):
             sj.GatedBackward(None, compare_every=given)
 
 

@@ -132,7 +132,7 @@ class GatedBackward:
                 "backward_over_forward", backward_over_forward, "a number above 0, or None", lambda ratio: ratio > 0
             )
         if compare_every is not None:
-            compare_every = checks.whole("compare_every", compare_every, "a whole number of steps, or None for never")
+            compare_every = checks.whole("compare_every", compare_every, "a whole number of steps, at least 1, or None")
         self.gate = gate
         self.loss = loss
         self._size = size_of(loss) if weighted(gate) else None
@@ -284,9 +284,11 @@ class GatedBackward:
 
     def _check_call(self, log_probs: Tensor | None, mask: Tensor | None) -> None:
         if self.draft is not None and (log_probs is None) == (self.draft.source is None):
+            if log_probs is None:
+                raise ValueError("the draft has no source and log_probs is None; expected one of them: give log_probs.")
             raise ValueError(
-                "expected either a draft's source or log_probs to decide on, and not both. For a ratio: "
-                "behavior_log_probs."
+                "both the draft's source and log_probs are given; expected one of them. Current log-probs need no "
+                "draft; Draft(None, ...) drafts by log_probs; for a ratio give behavior_log_probs."
             )
         if self._packing.tokens is not None and mask is None:
             raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
