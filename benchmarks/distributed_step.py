@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparkjoy as sj
 from sparkjoy.lab.policies.transformer import Transformer
-from sparkjoy.lab.training.loop import LogProbs
+from sparkjoy.lab.training.processes import LogProbs
 from sparkjoy.lab.training.tracking import write_json
 
 DENSE = "dense, DDP alone"

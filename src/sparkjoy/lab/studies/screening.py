@@ -14,9 +14,9 @@ from sparkjoy.lab.studies.pareto import OnRun, train_one
 from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.lab.tasks.rollouts import Task
+from sparkjoy.lab.training.draft_settings import Screen
 from sparkjoy.lab.training.folder import opened
 from sparkjoy.lab.training.loop import Record
-from sparkjoy.lab.training.screening import Screen
 from sparkjoy.lab.training.settings import Settings
 from sparkjoy.lab.training.tracking import write_json, write_json_lines
 
