@@ -82,7 +82,7 @@ def measure(steps: dict[str, Callable[[], sj.BackwardReport | None]], rounds: in
     seconds, reports = collect(turns(steps, rounds, wait=dist.barrier))
     result = {}
     for name, values in seconds.items():
-        rows = torch.tensor([0.0 if report is None else report.backward_rows for report in reports[name]])
+        rows = torch.tensor([0 if report is None else report.backward_rows for report in reports[name]]).float()
         dist.all_reduce(rows, dist.ReduceOp.MAX)
         faster = ratio(seconds[DENSE], values)
         result[name] = {**percentiles(values, 1000), "faster": faster, "rows": float(rows.mean())}
