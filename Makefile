@@ -33,14 +33,14 @@ slow: install  ## the slow tests
 timing: install  ## ratios of seconds within one run, with nothing else running
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing
 
-doctest: install  ## every example in the docstrings and the README
+doctest: install  ## every example in the docstrings and the pages; the README's runs in the tests
 	$(PYTEST) --doctest-modules src/sparkjoy
-	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs
+	$(BIN)/python -m pytest --doctest-glob='*.md' docs
 
 docs: install  ## the site, in out/site; a link or name that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-dist: install  ## wheel and sdist, in dist; the README's examples run on the wheel, away from the source
+dist: install  ## wheel and sdist, in dist; the README's code runs on the wheel, away from the source
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist
 	$(BIN)/pip install --quiet --no-deps --target dist/unpacked dist/*.whl

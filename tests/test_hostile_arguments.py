@@ -5,7 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from hostile_calls import ROWS, calls, cases, log_probs, mask, outcome, per_row
+from hostile_calls import calls, cases, outcome
+from hostile_cases import log_probs, mask, per_row
+from hostile_values import ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import sparkjoy
 
 
@@ -30,3 +32,8 @@ def test_the_library_never_imports_its_laboratory():
     library = [file for file in source.rglob("*.py") if "lab" not in file.relative_to(source).parts]
     entrance = source / "__main__.py"  # `python -m sparkjoy` is the laboratory's command
     assert [file for file in library if "sparkjoy.lab" in file.read_text() and file != entrance] == []
+
+
+@pytest.mark.parametrize("name", sparkjoy.__all__)
+def test_a_public_name_has_a_docstring_with_an_example(name):
+    assert ">>>" in (getattr(sparkjoy, name).__doc__ or "")

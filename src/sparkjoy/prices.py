@@ -20,7 +20,11 @@ LARGEST_QUANTILE = 2**24
 
 @runtime_checkable
 class Price(Protocol):
-    """Gives the price of a batch, and may remember the batch for the next one."""
+    """Gives the price of a batch, and may remember the batch for the next one.
+
+    >>> isinstance(FixedPrice(0.5), Price), isinstance(0.5, Price)
+    (True, False)
+    """
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
         """The price for this batch, a 0-dim tensor, from its scores (N,) and what each row costs (N,), in tokens."""

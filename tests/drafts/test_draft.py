@@ -4,7 +4,9 @@ import pytest
 import torch
 from engine_cases import ACTIONS, ROWS, SHAPES, WIDTH, make_case
 
+import sparkjoy as sj
 from sparkjoy import Draft, GatedBackward, KondoGate, SoftGate, UnbiasedGate, clipped
+from sparkjoy.drafts import StaleWeights
 from sparkjoy.drafts.audit import Audit, recall, spearman
 from sparkjoy.engine.deciding import row_scores
 from sparkjoy.scores import delight, surprisal_score
@@ -251,15 +253,69 @@ def test_spearman_agrees_with_the_formula_for_distinct_ranks(generator):
 def test_wrong_options_are_refused(options, says):
     gate = options.pop("gate", KondoGate(rate=0.1))
     of_draft = {name: options.pop(name) for name in ("source", "verify") if name in options}
+
+    def made(draft=None, **others):
+        draft = draft or Draft(**{"source": TinyPolicy(2, 2).log_probs, **of_draft})
+        return GatedBackward(gate, draft=draft, **others)
+
     with pytest.raises((ValueError, TypeError), match=says):
-        options = {"draft": Draft(of_draft.pop("source", TinyPolicy(2, 2).log_probs), **of_draft), **options}
-        GatedBackward(gate, **options)
+        made(**options)
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"rows": 0}, {"window": 0}, {"floor": 1.5}])
 def test_wrong_audits_are_refused(options):
     with pytest.raises(ValueError, match=f"audit {next(iter(options))} is"):
         Audit(**options)
+
+
+@pytest.mark.parametrize("shape", ["ragged tokens", "ragged tokens, an advantage each"])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 12}, {"micro_batch_size": 2}, {"trim": True}], ids=str)
+def test_drafts_and_audits_run_in_the_steps_own_micro_batches(shape, options):
+    policy, batch, advantages, mask = make_case(shape)
+    draft, widths = draft_of(policy), []
+
+    def watched(rows):
+        widths.append(rows["state"].shape[0] * rows["state"].shape[1])
+        return draft.log_probs(rows)
+
+    if options.pop("trim", False):
+        options = {"trim": sj.TrimRight("state", "action"), "micro_batch_tokens": 12}
+    expected = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft.log_probs, verify=2))
+    decision = expected(policy.log_probs, batch, advantages, mask=mask).decision
+    wanted = gradients(policy)
+    step = GatedBackward(KondoGate(rate=0.3), draft=Draft(watched, verify=2, audit=Audit(every=1, floor=0)), **options)
+    report = step(policy.log_probs, batch, advantages, mask=mask)
+    assert torch.equal(report.decision.keep, decision.keep)
+    for got, expected_gradient in zip(gradients(policy), wanted, strict=True):
+        torch.testing.assert_close(got, expected_gradient)
+    if "micro_batch_tokens" in options:
+        assert max(widths) <= 12
+
+
+def test_a_drafted_step_compares_its_gradient_too():
+    policy, batch, advantages, _ = make_case("rows")
+    step = GatedBackward(KondoGate(rate=0.3), draft=Draft(draft_of(policy).log_probs, verify=2), compare_every=1)
+    report = step(policy.log_probs, batch, advantages)
+    got = torch.cat([gradient.flatten() for gradient in gradients(policy)])
+    GatedBackward(None)(policy.log_probs, batch, advantages)
+    dense = torch.cat([gradient.flatten() for gradient in gradients(policy)])
+    assert report.comparison.cosine == pytest.approx(float(torch.cosine_similarity(got, dense, dim=0)))
+
+
+def test_a_resumed_draft_goes_on_as_it_would_have():
+    policy, batch, advantages, _ = make_case("rows")
+
+    def made():
+        audit = Audit(every=2, rows=5, floor=0)
+        return GatedBackward(KondoGate(rate=0.3), draft=Draft(StaleWeights(draft_of(policy), 3), verify=2, audit=audit))
+
+    whole, first, second = made(), made(), made()
+    expected = [whole(policy.log_probs, batch, advantages).drafting for _ in range(6)]
+    for _ in range(3):
+        first(policy.log_probs, batch, advantages)
+    second.load_state_dict(first.state_dict())
+    found = [second(policy.log_probs, batch, advantages).drafting for _ in range(3)]
+    assert [one.audit and one.audit.recall for one in found] == [one.audit and one.audit.recall for one in expected[3:]]
 
 
 def test_there_is_one_draft():

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sparkjoy as sj
+from sparkjoy.drafts import Audit
 from sparkjoy.sizes import advantage_size
 
 warnings.simplefilter("error")
@@ -34,6 +35,12 @@ class Policy(nn.Module):
     def forward(self, rows):
         every = self.second(self.first(rows["state"]).tanh()).log_softmax(-1)
         return every.gather(-1, rows["action"].unsqueeze(-1)).sum(-1)
+
+
+def other():
+    """Another policy, which drafts."""
+    torch.manual_seed(5)
+    return Policy()
 
 
 def wrap(policy, kind, **options):
@@ -85,6 +92,9 @@ CASES = {
         "shape": "ragged tokens",
     },
     "clipped": {**RATE, "loss": sj.clipped(0.2), "known": True, "shape": "ragged tokens"},
+    "a draft": {**RATE, "draft": lambda: sj.Draft(other(), verify=1.5, audit=Audit(every=1, floor=0))},
+    "a draft, micro-batches": {**RATE, "draft": lambda: sj.Draft(other(), verify=2), "micro_batch_size": 2},
+    "a draft that decides": {**RATE, "draft": lambda: sj.Draft(other()), "shape": "ragged tokens"},
 }
 
 
@@ -109,7 +119,9 @@ def one_step(kind, even, case):
 
     module = wrap(copy.deepcopy(plain), kind)
     options = {name: case[name] for name in ("loss", "normalizer", "micro_batch_size") if name in case}
-    step = sj.GatedBackward(case["gate"](torch.Generator().manual_seed(rank)), module=module, **options)
+    drafts = [case["draft"]() if "draft" in case else None for _ in range(2)]
+    generator = torch.Generator().manual_seed(rank)
+    step = sj.GatedBackward(case["gate"](generator), module=module, draft=drafts[0], **options)
     passes = [0, 0]
     counted = module.module if kind == "ddp" else module
     counted.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
@@ -124,7 +136,8 @@ def one_step(kind, even, case):
         log_probs=local(behavior), mask=local(mask),
     )  # fmt: skip
     untouched = all(gradient is None for gradient in gradients(module))
-    alone = sj.GatedBackward(case["gate"](torch.Generator().manual_seed(0)), module="local", **options)
+    generator = torch.Generator().manual_seed(0)
+    alone = sj.GatedBackward(case["gate"](generator), module="local", draft=drafts[1], **options)
     reference = alone(plain, batch, advantages, log_probs=behavior, mask=mask)
     error = None
     if not untouched:
@@ -177,6 +190,7 @@ def quick_equivalence():
     cases = (
         "everywhere", "on one rank only", "on one rank only, micro-batches", "nowhere", "soft", "ragged, kept",
         "noise", "noise, known",
+        "a draft", "a draft that decides",
     )  # fmt: skip
     equivalence(cases, divisions=(False,))
 

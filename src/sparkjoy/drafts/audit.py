@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.engine.flops import FlopCount
 from sparkjoy.signs import rate_count
 
 
@@ -104,21 +101,6 @@ def spearman(left: Tensor, right: Tensor) -> float:
     ranks = torch.stack([_ranks(left), _ranks(right)])
     centred = ranks - ranks.mean(dim=1, keepdim=True)
     return float((centred[0] * centred[1]).sum() / centred.square().sum(dim=1).prod().sqrt())
-
-
-def measured(work: Callable[[], Tensor], flops: bool) -> tuple[Tensor, float | None, int | None]:
-    """What `work` returns, and either its FLOPs or its seconds: counting takes time, and a cache forgets nothing.
-
-    >>> measured(lambda: torch.ones(2, 3) @ torch.ones(3, 4), flops=True)[1:]
-    (None, 48)
-    """
-    if flops:
-        with FlopCount() as count:
-            result = work()
-        return result, None, count.flops
-    began = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - began, None
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from sparkjoy.drafts.audit import AuditResult, measured, recall, spearman
+from sparkjoy.drafts.audit import AuditResult, recall, spearman
 from sparkjoy.drafts.draft import Draft
 from sparkjoy.engine.deciding import row_scores
+from sparkjoy.engine.flops import FlopCount
 from sparkjoy.engine.inputs import Inputs
 from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.passes import HowToRun, Passes, Seen
@@ -47,8 +50,8 @@ def audited(
     passes = Passes(log_prob_fn, part, ledger, how, lessons=lessons)
     work = partial(_given, part) if draft.source is None else partial(_screened, passes, draft)
     counts = ledger.counts_flops and draft.counts_flops
-    drafted, draft_seconds, draft_flops = measured(work, counts)
-    exact, exact_seconds, exact_flops = measured(partial(_screened, passes, None), counts)
+    drafted, draft_seconds, draft_flops = _measured(work, counts)
+    exact, exact_seconds, exact_flops = _measured(partial(_screened, passes, None), counts)
     true, guessed = row_scores(score, part, exact), row_scores(draft.score or score, part, drafted)
     found = recall(true, guessed, rate, min(draft.verify or 1.0, 1 / rate))
     if how.ranks.size > 1:  # one verdict for all processes
@@ -67,3 +70,14 @@ def _screened(passes: Passes, draft: Draft | None) -> Tensor:
     seen = passes.screen(None, None if draft is None else draft.source)
     assert seen is not None  # there are rows
     return seen
+
+
+def _measured(work: Callable[[], Tensor], flops: bool) -> tuple[Tensor, float | None, int | None]:
+    """What `work` returns, and either its FLOPs or its seconds: counting takes time, and a cache forgets nothing."""
+    if flops:
+        with FlopCount() as count:
+            result = work()
+        return result, None, count.flops
+    began = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - began, None

@@ -183,38 +183,43 @@ class GatedBackward:
         with self._ranks.together():
             checks.function("log_prob_fn", log_prob_fn, "a function from rows to log-probs")
             self._check_call(log_probs, mask)
-            score_tells = self._score_tells(log_probs, behavior_log_probs)
+            rule = rule_of(self.gate)
+            keeps_all = self.gate is None or (rule is not None and rule.keeps_everything)
+            # A NaN or infinite value would show in such a score; of several processes it is not known whose it was.
+            score_tells = self.score is delight and rule is not None and not keeps_all and self._ranks.size == 1
+            score_tells = score_tells and self.draft is None and behavior_log_probs is None and log_probs is not None
             inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells)
             self._ranks.open(inputs, self._in_words)
-            return self._step(log_prob_fn, inputs, how)
+            return self._step(None if keeps_all else self.gate, log_prob_fn, inputs, how)
 
-    def _step(self, log_prob_fn: LogProbFunction, inputs: Inputs, how: HowToRun) -> BackwardReport:
-        """Audit, decide, differentiate what is kept, and report, on checked inputs."""
+    def _step(self, gate: Gate | None, log_prob_fn: LogProbFunction, inputs: Inputs, how: HowToRun) -> BackwardReport:
+        """Audit, decide, differentiate what is kept, and report, on checked inputs; no gate keeps everything."""
         draft = self.draft if self.draft is None or not self.draft.exact else None
-        ledger, audit, beside = Ledger(self._known_flops), None, self._beside()
+        ledger, audit = Ledger(self._known_flops), None
+        beside = None if gate is None else self._beside()
         lessons: list[Seen] | None = [] if draft is not None and draft.learns else None
         watched = log_prob_fn if beside is None else beside.watched(log_prob_fn)
         if draft is not None:
             audit = audited(draft, log_prob_fn, inputs, ledger, how, self.score, self._rate, lessons)
             draft = None if draft.exact else draft
         # Log-probs given to decide on are looked at; others may not be, where signs decide, or nobody does.
-        unseen = inputs.log_probs is None or self._keeps_everything
+        unseen = inputs.log_probs is None or gate is None
         discrete = self.score is delight and self.gate is not None and unseen
         passes = Passes(watched, inputs, ledger, how, discrete, lessons)
-        if self.gate is None or self._keeps_everything:
+        if gate is None:
             done = everything(inputs, passes, how)
         else:
-            asked = Asked(self.gate, self.score, draft, self._kept_fraction, self._backward_over_forward)
+            asked = Asked(gate, self.score, draft, self._kept_fraction, self._backward_over_forward)
             done = decided(asked, self._size, inputs, passes, how)
         loss = passes.close()
         comparison = None
         if beside is not None and self._comparisons is not None:
             comparison = compared(self._comparisons, beside, watched, inputs, how)
-        kept, total = int(done.decision.keep.count_nonzero()), how.ranks.total(inputs.total)
+        kept, total = done.kept, how.ranks.total(inputs.total)
         drafting = self._taught(ledger, lessons, kept if done.proposed is None else done.proposed, audit)
         self._remember(kept / total, ledger)
         return BackwardReport(
-            **vars(ledger.counts),
+            **ledger.counted,
             decision=done.decision,
             kept=kept,
             total=total,
@@ -278,13 +283,6 @@ class GatedBackward:
         if self._packing.tokens is not None and mask is None:
             raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
 
-    def _score_tells(self, log_probs: Tensor | None, behavior_log_probs: Tensor | None) -> bool:
-        """Whether a NaN or infinite value would show in the score, so that inputs need not be checked for it."""
-        if log_probs is None or behavior_log_probs is not None or self.draft is not None:
-            return False
-        alone = self._ranks.size == 1  # else it is not known whose value it was
-        return self.score is delight and rule_of(self.gate) is not None and not self._keeps_everything and alone
-
     def _in_words(self) -> str:
         """The options that have to be the same on all processes."""
         packing = self._packing
@@ -305,11 +303,6 @@ class GatedBackward:
         )
 
     @property
-    def _keeps_everything(self) -> bool:
-        rule = rule_of(self.gate)
-        return self.gate is None or (rule is not None and rule.keeps_everything)
-
-    @property
     def _rate(self) -> float:
         """What the gate keeps: its rate, or what it has kept of late."""
         rate: float | None = getattr(self.gate, "rate", None)
@@ -317,6 +310,6 @@ class GatedBackward:
 
     def _beside(self) -> Beside | None:
         """What compares the gradients of this step, if it is one to be compared."""
-        if self._comparisons is None or not self._comparisons.due() or self._keeps_everything:
+        if self._comparisons is None or not self._comparisons.due():
             return None
         return Beside(self._ranks.parameters())

@@ -64,10 +64,12 @@ class Ledger:
     @property
     def counts(self) -> Counts:
         """What ran so far."""
-        counted = self._counted
-        if not self.counts_flops:
-            counted = {name: count for name, count in counted.items() if not name.endswith("flops")}
-        return Counts(**counted)
+        return Counts(**self.counted)
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """The same by name: fields of a `Counts`."""
+        return self._counted if self.counts_flops else {**self._counted, "forward_flops": None, "backward_flops": None}
 
     def screen(self, source: Callable[[Any], Tensor], part: Inputs, own: bool) -> Tensor:
         """Log-probs of `part`, to decide on; `own` says that the source is the log-prob function itself."""

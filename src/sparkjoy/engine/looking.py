@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from sparkjoy.scores import ScoreFunction, reads_log_probs, sign_of_advantage
 from sparkjoy.signs import Rule, Undecided, mixed, undecided, worth
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """Who decides, on what, and what is known from earlier steps.
 
     Args:
@@ -38,8 +37,7 @@ class Asked:
     backward_over_forward: float | None
 
 
-@dataclass(frozen=True)
-class Sight:
+class Sight(NamedTuple):
     """What is seen of a batch before the gate decides.
 
     Args:

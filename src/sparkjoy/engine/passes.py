@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +44,7 @@ class Graph:
     seen: Tensor
 
 
-@dataclass(frozen=True)
-class HowToRun:
+class HowToRun(NamedTuple):
     """The options of `GatedBackward` that say how passes are run; what they mean is said there."""
 
     loss: Loss = reinforce
@@ -139,8 +138,8 @@ class Passes:
             kept_everywhere: rows to differentiate in all processes.
             watches: whether to return the log-probs that were differentiated, detached, 0 elsewhere.
         """
-        kept_rows = keep.nonzero().squeeze(1)
-        parts = self._how.packing.divide(self._inputs, None if len(kept_rows) == len(keep) > 0 else kept_rows)
+        all_kept = kept_everywhere == self._how.ranks.total(self._inputs.total)
+        parts = self._how.packing.divide(self._inputs, None if all_kept else keep.nonzero().squeeze(1))
         rounds = self._how.ranks.rounds(len(parts), kept_everywhere)
         teaches, watched = not self._lessons, None
         for number in range(1, rounds + 1):

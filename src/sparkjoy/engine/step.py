@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from sparkjoy.engine.added_noise import added_noise
 from sparkjoy.engine.deciding import decide, scored_rows
@@ -15,19 +16,20 @@ from sparkjoy.gates.decision import weighted
 from sparkjoy.scores import ScoreFunction
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """What was decided, how, and what noise that added.
 
     Args:
         choice: the plan.
         decision: the gate's, about the rows of all processes.
+        kept: how many it keeps.
         noise: what a weighted gate's draws added; None for other gates.
         proposed: rows that a draft let through to the gate; None: no draft was asked.
     """
 
     choice: Choice
     decision: Decision
+    kept: int
     noise: float | None = None
     proposed: int | None = None
 
@@ -37,7 +39,7 @@ def everything(inputs: Inputs, passes: Passes, how: HowToRun) -> Done:
     ones = inputs.advantages.new_ones(how.ranks.total(inputs.total))
     decision = Decision(ones.bool(), None, ones, ones)
     passes.differentiate(how.ranks.own(decision.keep), None, len(ones))
-    return Done(EVERYTHING, decision)
+    return Done(EVERYTHING, decision, len(ones))
 
 
 def decided(asked: Asked, size: ScoreFunction | None, inputs: Inputs, passes: Passes, how: HowToRun) -> Done:
@@ -54,13 +56,14 @@ def decided(asked: Asked, size: ScoreFunction | None, inputs: Inputs, passes: Pa
     sight = seen(asked, inputs, passes, how)
     scored = ranks.gather(scored_rows(gate, sight.score, inputs))
     decision = ranks.same(decide(gate, scored, inputs))
+    kept = int(decision.keep.count_nonzero())
     passes.ledger.lap("screen")
     exact, differentiated = sight.exact and asked.score is size, None
     if sight.graph is None:
         weight = None if weighted(gate) is False else ranks.own(decision.weight)
-        kept, watches = int(decision.keep.count_nonzero()), size is not None and not exact
+        watches = size is not None and not exact
         differentiated = passes.differentiate(ranks.own(decision.keep), weight, kept, watches)
-    elif bool(decision.keep.any()):
+    elif kept:
         passes.differentiate_graph(sight.graph, decision.weight * decision.keep, decision.keep)
     noise = None
     if size is not None:
@@ -68,4 +71,4 @@ def decided(asked: Asked, size: ScoreFunction | None, inputs: Inputs, passes: Pa
         if sums is not None and hasattr(gate, "learn"):
             gate.learn(sums)
     decision = decision if sight.priced else replace(decision, price=None)
-    return Done(sight.choice, decision, noise, sight.proposed)
+    return Done(sight.choice, decision, kept, noise, sight.proposed)

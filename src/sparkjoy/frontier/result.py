@@ -62,7 +62,19 @@ class Recommendation(NamedTuple):
 
 @dataclass(frozen=True)
 class Frontier:
-    """Quality against cost of one step on one batch.
+    """Quality against cost of one step on one batch: what `sj.frontier` returns.
+
+    >>> import torch, sparkjoy as sj
+    >>> logits = torch.zeros(20, 3, requires_grad=True)
+    >>> gates = {"best quarter": sj.KondoGate(rate=0.25)}
+    >>> advantages = torch.tensor([1.0, -1.0]).repeat(10)
+    >>> found = sj.frontier(
+    ...     lambda rows: logits[rows].log_softmax(1)[:, 0], torch.arange(20), advantages, gates=gates, rounds=3
+    ... )
+    >>> [(setting.name, setting.kind, setting.rows) for setting in found.settings]
+    [('dense', 'dense', 20.0), ('best quarter', 'biased', 5.0)]
+    >>> found.recommend().setting.name  # a gate whose mean gradient is another one is never recommended
+    'dense'
 
     Args:
         settings: what was measured, the dense step first.

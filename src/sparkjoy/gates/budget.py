@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks, states
-from sparkjoy.gates.decision import Decision, checked_cost, checked_score
+from sparkjoy.gates.decision import Decision
+from sparkjoy.gates.inputs import checked_cost, checked_score
 from sparkjoy.prices import checked_window, just_below, remember
 
 ONE_ROW = 0.8

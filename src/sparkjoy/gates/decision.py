@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from sparkjoy import checks, states
-from sparkjoy.scores import at_least_float32
+from sparkjoy import states
 from sparkjoy.signs import Rule
 
 
 @dataclass(frozen=True)
 class Decision:
     """What a gate decided about N samples. Values stay tensors on their device until read.
+
+    >>> import torch, sparkjoy as sj
+    >>> decision = sj.KondoGate(rate=0.5)(torch.tensor([0.2, 1.5, -3.0, 0.7]))
+    >>> decision.keep, decision.price
+    (tensor([False,  True, False,  True]), tensor(0.7000))
 
     Args:
         keep: (N,) bool, which samples get a backward pass.
@@ -37,7 +40,15 @@ GATE = "a callable (score, cost) -> Decision, such as KondoGate(rate=0.03)"
 
 
 class Gate(Protocol):
-    """Any callable of this shape is a gate. What more it may say of itself is read by the functions below."""
+    """Any callable of this shape is a gate. What more it may say of itself: `sparkjoy.gates`, the tour.
+
+    >>> import torch, sparkjoy as sj
+    >>> def above_mean(score, cost=None):
+    ...     keep = score > score.mean()
+    ...     return sj.Decision(keep, score.mean(), probability=keep.to(score.dtype), weight=torch.ones_like(score))
+    >>> above_mean(torch.tensor([0.2, 1.5, -3.0])).keep
+    tensor([ True,  True, False])
+    """
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
         """Decide on N samples from their scores (N,) and, where known, what each costs (N,), in tokens."""
@@ -87,17 +98,3 @@ def _said(gate: Any, name: str) -> Any:
         if "__call__" in vars(cls):
             return None
     return None
-
-
-def checked_score(score: Tensor) -> Tensor:
-    """The score (N,) without its graph and at least in float32, or a ValueError that says what is wrong with it."""
-    score = at_least_float32(checks.without_graph(checks.row("score", score)))
-    checks.finite("score", score)
-    return score
-
-
-def checked_cost(cost: Tensor | None, score: Tensor) -> Tensor:
-    """`cost` (N,) in float64, 1 for each row where there is none, or a ValueError."""
-    if cost is None:
-        return torch.ones_like(score, dtype=torch.float64)
-    return checks.cost(cost, score).to(score.device, torch.float64)

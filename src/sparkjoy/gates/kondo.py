@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks, states
-from sparkjoy.gates.decision import Decision, checked_score
+from sparkjoy.gates.decision import Decision
+from sparkjoy.gates.inputs import checked_score
 from sparkjoy.prices import FixedPrice, Price, as_price
 from sparkjoy.signs import Rule
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks, states
-from sparkjoy.gates.decision import Decision, checked_score
+from sparkjoy.gates.decision import Decision
+from sparkjoy.gates.inputs import checked_score
 from sparkjoy.prices import BatchQuantile, Price, as_price
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks, states
-from sparkjoy.gates.decision import Decision, checked_cost, checked_score
+from sparkjoy.gates.decision import Decision
+from sparkjoy.gates.inputs import checked_cost, checked_score
 from sparkjoy.noise import NoiseSums, price_for_noise
 from sparkjoy.scores import at_least_float32
 

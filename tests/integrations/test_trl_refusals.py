@@ -1,0 +1,91 @@
+"""What does not go with the gate in TRL is refused, in a sentence, before training."""
+
+import subprocess
+import sys
+
+import pytest
+import trl_task
+from trl import GRPOTrainer
+from trl_cases import trainer
+
+from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOMixin, KondoGRPOTrainer
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate_rate": 0}, "rate is 0"),
+        ({"gate_rate": 0.1, "beta": 0.04}, "Set beta=0"),
+        ({"gate_rate": 0.1, "entropy_coef": 0.01}, "Set entropy_coef=0"),
+        ({"gate_price": 0.0, "use_adaptive_entropy": True}, "use_adaptive_entropy=False"),
+        ({"gate_rate": 0.1, "top_entropy_quantile": 0.2}, "Set top_entropy_quantile=1"),
+        ({"gate_dg": "token", "loss_type": "dapo"}, "choose one of cispo, sapo, vespo"),
+        ({"gate_dg": "token", "loss_type": "cispo", "gate_dg_temperature": 0}, "gate_dg_temperature is 0"),
+        ({"gate_negative_share": 0.25}, "without a gate"),
+        ({"gate_rate": 0.1, "gate_negative_share": 1.0}, "negative_share is 1.0"),
+        ({"gate_rate": 0.1, "gate_score": "surprise"}, "gate_score is 'surprise'; expected one of 'delight'"),
+        ({"gate_rate": 0.1, "gate_advantages": "raw"}, "gate_advantages is 'raw'"),
+        ({"gate_rate": 0.1, "gate_empty_step": "stop"}, "gate_empty_step is 'stop'"),
+        ({"gate_rate": 0.1, "gate_pack_for": "least"}, "gate_pack_for is 'least'; expected one of 'speed', 'memory'"),
+        ({"gate_pack_for": "memory"}, "gate_pack_for='memory' is set without a gate"),
+    ],
+)
+def test_what_does_not_go_with_a_gate_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        KondoGRPOConfig(**trl_task.options(output_dir=str(tmp_path), **options))
+
+
+def test_what_needs_every_row_is_fine_without_a_gate(tmp_path):
+    KondoGRPOConfig(**trl_task.options(output_dir=str(tmp_path), gate_rate=1.0, beta=0.04, entropy_coef=0.01))
+
+
+@pytest.mark.parametrize(
+    ("set_up", "message"),
+    [
+        ({"is_deepspeed_enabled": True}, "Set gate_empty_step='momentum'"),
+        ({"is_fsdp_enabled": True}, "version 1 of FSDP. Set version=2"),
+        ({"aux_loss_enabled": True}, "Set router_aux_loss_coef=0"),
+        ({"use_liger_kernel": True}, "Set use_liger_kernel=False"),
+        ({"parallelism_config": "tensor parallel"}, "a parallelism_config, which splits"),
+    ],
+    ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
+)
+def test_unproven_set_ups_are_refused_before_training(tmp_path, set_up, message):
+    class SetUp(KondoGRPOTrainer):
+        def _refuse_unproven_setups(self):
+            for name, value in set_up.items():
+                setattr(self.args if name == "parallelism_config" else self, name, value)
+            super()._refuse_unproven_setups()
+
+    with pytest.raises(ValueError, match=message) as refusal:
+        trainer(tmp_path, cls=SetUp, gate_rate=0.1)
+    assert "without the gate" in str(refusal.value)
+
+
+def test_images_are_refused(tmp_path):
+    class WithImages(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return super()._generate_and_score_completions(inputs) | {"num_images": [1] * len(inputs)}
+
+    class Gated(KondoGRPOMixin, WithImages):
+        pass
+
+    made, _ = trainer(tmp_path, cls=Gated, gate_rate=0.1)
+    with pytest.raises(ValueError, match="text only"):
+        made.train()
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "message"),
+    [
+        ("None", "pip install sparkjoy[trl]"),
+        ("types.SimpleNamespace(__version__='1.17.0')", "found 1.17.0"),
+        ("types.SimpleNamespace(__version__='1.9.2')", "found 1.9.2"),
+        ("types.SimpleNamespace(__version__='1.10.0')", "cannot import name 'GRPOConfig'"),  # let through
+    ],
+)
+def test_a_missing_or_another_trl_is_said(stand_in, message):
+    code = f"import sys, types; sys.modules['trl'] = {stand_in}; import sparkjoy.integrations.trl"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert message in run.stderr.splitlines()[-1]
