@@ -19,12 +19,12 @@ def plain_sample(
 ) -> tuple[Tensor, Tensor]:
     """The plain cached loop: a copy of the prompt per answer, a growing cache, one multinomial draw per token."""
     tokens = prompts.repeat_interleave(answers_per_prompt, 0)
-    caches: list[tuple[Tensor, Tensor] | None] = [None] * len(policy.blocks)
+    caches: list[tuple[Tensor, Tensor] | None] = [None] * len(policy.layers)
     seen = 0
     answers, log_probs = [], []
     for _ in range(answer_length):
         hidden = policy.embed(tokens, torch.arange(seen, seen + tokens.shape[1]))
-        for index, block in enumerate(policy.blocks):
+        for index, block in enumerate(policy.layers):
             queries, seen_now = block.project(hidden)
             heads = [part.unflatten(2, (block.heads, -1)).transpose(1, 2) for part in (queries, *seen_now.chunk(2, 2))]
             queries, keys, values = heads
