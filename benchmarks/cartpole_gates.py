@@ -5,7 +5,6 @@ python benchmarks/cartpole_gates.py                       # five seeds of three 
 python benchmarks/cartpole_gates.py --seeds 0 --arms "delight 3%"
 """
 
-import argparse
 import contextlib
 import io
 import runpy
@@ -13,12 +12,15 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import sparkjoy as sj
 from sparkjoy.engine.comparing import Comparison
+from sparkjoy.lab.bench.timing import options
+from sparkjoy.lab.training.tracking import write_json
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "01_your_own_loop.py"
 ARMS: dict[str, Callable[[], sj.Gate | None]] = {
@@ -67,19 +69,21 @@ def mean(values: list[float | None]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--arms", nargs="+", default=["dense", "noise 0.3", "delight 3%"], choices=list(ARMS))
+    parser = options(__doc__, arms=ARMS)
+    parser.set_defaults(arms=["dense", "noise 0.3", "delight 3%"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--iterations", type=int, default=40)
-    options = parser.parse_args()
-    for arm in options.arms:
+    given = parser.parse_args()
+    results = {}
+    for arm in given.arms:
         returns: list[int] = []
         comparisons: list[Comparison] = []
         warned = 0
-        for seed in options.seeds:
-            reached, found, warning = play(arm, seed, options.iterations)
+        for seed in given.seeds:
+            reached, found, warning = play(arm, seed, given.iterations)
             returns, comparisons, warned = [*returns, reached], comparisons + found, warned + warning
             print(f"{arm}, seed {seed}: return {reached}", file=sys.stderr, flush=True)
+        results[arm] = {"returns": returns, "comparisons": [asdict(found) for found in comparisons], "warned": warned}
         figures = " ".join(
             f"{name} {mean([getattr(comparison, name) for comparison in comparisons])}"
             for name in ("cosine", "relative_error", "norm_ratio", "consistency", "agreement")
@@ -87,6 +91,8 @@ def main() -> None:
         print(
             f"{arm}: returns {returns}, mean {statistics.mean(returns):.0f}; {figures}; warned in {warned}", flush=True
         )
+    if given.out is not None:
+        write_json(given.out, results)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,17 @@ a step is timed from one barrier to the next, so it lasts as long as the slower 
 
 from __future__ import annotations
 
-import argparse
-import platform
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sparkjoy as sj
+from sparkjoy.lab.bench.timing import collect, machine, options, percentiles, print_table, ratio, turns
 from sparkjoy.lab.policies.transformer import Transformer
-from sparkjoy.lab.training.loop import LogProbs
+from sparkjoy.lab.training.processes import LogProbs
 from sparkjoy.lab.training.tracking import write_json
 
 DENSE = "dense, DDP alone"
@@ -79,39 +75,24 @@ def arms(rows: int, length: int) -> tuple[dict[str, Callable[[], sj.BackwardRepo
 
 
 def measure(steps: dict[str, Callable[[], sj.BackwardReport | None]], rounds: int) -> dict[str, dict[str, float]]:
-    """Of every arm the 20th, 50th and 80th percentile of a step's milliseconds, its median ratio, and its rows.
+    """Of every arm percentiles of a step's milliseconds, how many times as fast as the dense loop, and its rows.
 
-    The ratio is of the dense loop's time to the arm's, within the same round; rows are those the fuller process
-    differentiated, on average.
+    Rows are those the fuller process differentiated, on average.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    rows: dict[str, list[int]] = {name: [] for name in steps}
-    for round_number in range(rounds + 2):
-        for name, step in steps.items():
-            dist.barrier()
-            start = time.perf_counter()
-            report = step()
-            dist.barrier()
-            if round_number >= 2:  # the first two warm up, and count FLOPs
-                times[name].append(1000 * (time.perf_counter() - start))
-                most = torch.tensor(0 if report is None else report.backward_rows)
-                dist.all_reduce(most, dist.ReduceOp.MAX)
-                rows[name].append(int(most))
+    seconds, reports = collect(turns(steps, rounds, wait=dist.barrier))
     result = {}
-    for name, values in times.items():
-        p20, p50, p80 = np.percentile(values, [20, 50, 80])
-        ratio = float(np.median(np.array(times[DENSE]) / np.array(values)))
-        mean_rows = float(np.mean(rows[name]))
-        result[name] = {"p20": float(p20), "p50": float(p50), "p80": float(p80), "ratio": ratio, "rows": mean_rows}
+    for name, values in seconds.items():
+        rows = torch.tensor([0 if report is None else report.backward_rows for report in reports[name]]).float()
+        dist.all_reduce(rows, dist.ReduceOp.MAX)
+        faster = ratio(seconds[DENSE], values)
+        result[name] = {**percentiles(values, 1000), "faster": faster, "rows": float(rows.mean())}
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="rounds measured")
+    parser = options(__doc__, rounds=30)
     parser.add_argument("--rows", type=int, default=64, help="of each process")
     parser.add_argument("--length", type=int, default=16, help="tokens of a prompt, and of an answer")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -120,14 +101,10 @@ def main() -> None:
         result = measure(steps, arguments.rounds)
         if dist.get_rank():
             return
-        print(f"{'ms a step':32} {'p20':>8} {'p50':>8} {'p80':>8} {'faster':>8} {'rows':>6}")
-        for name, row in result.items():
-            figures = " ".join(f"{row[key]:8.2f}" for key in ("p20", "p50", "p80", "ratio"))
-            print(f"{name:32} {figures} {row['rows']:6.1f}")
+        print_table("ms a step", result, dict.fromkeys(("p20", "p50", "p80", "faster"), "8.2f") | {"rows": "6.1f"})
         if arguments.out is not None:
-            setup = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
             sizes = {"processes": dist.get_world_size(), "parameters": parameters, "rows": arguments.rows}
-            write_json(arguments.out, {"setup": {**setup, **sizes, "threads": 1}, "milliseconds": result})
+            write_json(arguments.out, {"setup": machine() | sizes, "milliseconds": result})
     finally:
         dist.destroy_process_group()
 

@@ -10,7 +10,6 @@ evaluations, so that kills fall into the writing as well.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 from sparkjoy.lab import cli
+from sparkjoy.lab.bench.timing import options
 from sparkjoy.lab.training import loop
 from sparkjoy.lab.training.checkpoint import load_checkpoint
 from sparkjoy.lab.training.tracking import write_json
@@ -134,22 +134,21 @@ def check(arguments: Sequence[str], kills: int, folder: Path, seed: int = 0) -> 
 
 def main() -> None:
     """Kill, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/kills.json"))
+    parser = options(__doc__, out="out/kills.json")
     parser.add_argument("--kills", type=int, default=100, help="shared by the tasks")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    given = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for task in options.tasks:
+    for task in given.tasks:
         with tempfile.TemporaryDirectory() as folder:
-            done, failures = check(TASKS[task].split(), options.kills // len(options.tasks), Path(folder), options.seed)
+            done, failures = check(TASKS[task].split(), given.kills // len(given.tasks), Path(folder), given.seed)
         results[task] = {"kills": done, "failures": failures}
         print(
             f"{task}: {len(failures)} failures in {done.total()} kills ({dict(done)})", *failures, sep="\n", flush=True
         )
-    write_json(options.out, {"seed": options.seed, "tasks": results})
+    write_json(given.out, {"seed": given.seed, "tasks": results})
     raise SystemExit(any(task["failures"] for task in results.values()))
 
 

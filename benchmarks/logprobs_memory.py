@@ -4,31 +4,31 @@
 
 A GPT-2-shaped decoder with tied embeddings and random weights; forward and backward pass of a policy-gradient loss.
 Each arm's memory is measured in a process of its own, above weights, gradients and optimizer state; its seconds in
-turns with the other arms within one process.
+turns with the other arms within one process, CPU seconds on one thread. Every chunked arm has the same chunks, 64 MiB
+of logits.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2Model
 
+from sparkjoy.lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
 from sparkjoy.lab.studies.memory import Step, peak_memory
 from sparkjoy.lab.training.tracking import write_json
-from sparkjoy.logprobs import token_log_probs
+from sparkjoy.logprobs import CHUNK_LOGITS, token_log_probs
 
-FULL, CHUNKED, TORCHS = "full logits", "token_log_probs", "torch's linear_cross_entropy"
+COLUMNS = {"seconds": "8.3f", "ratio": "6.2f", "MB": "7.0f", "MB ratio": "9.2f", "tensors MB": "10.0f"}
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -38,29 +38,41 @@ def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def torchs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """torch 2.13's chunks, with as many positions each as ours: its own choice of size is slower on a CPU."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, 2**24 // len(weight)), chunking_method=None)
-    loss = F.linear_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten(), reduction="none", options=options)
+    """torch 2.13's chunks; its own choice of their size is slower on a CPU."""
+    chunk = torch.nn.LinearCrossEntropyOptions(
+        batch_chunk_size=max(1, CHUNK_LOGITS // len(weight)), chunking_method=None
+    )
+    loss = F.linear_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten(), reduction="none", options=chunk)
     return -loss.view(targets.shape)
 
 
+def checkpointed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The recipe of ten lines: each chunk of positions under torch's activation checkpointing."""
+    chunk = max(1, CHUNK_LOGITS // len(weight))
+    parts = zip(hidden.flatten(0, -2).split(chunk), targets.flatten().split(chunk), strict=True)
+    return torch.cat([checkpoint(full_logits, h, weight, t, use_reentrant=False) for h, t in parts]).view(targets.shape)
+
+
 ARMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    FULL: full_logits,
-    CHUNKED: token_log_probs,
-    TORCHS: torchs,
+    "full logits": full_logits,
+    "token_log_probs": token_log_probs,
+    "chunks checkpointed": checkpointed,
 }
+if hasattr(F, "linear_cross_entropy"):
+    ARMS["torch's linear_cross_entropy"] = torchs
 
 
-def prepare(arm: str, vocabulary: int, rows: int, width: int = 384, layers: int = 6, tokens: int = 128) -> Step:
-    """One step of an arm, with gradients and optimizer state in place."""
+def model_step(vocabulary: int, rows: int, width: int, layers: int, tokens: int = 128) -> Callable[[str], None]:
+    """What takes one step by the arm named, with gradients and optimizer state in place."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=width // 64, n_positions=tokens + 1)
+    config.bos_token_id = config.eos_token_id = None
     model = GPT2Model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     sequences = torch.randint(vocabulary, (rows, tokens + 1))
     advantages = torch.randn(rows, 1)
 
-    def step() -> None:
+    def step(arm: str) -> None:
         optimizer.zero_grad(set_to_none=False)
         hidden = model(sequences[:, :-1], use_cache=False).last_hidden_state
         log_probs = ARMS[arm](hidden, model.wte.weight, sequences[:, 1:])
@@ -72,66 +84,47 @@ def prepare(arm: str, vocabulary: int, rows: int, width: int = 384, layers: int 
     return step
 
 
-def seconds(arms: tuple[str, ...], rounds: int, *shape: int) -> dict[str, dict[str, float]]:
-    """Of every arm the median seconds of a step and the median ratio to the first arm's within a round."""
-    if rounds == 0:
-        return {arm: {"seconds": math.nan, "ratio": math.nan} for arm in arms}
-    steps = {arm: prepare(arm, *shape) for arm in arms}
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    for _ in range(rounds):
-        for arm, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[arm].append(time.perf_counter() - start)
-    first = np.array(times[arms[0]])
-    return {
-        arm: {"seconds": float(np.median(of_arm)), "ratio": float(np.median(np.array(of_arm) / first))}
-        for arm, of_arm in times.items()
-    }
+def prepare(arm: str, *shape: int) -> Step:
+    """One step of an arm, for a process of its own."""
+    return partial(model_step(*shape), arm)
 
 
-def measure(vocabulary: int, rows: int, width: int, layers: int, rounds: int, threads: int) -> list[dict[str, Any]]:
-    """One line for each arm, ratios to full logits."""
+def measure(arms: list[str], shape: tuple[int, ...], rounds: int, threads: int) -> dict[str, dict[str, Any]]:
+    """Of every arm, seconds and bytes of a step, and their ratios to the first arm's, within a round."""
     torch.set_num_threads(threads)
-    arms = tuple(arm for arm in ARMS if arm != TORCHS or hasattr(F, "linear_cross_entropy"))
-    shape = (vocabulary, rows, width, layers)
-    timed = seconds(arms, rounds, *shape)
-    lines = []
+    found: dict[str, dict[str, Any]] = {arm: {"seconds": math.nan, "ratio": math.nan} for arm in arms}
+    if rounds:
+        step = model_step(*shape)
+        clock = time.process_time if threads == 1 else time.perf_counter  # whatever else the machine does
+        seconds, _ = collect(turns({arm: partial(step, arm) for arm in arms}, rounds, warm_up=1, clock=clock))
+        del step
+        for arm in arms:
+            found[arm] = {"seconds": median(seconds[arm]), "ratio": ratio(seconds[arm], seconds[arms[0]])}
     for arm in arms:
         peak = peak_memory(prepare, arm, *shape, threads=threads)
-        lines.append({"vocabulary": vocabulary, "rows": rows, "arm": arm, **timed[arm], **asdict(peak)})
-    for line in lines:
-        for counted in ("resident", "tensors"):
-            line[f"{counted}_ratio"] = line[counted] / lines[0][counted]
-    return lines
+        found[arm] |= asdict(peak) | {"MB": (peak.resident or 0) / 1e6, "tensors MB": (peak.tensors or 0) / 1e6}
+        found[arm]["MB ratio"] = found[arm]["MB"] / found[arms[0]]["MB"]
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=5, arms=ARMS)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 50257])
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 7, 16], help="rows of 128 tokens in a micro-batch")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds timed; 0: memory only")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
-    lines = []
-    print(f"{'vocabulary':>10} {'rows':>5} {'arm':30} {'s':>7} {'ratio':>6} {'MB':>7} {'ratio':>6} tensors MB ratio")
+    lines: list[dict[str, Any]] = []
     for vocabulary in given.vocabularies:
         for rows in given.rows:
-            for line in measure(vocabulary, rows, given.width, given.layers, given.rounds, given.threads):
-                lines.append(line)
-                print(
-                    f"{vocabulary:10} {rows:5} {line['arm']:30} {line['seconds']:7.3f} {line['ratio']:6.2f} "
-                    f"{line['resident'] / 1e6:7.0f} {line['resident_ratio']:6.2f} {line['tensors'] / 1e6:10.0f} "
-                    f"{line['tensors_ratio']:5.2f}",
-                    flush=True,
-                )
+            shape = (vocabulary, rows, given.width, given.layers)
+            found = measure(given.arms, shape, given.rounds, given.threads)
+            print_table(f"{vocabulary:,} tokens, {rows} rows", found, COLUMNS)
+            lines += [{"vocabulary": vocabulary, "rows": rows, "arm": arm, **row} for arm, row in found.items()]
     if given.out is not None:
-        setup: dict[str, Any] = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
-        setup |= {name: value for name, value in vars(given).items() if name != "out"}
-        write_json(given.out, {"setup": setup, "lines": lines})
+        sizes = {"width": given.width, "layers": given.layers, "rounds": given.rounds}
+        write_json(given.out, {"setup": machine() | sizes, "lines": lines})
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ time of that stands beside it.
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-ROUNDS = 15
+from sparkjoy.lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
+from sparkjoy.lab.training.tracking import write_json
+
 SIZES = ((64, 128, 1000), (384, 1536, 1000))  # width, feed-forward width, tokens
 
 
@@ -42,19 +43,10 @@ def autocast(module: nn.Module, states: torch.Tensor) -> object:
         return module(states)
 
 
-def seconds(arms: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Medians over rounds, the arms one after another in each."""
-    taken: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(ROUNDS + 2):
-        for name, run in arms.items():
-            began = time.perf_counter()
-            run()
-            taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values[2:]) for name, values in taken.items()}
-
-
 def main() -> None:
+    given = options(__doc__, rounds=15).parse_args()
     torch.set_num_threads(1)
+    results: list[dict[str, Any]] = []
     for width, feed_forward, tokens in SIZES:
         exact, states = block(width, feed_forward), torch.randn(tokens, width)
         short = quantised(exact)
@@ -68,10 +60,15 @@ def main() -> None:
                 "int8": partial(short, states),
                 "int8, quantising": partial(quantised, exact),
             }
-            taken = seconds(arms)
-        for name, value in taken.items():
-            ratio = value / taken["float32"]
-            print(f"width {width}, {tokens} tokens: {name}: {1e3 * value:.2f} ms, {ratio:.2f} x float32")
+            seconds, _ = collect(turns(arms, given.rounds))
+        rows = {
+            name: {"ms": 1000 * median(values), "x float32": ratio(values, seconds["float32"])}
+            for name, values in seconds.items()
+        }
+        print_table(f"width {width}, {tokens} tokens", rows, {"ms": "8.2f", "x float32": "10.2f"})
+        results.append({"width": width, "tokens": tokens, "arms": rows})
+    if given.out is not None:
+        write_json(given.out, {"setup": machine(), "sizes": results})
 
 
 if __name__ == "__main__":

@@ -8,16 +8,11 @@ turns within one process on one thread, so that their ratios compare; absolute t
 
 from __future__ import annotations
 
-import argparse
-import platform
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
+from sparkjoy.lab.bench.timing import collect, machine, options, percentiles, print_table, ratio, turns
 from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.lab.training.loop import Training
 from sparkjoy.lab.training.settings import Settings
@@ -56,42 +51,32 @@ def arms(task: MnistTask) -> dict[str, Callable[[], None]]:
 
 
 def measure(task: MnistTask, rounds: int, steps_a_round: int) -> dict[str, dict[str, float]]:
-    """Of every arm the 20th, 50th and 80th percentile of a round's milliseconds a step, and its median ratio.
+    """Of every arm percentiles of a round's milliseconds a step, and its ratio to the strongest dense loop."""
 
-    The ratio is to the strongest dense loop within the same round.
-    """
-    steps = arms(task)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
+    def several(step: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
             for _ in range(steps_a_round):
                 step()
-            if round_number >= 2:  # the first two warm up
-                times[name].append(1000 * (time.perf_counter() - start) / steps_a_round)
-    result = {}
-    for name, values in times.items():
-        p20, p50, p80 = np.percentile(values, [20, 50, 80])
-        ratio = float(np.median(np.array(values) / np.array(times[STRONGEST])))
-        result[name] = {"p20": float(p20), "p50": float(p50), "p80": float(p80), "ratio": ratio}
-    return result
+
+        return run
+
+    seconds, _ = collect(turns({name: several(step) for name, step in arms(task).items()}, rounds))
+    return {
+        name: {**percentiles(values, 1000 / steps_a_round), "ratio": ratio(values, seconds[STRONGEST])}
+        for name, values in seconds.items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=40)
     parser.add_argument("--data", default="embedded", help="embedded, openml, or a folder of IDX files")
-    parser.add_argument("--rounds", type=int, default=40, help="rounds measured")
     parser.add_argument("--steps-a-round", type=int, default=50, help="steps of each arm a round")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    result = measure(MnistTask(MnistConfig(data=arguments.data)), arguments.rounds, arguments.steps_a_round)
-    print(f"{'ms a step':40} {'p20':>7} {'p50':>7} {'p80':>7} {'ratio':>7}")
-    for name, row in result.items():
-        print(f"{name:40} {row['p20']:7.3f} {row['p50']:7.3f} {row['p80']:7.3f} {row['ratio']:7.3f}")
-    if arguments.out is not None:
-        setup: dict[str, Any] = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
-        write_json(arguments.out, {"setup": {**setup, "threads": 1, "data": arguments.data}, "milliseconds": result})
+    result = measure(MnistTask(MnistConfig(data=given.data)), given.rounds, given.steps_a_round)
+    print_table("ms a step", result, dict.fromkeys(("p20", "p50", "p80", "ratio"), "7.3f"))
+    if given.out is not None:
+        write_json(given.out, {"setup": machine() | {"data": given.data}, "milliseconds": result})
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@ that of the kept tokens' share of all tokens, relative to the rate; the largest 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import sparkjoy as sj
+from sparkjoy.lab.bench.timing import machine, options
 from sparkjoy.lab.training.tracking import write_json
 from sparkjoy.prices import RollingQuantile
 
@@ -88,12 +87,11 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.03, 0.1, 0.5])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], choices=list(BATCHES))
     parser.add_argument("--prices", nargs="+", default=["rolling", "budget"], choices=["rolling", "budget"])
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
     torch.set_num_threads(1)
     makers: dict[str, Callable[[float], sj.Gate]] = {
@@ -113,7 +111,7 @@ def main() -> None:
                 cells.append(f"{rate:g}: {error:+.2f} ({rows:+.1f}) {worst['stream']}, {worst['cost']}")
             print(f"batch {batch}: " + " | ".join(cells))
     if given.out is not None:
-        write_json(given.out, {"torch": torch.__version__, "seeds": given.seeds, "lines": lines})
+        write_json(given.out, {"setup": machine(), "seeds": given.seeds, "lines": lines})
 
 
 if __name__ == "__main__":

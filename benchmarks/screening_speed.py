@@ -9,9 +9,6 @@ four times a rate of 3%, "verify" the exact pass over these.
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -19,17 +16,18 @@ import torch
 
 from sparkjoy.drafts import AdvantageOnly, DistilledDraft, LowerPrecision
 from sparkjoy.engine.batches import take
+from sparkjoy.lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
 from sparkjoy.lab.policies.early_exit import EarlyExit
 from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy.lab.training.tracking import write_json
 
 LARGE = ReversalConfig(prompt_length=5, layers=8, width=384, heads=6, feed_forward=1536)
 PROPOSED = 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=30)
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -53,15 +51,14 @@ def main() -> None:
     }
     for layers in range(1, len(policy.layers), 1 if len(policy.layers) < 4 else 2):
         arms[f"early exit, {layers} of {len(policy.layers)}"] = partial(EarlyExit(policy, layers), rows)
-    taken: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(arguments.rounds):
-        for name, run in arms.items():
-            began = time.perf_counter()
-            run()
-            taken[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in taken.items()}
-    for name, seconds in medians.items():
-        print(f"{name}: {1e3 * seconds:.2f} ms, {seconds / medians['exact']:.3f} of an exact pass")
+    seconds, _ = collect(turns(arms, arguments.rounds))
+    result = {
+        name: {"ms": 1000 * median(values), "of exact": ratio(values, seconds["exact"])}
+        for name, values in seconds.items()
+    }
+    print_table("medians", result, {"ms": "8.2f", "of exact": "9.3f"})
+    if arguments.out is not None:
+        write_json(arguments.out, {"setup": machine(), "screeners": result})
 
 
 if __name__ == "__main__":

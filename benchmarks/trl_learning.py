@@ -9,21 +9,19 @@ against steps, tokens differentiated and seconds.
 
 from __future__ import annotations
 
-import argparse
-import logging
+import math
 import statistics
 import tempfile
 import time
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import trl_task
 from transformers import TrainerCallback
 
-from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
+from sparkjoy.integrations.trl import KondoGRPOTrainer
+from sparkjoy.lab.bench import timing
+from sparkjoy.lab.bench.timing import print_table
 from sparkjoy.lab.training.tracking import read_json, save_figure, write_json
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -38,6 +36,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "gate 10%, a quarter negative": {"gate_rate": 0.1, "gate_negative_share": 0.25},
     "gate 25%, a quarter negative": {"gate_rate": 0.25, "gate_negative_share": 0.25},
 }
+COSTS = ("step", "backward_tokens", "seconds")
+COLUMNS = {"kept": "7.1%", "reward": "8.3f", "least": "7.3f", "step": "6.0f", "backward_tokens": "16,.0f"}
+COLUMNS |= {"seconds": "9.1f"}
 WINDOW = 10
 """Steps that a reported reward is the mean of."""
 
@@ -83,28 +84,19 @@ def run(arm: dict[str, Any], seed: int, steps: int, target: float) -> list[dict[
     """The records of one training run, until its reward is `target`, for at most `steps` steps."""
     record = Record(target)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Counting(
-            model=trl_task.model(width=64, layers=2, seed=seed, heads=4),
-            reward_funcs=trl_task.copied,
-            args=KondoGRPOConfig(
-                **trl_task.options(
-                    output_dir=folder,
-                    per_device_train_batch_size=32,
-                    gradient_accumulation_steps=4,
-                    num_generations=16,
-                    max_completion_length=4,
-                    learning_rate=1e-3,
-                    lr_scheduler_type="constant",
-                    max_steps=steps,
-                    seed=seed,
-                ),
-                **arm,
-            ),
-            train_dataset=trl_task.prompts(2000, 3, 3, seed=seed, digits="01234"),
-            processing_class=trl_task.tokenizer(),
-            callbacks=[record],
-        )
-        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+        options = {
+            "per_device_train_batch_size": 32,
+            "gradient_accumulation_steps": 4,
+            "num_generations": 16,
+            "max_completion_length": 4,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "max_steps": steps,
+            "seed": seed,
+        }
+        model, prompts = trl_task.model(64, 2, seed, 4), trl_task.prompts(2000, 3, 3, seed, digits="01234")
+        given = {"model": model, "reward_funcs": trl_task.copied, "callbacks": [record]}
+        trainer = trl_task.trainer(Counting, folder, options | arm, prompts, **given)
         record.trainer = trainer
         record.start = time.process_time()
         trainer.train()
@@ -126,10 +118,8 @@ def table(runs: dict[str, list[list[dict[str, float]]]], target: float) -> list[
             rewards = smoothed(records)
             final.append(rewards[-1])
             reached += [record for record, reward in zip(records, rewards, strict=True) if reward >= target][:1]
-        to_target = {
-            figure: statistics.median(record[figure] for record in reached) if len(reached) == len(seeds) else None
-            for figure in ("step", "backward_tokens", "seconds")
-        }
+        by_all = len(reached) == len(seeds)
+        to_target = {of: statistics.median(at[of] for at in reached) if by_all else None for of in COSTS}
         rows.append(
             {
                 "arm": name,
@@ -138,7 +128,7 @@ def table(runs: dict[str, list[list[dict[str, float]]]], target: float) -> list[
                 "least": min(final),
                 "reached": len(reached),
                 "kept": statistics.fmean(record["kept_rate"] for records in seeds for record in records),
-                "to_target": to_target,
+                **to_target,
             }
         )
     return rows
@@ -154,7 +144,7 @@ def figure(runs: dict[str, list[list[dict[str, float]]]], target: float) -> Any:
         color = f"C{number}"
         rewards = [smoothed(records) for records in seeds]
         mean = [statistics.fmean(values) for values in zip(*rewards, strict=False)]  # as far as all seeds go
-        for axis, cost in zip(axes, ("step", "backward_tokens", "seconds"), strict=True):
+        for axis, cost in zip(axes, COSTS, strict=True):
             for records, values in zip(seeds, rewards, strict=True):
                 axis.plot([record[cost] for record in records], values, color=color, alpha=0.25, linewidth=0.7)
             costs = [statistics.fmean(record[cost] for record in at) for at in zip(*seeds, strict=False)]
@@ -170,35 +160,26 @@ def figure(runs: dict[str, list[list[dict[str, float]]]], target: float) -> Any:
 
 def main() -> None:
     """Run what is not there yet, print the table, write the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/trl_learning"))
+    parser = timing.options(__doc__, out="out/trl_learning", arms=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--target", type=float, default=0.9)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    options.out.mkdir(parents=True, exist_ok=True)
-    runs: dict[str, list[list[dict[str, float]]]] = {name: [] for name in options.arms}
-    for seed in options.seeds:
-        for name in options.arms:
-            path = options.out / f"{name.replace(' ', '_')}-{options.target}-{options.steps}-{seed}.json"
+    given = parser.parse_args()
+    trl_task.quiet()
+    runs: dict[str, list[list[dict[str, float]]]] = {name: [] for name in given.arms}
+    for seed in given.seeds:
+        for name in given.arms:
+            path = given.out / f"{name.replace(' ', '_')}-{given.target}-{given.steps}-{seed}.json"
             if not path.exists():
-                write_json(path, run(ARMS[name], seed, options.steps, options.target))
+                write_json(path, run(ARMS[name], seed, given.steps, given.target))
             runs[name].append(read_json(path))
             print(f"seed {seed}: {name}: reward {smoothed(runs[name][-1])[-1]:.3f}", flush=True)
-    rows = table(runs, options.target)
-    write_json(options.out / "summary.json", {"steps": options.steps, "target": options.target, "arms": rows})
-    print(f"{'':30}{'kept':>7}{'reward':>8}{'least':>7}   to {options.target}: steps, tokens differentiated, seconds")
-    for row in rows:
-        at = row["to_target"]
-        when = (
-            f"{at['step']:.0f}  {at['backward_tokens']:,.0f}  {at['seconds']:.1f}" if at["step"] else "not by all seeds"
-        )
-        print(f"{row['arm']:30}{row['kept']:7.1%}{row['reward']:8.3f}{row['least']:7.3f}   {when}")
-    save_figure(figure(runs, options.target), options.out, "trl_learning")
+    rows = table(runs, given.target)
+    setup = timing.machine("cpu", "trl", "transformers") | {"steps": given.steps, "target": given.target}
+    write_json(given.out / "summary.json", {"setup": setup, "arms": rows})
+    shown = {row["arm"]: {of: math.nan if row[of] is None else row[of] for of in COLUMNS} for row in rows}
+    print_table(f"to a reward of {given.target:g}, nan where not by all seeds", shown, COLUMNS)
+    save_figure(figure(runs, given.target), given.out, "trl_learning")
 
 
 if __name__ == "__main__":

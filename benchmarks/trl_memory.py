@@ -11,29 +11,24 @@ figures are this machine's.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import math
-import os
 import random
-import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import trl_task
-from trl_step import SIZE
+from trl_step import PLAIN, SIZE
 
-from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
+from sparkjoy.integrations.trl import KondoGRPOTrainer
+from sparkjoy.lab.bench import timing
+from sparkjoy.lab.bench.timing import collect, median, print_table, turns
 from sparkjoy.lab.studies.memory import peak_memory
 from sparkjoy.lab.training.tracking import write_json
 
-PLAIN = "TRL's own"
+COLUMNS = {"kept_rate": "9.1%", "passes": "7.0f", "seconds": "8.3f", "seconds_ratio": "13.2f", "peak_mb": "8.1f"}
+COLUMNS |= {"peak_mb_ratio": "13.2f"}
 GATES: dict[str, dict[str, Any]] = {
     "25%": {"gate_rate": 0.25},
     "10%": {"gate_rate": 0.1},
@@ -72,31 +67,20 @@ def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
 
 def prepare(arm: str, seed: int, checkpointing: bool, size: dict[str, int] = SIZE) -> Callable[[], dict[str, float]]:
     """A step of the arm, whole and again from the same weights: it returns TRL's log of it."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    trainer = KondoGRPOTrainer(
-        model=trl_task.model(**size),
-        reward_funcs=reward,
-        args=KondoGRPOConfig(
-            **trl_task.options(
-                output_dir=tempfile.gettempdir(),
-                per_device_train_batch_size=16,
-                gradient_accumulation_steps=8,
-                num_generations=8,
-                max_completion_length=80,
-                gradient_checkpointing=checkpointing,
-                learning_rate=0.0,
-                optim="sgd",
-                seed=seed,
-            ),
-            **ARMS[arm],
-        ),
-        train_dataset=trl_task.prompts(256, 6, 10, seed),
-        processing_class=trl_task.tokenizer(),
-        rollout_func=Rollouts(seed),
-    )
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    trl_task.quiet()
+    options = {
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 8,
+        "num_generations": 8,
+        "max_completion_length": 80,
+        "gradient_checkpointing": checkpointing,
+        "learning_rate": 0.0,
+        "optim": "sgd",
+        "seed": seed,
+    }
+    given = {"model": trl_task.model(**size), "reward_funcs": reward, "rollout_func": Rollouts(seed)}
+    arm_options, prompts = options | ARMS[arm], trl_task.prompts(256, 6, 10, seed)
+    trainer = trl_task.trainer(KondoGRPOTrainer, tempfile.gettempdir(), arm_options, prompts, **given)
 
     def step() -> dict[str, float]:
         trainer._step = 0  # so that it asks for completions anew
@@ -113,25 +97,19 @@ def measure(arms: list[str], seeds: int, rounds: int, checkpointing: bool) -> di
     for seed in range(seeds):
         steps = {arm: prepare(arm, seed, checkpointing) for arm in names}
         logs = {arm: step() for arm, step in steps.items()}
-        seconds: dict[str, list[float]] = {arm: [] for arm in names}
-        for arm in names * rounds:
-            start = time.process_time()
-            steps[arm]()
-            seconds[arm].append(time.process_time() - start)
+        seconds, _ = collect(turns(steps, rounds, warm_up=0, clock=time.process_time))
         for arm in names:
             peak = peak_memory(prepare, arm, seed, checkpointing, tensors=False)
             samples[arm].append(
                 {
                     "kept_rate": logs[arm].get("gate/kept_rate", 1.0),
                     "passes": logs[arm].get("gate/micro_steps", 8.0),
-                    "seconds": statistics.median(seconds[arm]),
+                    "seconds": median(seconds[arm]),
                     "peak_mb": (peak.resident or math.nan) / 1e6,
                 }
             )
             print(f"seed {seed}: {arm}: {samples[arm][-1]}", flush=True)
-    result = {
-        arm: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for arm, rows in samples.items()
-    }
+    result = {arm: {name: median([row[name] for row in rows]) for name in rows[0]} for arm, rows in samples.items()}
     for row in result.values():
         for figure in ("seconds", "peak_mb"):
             row[f"{figure}_ratio"] = result[PLAIN][figure] / row[figure]
@@ -140,25 +118,16 @@ def measure(arms: list[str], seeds: int, rounds: int, checkpointing: bool) -> di
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/trl_memory.json"))
-    parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help=f"{PLAIN} is always among them"
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3, help="times that each arm's step is timed, for every seed")
+    parser = timing.options(__doc__, rounds=3, out="out/trl_memory.json", arms=ARMS)
+    parser.add_argument("--seeds", type=int, default=3, help="batches, on each of which every arm is timed")
     parser.add_argument("--checkpointing", action="store_true", help="TRL's default: activations are computed twice")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    result = measure(options.arms, options.seeds, options.rounds, options.checkpointing)
-    print(f"{'':20}{'kept':>7}{'passes':>8}{'s':>8}{'×':>7}{'peak MB':>10}{'×':>7}")
-    for name, row in result.items():
-        print(
-            f"{name:20}{row['kept_rate']:7.1%}{row['passes']:8.0f}{row['seconds']:8.3f}{row['seconds_ratio']:7.2f}"
-            f"{row['peak_mb']:10.1f}{row['peak_mb_ratio']:7.2f}"
-        )
-    setup = {"seeds": options.seeds, "checkpointing": options.checkpointing, "torch": torch.__version__}
-    write_json(options.out, setup | {"arms": result})
+    given = parser.parse_args()
+    trl_task.quiet()
+    result = measure(given.arms, given.seeds, given.rounds, given.checkpointing)
+    print_table("CPU seconds, MB", result, COLUMNS)
+    setup = timing.machine("cpu", "trl", "transformers")
+    setup |= {"seeds": given.seeds, "checkpointing": given.checkpointing}
+    write_json(given.out, {"setup": setup, "arms": result})
 
 
 if __name__ == "__main__":

@@ -10,22 +10,20 @@ tokens' lengths instead, "by length" (no log-probs).
 
 from __future__ import annotations
 
-import argparse
-import logging
 import tempfile
-import warnings
 from typing import Any
 
 import torch
-import transformers
 import trl_task
 from torch import Tensor
 from transformers import TrainerCallback
 
 from sparkjoy import UnbiasedGate
-from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
+from sparkjoy.integrations.trl import KondoGRPOTrainer
 from sparkjoy.integrations.trl.packing import loss_mask
 from sparkjoy.integrations.trl.sizes import DIVIDES_BY_LENGTH, RowSize
+from sparkjoy.lab.bench.timing import machine, options, print_table
+from sparkjoy.lab.training.tracking import write_json
 
 ROWS = 64
 
@@ -55,19 +53,10 @@ class Lengths(TrainerCallback):  # type: ignore[misc]  # transformers' is untype
 
 
 def trainer(cls: type, model: Any, folder: str, **changes: Any) -> Any:
-    """A trainer of `cls` on the copy task, silent."""
-    options = trl_task.options(
-        output_dir=folder, per_device_train_batch_size=16, num_generations=8, max_grad_norm=0.0, **changes
-    )
-    made = cls(
-        model=model,
-        reward_funcs=trl_task.copied,
-        args=KondoGRPOConfig(**options),
-        train_dataset=trl_task.prompts(2048, 2, 5),
-        processing_class=trl_task.tokenizer(),
-    )
-    made.remove_callback(transformers.trainer_callback.PrinterCallback)
-    return made
+    """A trainer of `cls` on the copy task."""
+    options = {"per_device_train_batch_size": 16, "num_generations": 8, "max_grad_norm": 0.0, **changes}
+    given = {"model": model, "reward_funcs": trl_task.copied}
+    return trl_task.trainer(cls, folder, options, trl_task.prompts(2048, 2, 5), **given)
 
 
 def sizes(batch: Any, loss: str) -> dict[str, Tensor]:
@@ -100,22 +89,23 @@ def measure(model: Any, loss: str, noise: float) -> dict[str, tuple[float, float
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--noise", type=float, default=0.3)
     parser.add_argument("--steps", type=int, default=60, help="of training before the second measurement")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    given = parser.parse_args()
+    trl_task.quiet()
     model = trl_task.model()
-    print(f"{'':22}{'sizes':12}{'noise added':>12}{'kept':>7}")
-    for steps in (0, options.steps):
+    rows: dict[str, dict[str, float]] = {}
+    for steps in (0, given.steps):
         if steps:
             with tempfile.TemporaryDirectory() as folder:
                 trainer(KondoGRPOTrainer, model, folder, learning_rate=3e-3, max_steps=steps).train()
         for loss in ("dapo", "grpo"):
-            for name, (added, kept) in measure(model, loss, options.noise).items():
-                print(f"{f'{loss}, {steps} steps':22}{name:12}{added:12.2f}{kept:7.0%}", flush=True)
+            for name, (added, kept) in measure(model, loss, given.noise).items():
+                rows[f"{loss}, {steps} steps, {name}"] = {"noise added": added, "kept": kept}
+    print_table("loss, training, sizes", rows, {"noise added": "12.2f", "kept": "7.0%"})
+    if given.out is not None:
+        write_json(given.out, {"setup": machine("cpu", "trl", "transformers"), "noise": given.noise, "sizes": rows})
 
 
 if __name__ == "__main__":

@@ -11,29 +11,25 @@ decide on are recorded while transformers generates; "screened": an exact forwar
 
 from __future__ import annotations
 
-import argparse
-import logging
-import platform
-import statistics
 import tempfile
 import time
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 import trl_task
 from transformers import TrainerCallback
 
-from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
+from sparkjoy.integrations.trl import KondoGRPOTrainer
+from sparkjoy.lab.bench import timing
+from sparkjoy.lab.bench.timing import median, print_table
 from sparkjoy.lab.training.tracking import write_json
 
 SIZE = {"width": 192, "layers": 6, "heads": 4}
 PLAIN = "TRL's own"
 FIGURES = {"kept_rate": 1.0, "micro_steps": 8.0, "screen_seconds": 0.0, "screened_rate": 0.0, "noise": 0.0}
 """Figures of the gate, and what a step has that does not log them."""
+COLUMNS = {"kept_rate": "9.1%", "micro_steps": "11.0f", "update": "9.3f", "update_speedup": "14.2f", "whole": "9.3f"}
+COLUMNS |= {"whole_speedup": "13.2f", "noise": "7.2f"}
 ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "rate 1": {"gate_rate": 1.0},
@@ -104,28 +100,19 @@ def high_digits(prompts: list[str], completions: list[str], **_: Any) -> list[fl
 def run(arm: dict[str, Any], steps: int, folder: str, updates: int = 1, **size: int) -> dict[str, list[float]]:
     """Seconds of every step after the first generation's, which warm up, and gate figures; the weights stand still."""
     clock = StepSeconds()
-    trainer = Timed(
-        model=trl_task.model(**(size or SIZE)),
-        reward_funcs=high_digits,
-        args=KondoGRPOConfig(
-            **trl_task.options(
-                output_dir=folder,
-                per_device_train_batch_size=16,
-                gradient_accumulation_steps=8 // updates,
-                steps_per_generation=8,
-                num_generations=8,
-                max_completion_length=80,
-                generation_kwargs={"min_new_tokens": 48},
-                max_steps=updates * (steps + 1),
-                learning_rate=0.0,
-            ),
-            **arm,
-        ),
-        train_dataset=trl_task.prompts(256, 6, 10),
-        processing_class=trl_task.tokenizer(),
-        callbacks=[clock],
-    )
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    options = {
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 8 // updates,
+        "steps_per_generation": 8,
+        "num_generations": 8,
+        "max_completion_length": 80,
+        "generation_kwargs": {"min_new_tokens": 48},
+        "max_steps": updates * (steps + 1),
+        "learning_rate": 0.0,
+    }
+    model, prompts = trl_task.model(**(size or SIZE)), trl_task.prompts(256, 6, 10)
+    given = {"model": model, "reward_funcs": high_digits, "callbacks": [clock]}
+    trainer = trl_task.trainer(Timed, folder, options | arm, prompts, **given)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "reward" in entry][1:]
     figures = {name: [float(entry.get(f"gate/{name}", default)) for entry in logs] for name, default in FIGURES.items()}
@@ -146,10 +133,7 @@ def measure(arms: list[str], rounds: int, steps: int, updates: int) -> dict[str,
                 for figure, values in run(ARMS[name], steps, folder, updates).items():
                     samples[name].setdefault(figure, []).extend(values)
                 print(f"round {number + 1} of {rounds}: {name}: {samples[name]['update'][-1]:.3f} s", flush=True)
-    result = {
-        name: {figure: statistics.median(values) for figure, values in figures.items()}
-        for name, figures in samples.items()
-    }
+    result = {name: {of: median(values) for of, values in figures.items()} for name, figures in samples.items()}
     for figures in result.values():
         figures["update_speedup"] = result[PLAIN]["update"] / figures["update"]
         figures["whole_speedup"] = result[PLAIN]["whole"] / figures["whole"]
@@ -158,29 +142,16 @@ def measure(arms: list[str], rounds: int, steps: int, updates: int) -> dict[str,
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/trl_step.json"))
-    parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help=f"{PLAIN} is always among them"
-    )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = timing.options(__doc__, rounds=3, out="out/trl_step.json", arms=ARMS)
     parser.add_argument("--steps", type=int, default=2, help="generations measured a round")
     parser.add_argument("--updates", type=int, default=1, choices=(1, 2, 4), help="optimizer steps a generation")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    given = parser.parse_args()
+    trl_task.quiet()
     parameters = trl_task.model(**SIZE).num_parameters()
-    print(f"{parameters:,} parameters")
-    result = measure(options.arms, options.rounds, options.steps, options.updates)
-    print(f"{'':20}{'kept':>7}{'passes':>8}{'update s':>10}{'×':>7}{'whole s':>10}{'×':>7}{'noise':>7}")
-    for name, row in result.items():
-        print(
-            f"{name:20}{row['kept_rate']:7.1%}{row['micro_steps']:8.0f}{row['update']:10.3f}"
-            f"{row['update_speedup']:7.2f}{row['whole']:10.3f}{row['whole_speedup']:7.2f}{row['noise']:7.2f}"
-        )
-    setup = {"parameters": parameters, "machine": platform.processor(), "torch": torch.__version__}
-    write_json(options.out, setup | {"updates": options.updates, "arms": result})
+    result = measure(given.arms, given.rounds, given.steps, given.updates)
+    print_table(f"{parameters:,} parameters", result, COLUMNS)
+    setup = timing.machine("cpu", "trl", "transformers") | {"parameters": parameters, "updates": given.updates}
+    write_json(given.out, {"setup": setup, "arms": result})
 
 
 if __name__ == "__main__":

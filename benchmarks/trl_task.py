@@ -5,13 +5,19 @@ The prompt is a few digits and `>`; the reward is the fraction of the digits cop
 
 from __future__ import annotations
 
+import logging
+import os
 import random
+import warnings
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.trainer_callback import PrinterCallback
+
+from sparkjoy.integrations.trl import KondoGRPOConfig
 
 DIGITS = "0123456789"
 
@@ -77,6 +83,30 @@ def options(**changes: Any) -> dict[str, Any]:
         "max_steps": 1,
         "seed": 0,
     } | changes
+
+
+def quiet() -> None:
+    """One thread, and only errors on the terminal."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+
+def trainer(cls: type, folder: str, arm: dict[str, Any], dataset: Dataset, **given: Any) -> Any:
+    """A silent trainer of `cls` on the CPU.
+
+    Args:
+        cls: `KondoGRPOTrainer`, or a class made from it.
+        folder: for what TRL writes.
+        arm: options of the gate, and all others that are not `options`'s.
+        dataset: the prompts.
+        given: model, reward_funcs and what else the trainer takes.
+    """
+    arguments = KondoGRPOConfig(**options(output_dir=folder, **arm))
+    made = cls(args=arguments, train_dataset=dataset, processing_class=tokenizer(), **given)
+    made.remove_callback(PrinterCallback)
+    return made
 
 
 def rollout_with_log_probs(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from reference import plain_sample
+from plain_sampling import plain_sample
 
 from sparkjoy.lab.policies.transformer import Transformer
 

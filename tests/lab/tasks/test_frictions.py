@@ -197,7 +197,7 @@ def test_processes_have_together_what_one_process_would_have():
 
     def of(share):
         generator = torch.Generator().manual_seed(0)
-        mine = share.of(40)
+        mine = share.rows(40)
         injected, recorded = frictions.answers(answers[mine], log_probs[mine], right[mine], generator, share)
         return injected, recorded, frictions.rewards(rewards[mine], generator, share)
 

@@ -15,6 +15,7 @@ from processes import descendants, kill, run_processes, start
 
 from sparkjoy.lab import cli
 from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy.lab.training.building import build_step
 from sparkjoy.lab.training.checkpoint import load_checkpoint
 from sparkjoy.lab.training.processes import WHOLE, Share
 from sparkjoy.lab.training.settings import Settings
@@ -193,4 +194,4 @@ def test_what_several_processes_cannot_do_is_one_line_and_status_2(monkeypatch, 
     assert capsys.readouterr().err == ""
     for settings in ({"unit": "token"}, {"score_noise": 0.1}):
         with pytest.raises(ValueError, match="run in one process"):
-            Settings(**settings).step(torch.Generator(), None, share=Share(0, 2))
+            build_step(Settings(**settings), torch.Generator(), share=Share(0, 2))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.backward import GatedBackward
-from sparkjoy.engine.ledger import Ledger
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.lab.bench.models import Problem, Workload, build
+from sparkjoy.lab.bench.timing import Laps
 from sparkjoy.scores import uniform_score
 from sparkjoy.signs import rate_count
 
@@ -28,6 +28,8 @@ Seconds = dict[str, float]
 Step = Callable[[], tuple[Seconds, int]]
 """Adds one step's gradient to `.grad`; gives the seconds by phase, and the rows that passed backward."""
 
+PHASES = ("screen", "gather", "forward", "backward")
+"""Of a step, as a report's seconds are named."""
 WITHOUT_RATE: tuple[Arm, ...] = ("dense", "non-zero", "positive")
 
 
@@ -98,17 +100,17 @@ def _plain(kept: Tensor, micro_batch_size: int, problem: Problem) -> Step:
     rows, tokens = len(problem.advantages), problem.log_probs.numel()
 
     def step() -> tuple[Seconds, int]:
-        ledger = Ledger(None)
+        laps = Laps(*PHASES)
         for part in kept.split(micro_batch_size):
             part_rows = slice(int(part[0]), int(part[-1]) + 1) if len(kept) == rows else part
             batch = {"tokens": problem.batch["tokens"][part_rows]}
-            ledger.lap("gather")
+            laps.lap("gather")
             log_probs = problem.log_prob_fn(batch)
             loss = -(problem.advantages[part_rows].unsqueeze(1) * log_probs).sum() / tokens
-            ledger.lap("forward")
+            laps.lap("forward")
             loss.backward()
-            ledger.lap("backward")
-        return ledger.seconds, len(kept)
+            laps.lap("backward")
+        return laps.seconds, len(kept)
 
     return step
 
@@ -122,7 +124,7 @@ def _kondo_gate(rate: float, micro_batch_size: int, problem: Problem) -> Step:
     gate = Package(KondoGateConfig(gate_rate=rate))
 
     def step() -> tuple[Seconds, int]:
-        ledger = Ledger(None)
+        laps = Laps(*PHASES)
         rows = len(problem.advantages)
         for begin in range(0, rows, micro_batch_size):
             taken = slice(begin, min(begin + micro_batch_size, rows))
@@ -131,9 +133,9 @@ def _kondo_gate(rate: float, micro_batch_size: int, problem: Problem) -> Step:
             advantages = problem.advantages[taken].unsqueeze(1).expand(-1, tokens.shape[1] - 1)
             output = gate(logits, tokens[:, 1:], advantages, attention_mask=torch.ones_like(advantages))
             loss = output.gated_policy_loss * len(tokens) / rows
-            ledger.lap("forward")
+            laps.lap("forward")
             loss.backward()
-            ledger.lap("backward")
-        return ledger.seconds, rows
+            laps.lap("backward")
+        return laps.seconds, rows
 
     return step

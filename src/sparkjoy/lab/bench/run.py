@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -17,8 +15,9 @@ import tyro
 from sparkjoy import checks
 from sparkjoy.engine.flops import FlopCount
 from sparkjoy.gates import UnbiasedGate
-from sparkjoy.lab.bench.arms import WITHOUT_RATE, Arm, Step, prepare, step_of
+from sparkjoy.lab.bench.arms import WITHOUT_RATE, Arm, prepare, step_of
 from sparkjoy.lab.bench.models import Problem, Workload, build
+from sparkjoy.lab.bench.timing import machine, median, percentiles, timed, turns
 from sparkjoy.lab.studies.memory import peak_memory
 from sparkjoy.lab.training.tracking import write_json
 
@@ -97,14 +96,20 @@ def run(config: BenchConfig, out: Path, progress: Progress) -> Record:
     optimizer = torch.optim.Adam(problem.module.parameters(), lr=0.0, fused=True)  # the same weights in every round
     optimizer_seconds: list[float] = []
     result: Record = {}
-    for number in range(config.rounds):
-        for index, case in enumerate(cases):
-            done = 0.3 + 0.5 * (number + index / len(cases)) / config.rounds
-            progress(done, f"round {number + 1} of {config.rounds}: {case[0]} {case[1]:g}")
-            measured[case].append(_timed(steps[case], config.workload.device))
-        before = time.perf_counter()
-        optimizer.step()
-        optimizer_seconds.append(time.perf_counter() - before)
+    arms = {f"{arm} {rate:g}": step for (arm, rate), step in steps.items()}
+    names = dict(zip(arms, cases, strict=True))
+
+    def say(number: int, name: str) -> None:
+        done = 0.3 + 0.5 * (number + list(arms).index(name) / len(arms)) / config.rounds
+        progress(done, f"round {number + 1} of {config.rounds}: {name}")
+
+    wait = _wait_for(config.workload.device)
+    taken = turns(arms, config.rounds, warm_up=0, wait=wait, before=say)  # the search has warmed up
+    for _, of_round in groupby(taken, key=lambda turn: turn.round):
+        for turn in of_round:
+            seconds, rows = turn.outcome
+            measured[names[turn.arm]].append({"total": turn.seconds, "rows": rows, **seconds})
+        optimizer_seconds.append(timed(optimizer.step)[0])
         result = _summary(config, problem, sizes, measured, optimizer_seconds)
         write_json(out / "summary.json", result)
     if config.memory:
@@ -113,17 +118,8 @@ def run(config: BenchConfig, out: Path, progress: Progress) -> Record:
     return result
 
 
-def _timed(step: Step, device: str) -> Record:
-    _wait(device)
-    start = time.perf_counter()
-    seconds, rows = step()
-    _wait(device)
-    return {"total": time.perf_counter() - start, "rows": rows, **seconds}
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _wait_for(device: str) -> Callable[[], object]:
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def _best_sizes(
@@ -138,7 +134,7 @@ def _best_sizes(
         for index, size in enumerate(sizes):
             progress((number + index / len(sizes)) / len(arms), f"{arm}: {size} rows in a micro-batch")
             step = step_of(arm, SEARCH_RATE, size, problem)
-            taken[size] = min(_timed(step, config.workload.device)["total"] for _ in range(2))
+            taken[size] = min(timed(step, wait=_wait_for(config.workload.device))[0] for _ in range(2))
         best[arm] = min(taken, key=taken.__getitem__)
     return best
 
@@ -150,13 +146,11 @@ def _summary(
     measured: dict[tuple[Arm, float], list[Record]],
     optimizer_seconds: list[float],
 ) -> Record:
-    dense = float(np.median([record["total"] for record in measured["dense", 1.0]]))
-    forward, backward = (
-        float(np.median([r[phase] for r in measured["dense", 1.0]])) for phase in ("forward", "backward")
-    )
+    dense = median([record["total"] for record in measured["dense", 1.0]])
+    forward, backward = (median([r[phase] for r in measured["dense", 1.0]]) for phase in ("forward", "backward"))
     rows = []
     for (arm, rate), records in measured.items():
-        total = float(np.median([record["total"] for record in records]))
+        total = median([record["total"] for record in records])
         rows.append(
             {
                 "arm": arm,
@@ -165,21 +159,17 @@ def _summary(
                 "backward_rows": round(float(np.mean([record["rows"] for record in records]))),
                 "micro_batch_size": sizes[arm],
                 "speedup": dense / total,
-                "seconds": {key: _quantiles([r[key] for r in records]) for key in records[-1] if key != "rows"},
+                "seconds": {key: percentiles([r[key] for r in records]) for key in records[-1] if key != "rows"},
             }
         )
     parameters = sum(parameter.numel() for parameter in problem.module.parameters())
     return {
         "parameters": parameters,
-        "machine": _machine(config),
+        "machine": machine(config.workload.device, "transformers", "kondo-gate"),
         "backward_over_forward": {"seconds": backward / forward, "flops": _flops_ratio(problem)},
-        "optimizer_seconds": _quantiles(optimizer_seconds),
+        "optimizer_seconds": percentiles(optimizer_seconds),
         "arms": rows,
     }
-
-
-def _quantiles(values: list[float]) -> dict[str, float]:
-    return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
 
 
 def _flops_ratio(problem: Problem) -> float:
@@ -189,25 +179,6 @@ def _flops_ratio(problem: Problem) -> float:
     with FlopCount() as backward:
         log_probs.sum().backward()
     return int(backward.flops) / int(forward.flops)
-
-
-def _machine(config: BenchConfig) -> Record:
-    versions = {}
-    for package in ("torch", "transformers", "kondo-gate", "numpy", "sparkjoy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    name = torch.cuda.get_device_name() if config.workload.device == "cuda" else _processor()
-    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
-    return names[0].split(": ", 1)[1] if names else platform.processor() or platform.machine()
 
 
 def _memory(config: BenchConfig, sizes: dict[Arm, int], progress: Progress) -> list[Record]:

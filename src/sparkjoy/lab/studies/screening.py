@@ -12,7 +12,7 @@ from sparkjoy.lab.studies.runs import Run, TaskConfig
 from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.tasks.mnist import MnistConfig
 from sparkjoy.lab.tasks.reversal import ReversalConfig
-from sparkjoy.lab.training.screening import Screen
+from sparkjoy.lab.training.draft_settings import Screen
 from sparkjoy.lab.training.settings import Settings
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +20,11 @@ from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.flops import FlopCount
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.gates import KondoGate
+from sparkjoy.lab.bench.timing import collect, median, ratio, timed, turns
 from sparkjoy.lab.policies.adapters import add_adapters
 from sparkjoy.lab.policies.transformer import Transformer
 from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy.lab.tasks.rollouts import Rollout
 from sparkjoy.losses import delightful
 
 Record = dict[str, Any]
@@ -109,44 +112,46 @@ def measure(config: ReversalConfig, body: Body, rate: float, rounds: int) -> Rec
     # A learning rate of 0 costs what any other does, and every round is about the same policy.
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learning, lr=0.0, fused=True)
-    steps = {
+    engines = {
         "dg": GatedBackward(None, loss=delightful(), count_flops=True),
         "kondo": GatedBackward(KondoGate(rate=rate), count_flops=True),
     }
     generator = torch.Generator().manual_seed(0)
-    times: dict[str, list[float]] = {"sample": [], "dg": [], "kondo": []}
-    reports: dict[str, list[BackwardReport]] = {"dg": [], "kondo": []}
+    sampled: list[tuple[float, Rollout]] = []  # a round each
+
+    def rollout() -> Rollout:
+        return task.rollout(policy, generator, graph=False)
+
+    def sample(number: int, _: str) -> None:
+        if len(sampled) == number + WARM_UP_ROUNDS:
+            sampled.append(timed(rollout, time.process_time))
+
+    def update(engine: GatedBackward) -> BackwardReport:
+        _, drawn = sampled[-1]
+        report = engine(policy.log_probs, drawn.batch, drawn.advantages, log_probs=drawn.log_probs)
+        optimizer.step()
+        optimizer.zero_grad()
+        return report
+
     with FlopCount() as count:
-        task.rollout(policy, generator, graph=False)
-    for number in range(rounds + WARM_UP_ROUNDS):
-        start = time.process_time()
-        rollout = task.rollout(policy, generator, graph=False)
-        spent = {"sample": time.process_time() - start}
-        for name in sorted(steps, reverse=bool(number % 2)):
-            start = time.process_time()
-            report = steps[name](policy.log_probs, rollout.batch, rollout.advantages, log_probs=rollout.log_probs)
-            optimizer.step()
-            optimizer.zero_grad()
-            spent[name] = time.process_time() - start
-            reports[name].append(report)
-        if number >= WARM_UP_ROUNDS:
-            for name, seconds in spent.items():
-                times[name].append(1000 * seconds)
-    sample, dg, kondo = (np.array(times[name]) for name in ("sample", "dg", "kondo"))
+        rollout()
+    arms = {name: partial(update, engine) for name, engine in engines.items()}
+    taken = turns(arms, rounds, warm_up=WARM_UP_ROUNDS, clock=time.process_time, before=sample)
+    seconds, reports = collect(taken)
+    sample_ms = 1000 * np.array([spent for spent, _ in sampled[WARM_UP_ROUNDS:]])
+    dg, kondo = (1000 * np.array(seconds[name]) for name in ("dg", "kondo"))
     dense, gated = reports["dg"], reports["kondo"]
     updates = [(each[-1].flops or 0) for each in (dense, gated)]
     return {
-        "sample": float(np.median(sample)),
-        "dg": float(np.median(dg)),
-        "kondo": float(np.median(kondo)),
-        "training_gain": float(np.median(dg / kondo)),
-        "total_gain": float(np.median((sample + dg) / (sample + kondo))),
+        "sample": median(sample_ms),
+        "dg": median(dg),
+        "kondo": median(kondo),
+        "training_gain": ratio(dg, kondo),
+        "total_gain": ratio(sample_ms + dg, sample_ms + kondo),
         "training_gain_flops": updates[0] / updates[1],
         "total_gain_flops": (count.flops + updates[0]) / (count.flops + updates[1]),
         "flops_ratio": (dense[-1].backward_flops or 0) / (dense[-1].forward_flops or 1),
-        "seconds_ratio": float(
-            np.median([each.seconds["backward"] / each.seconds["forward"] for each in dense[WARM_UP_ROUNDS:]])
-        ),
+        "seconds_ratio": median([each.seconds["backward"] / each.seconds["forward"] for each in dense]),
     }
 
 

@@ -20,6 +20,7 @@ from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.lab.tasks.rollouts import Rollout
 from sparkjoy.lab.token_gate import TokenGatedBackward
+from sparkjoy.lab.training.building import build_step
 from sparkjoy.lab.training.loop import Training
 from sparkjoy.lab.training.settings import Settings
 from sparkjoy.losses import delightful
@@ -121,7 +122,7 @@ def probe(training: Training, task: ReversalTask, generator: torch.Generator) ->
     right, kept, positions, rows, tied = [], [], [], [], []
     cosines: dict[str, list[float]] = {"cosine_full": [], "cosine_dg": []}
     for rollout in rollouts:
-        own = _gradient(training.settings.step(generator, task.trim), training, rollout)
+        own = _gradient(build_step(training.settings, generator, task.trim), training, rollout)
         for key, dense in (("cosine_full", GatedBackward(None)), ("cosine_dg", GatedBackward(None, loss=delightful()))):
             other = _gradient(dense, training, rollout)
             cosines[key].append(float(torch.cosine_similarity(own, other, dim=0)))

@@ -240,4 +240,4 @@ def checked_probability(p: float) -> float:
 
 
 def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+    return float(torch.tensor(x, dtype=torch.float64).sigmoid())

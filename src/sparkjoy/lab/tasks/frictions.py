@@ -78,7 +78,7 @@ class Frictions:
 def _drawn(chance: float, count: int, generator: torch.Generator, share: Share) -> Tensor:
     """(count,) of this process's part of draws that are the same on all processes."""
     total = count * share.count
-    return (torch.rand(total, generator=generator) < chance)[share.of(total)]
+    return (torch.rand(total, generator=generator) < chance)[share.rows(total)]
 
 
 class Actors:

@@ -183,9 +183,9 @@ class ReversalTask:
                 "reversal's sampler keeps no graph; differentiate policy.log_probs(rollout.batch) instead."
             )
         config, share = self.config, self.share
-        prompts = self.sample(config.prompts, generator)[share.of(config.prompts)]
+        prompts = self.sample(config.prompts, generator)[share.rows(config.prompts)]
         noise = policy.noise(config.prompt_length, config.prompts * config.answers, generator)
-        noise = noise[:, share.of(noise.shape[1])]
+        noise = noise[:, share.rows(noise.shape[1])]
         answers, log_probs = policy.sample(prompts, config.answers, config.prompt_length, noise=noise)
         prompts = prompts.repeat_interleave(config.answers, 0)
         answers, log_probs = self.frictions.answers(answers, log_probs, self.target(prompts), generator, share)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkjoy.engine.coverage import Coverage
@@ -23,8 +23,9 @@ from sparkjoy.engine.flops import FlopCount
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.lab.tasks.frictions import Actors
 from sparkjoy.lab.tasks.rollouts import Rollout, Task
+from sparkjoy.lab.training.building import build_step
 from sparkjoy.lab.training.checkpoint import save_checkpoint
-from sparkjoy.lab.training.processes import WHOLE, Share
+from sparkjoy.lab.training.processes import WHOLE, LogProbs, Share
 from sparkjoy.lab.training.restoring import check_state, found_state
 from sparkjoy.lab.training.screening import screener
 from sparkjoy.lab.training.settings import Settings
@@ -39,18 +40,6 @@ OnStep = Callable[[int, Record | None], None]
 CHECKPOINT_SECONDS = 10.0
 PATIENCE = 1_000
 """Rows of a class, all skipped, before it may be called lost: a few hundred come and go while a policy starts."""
-
-
-class LogProbs(nn.Module):
-    """A policy's log-probs as a forward pass, the one method that a wrapper such as DistributedDataParallel has."""
-
-    def __init__(self, policy: Any) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, rows: Any) -> Tensor:
-        log_probs: Tensor = self.policy.log_probs(rows)
-        return log_probs
 
 
 class Training:
@@ -73,8 +62,8 @@ class Training:
         self.own_forward: Callable[[Any], Tensor] = self.policy.log_probs
         if share.count > 1:
             self.own_forward = DistributedDataParallel(LogProbs(self.policy))
-        draft = screener(settings, task, self.policy)
-        self.backward = settings.step(self.generator, task.trim, draft, share, self.own_forward)
+        draft = screener(settings, settings.seed, task, self.policy)
+        self.backward = build_step(settings, self.generator, task.trim, draft, share, self.own_forward)
         # The strongest dense loop differentiates the forward pass that sampled, instead of running a second one.
         undivided = settings.micro_batch_size is None and settings.updates == 1 and share.count == 1
         self.differentiates_rollout = task.samples_with_graph and not settings.gated and undivided
@@ -121,7 +110,7 @@ class Training:
         """
         self.check_finite()
         self.tally.hand_over(self.share)
-        self.records.append(self.share.told(self._record() if self.share.first else None))
+        self.records.append(self.share.broadcast(self._record() if self.share.first else None))
         return self.records[-1]
 
     def check_finite(self) -> None:
@@ -194,8 +183,8 @@ class Training:
 
     def _advantages(self, rollout: Rollout) -> Tensor:
         """What the method makes of the advantages of the whole batch, for this process's rows."""
-        whole = self.settings.advantages(self.share.whole(rollout.advantages), rollout.group_size)
-        return whole[self.share.of(len(whole))]
+        whole = self.settings.advantages(self.share.all_gather(rollout.advantages), rollout.group_size)
+        return whole[self.share.rows(len(whole))]
 
     def _watch(self, rollout: Rollout, advantages: Tensor, report: BackwardReport) -> None:
         """Warn of classes of which nothing is kept any more."""
@@ -210,7 +199,7 @@ class Training:
             with FlopCount() as count:
                 rollout = self._sampled()
             # Counted for every rollout to come: more than run where a sampler shares what answers have in common.
-            self._rollout_flops = self.share.told(count.flops if self.share.first else None)
+            self._rollout_flops = self.share.broadcast(count.flops if self.share.first else None)
         else:
             rollout = self._sampled()
         rows = len(rollout.advantages)

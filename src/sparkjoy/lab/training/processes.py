@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparkjoy.engine.processes.meeting import absent
 
@@ -27,7 +27,7 @@ ADVICE = "The run ends here; started again, it goes on from its last checkpoint.
 class Share:
     """One process's part of what all do together. The first writes the files and speaks.
 
-    >>> Share(rank=1, count=2).of(10)
+    >>> Share(rank=1, count=2).rows(10)
     slice(5, 10, None)
 
     Args:
@@ -43,12 +43,12 @@ class Share:
         """Whether this process writes the files and speaks."""
         return self.rank == 0
 
-    def of(self, total: int) -> slice:
+    def rows(self, total: int) -> slice:
         """This process's rows of `total`, which `count` divides."""
         size = total // self.count
         return slice(self.rank * size, (self.rank + 1) * size)
 
-    def whole(self, part: Tensor) -> Tensor:
+    def all_gather(self, part: Tensor) -> Tensor:
         """All processes' rows, in order, from equally many of each."""
         if self.count == 1:
             return part
@@ -58,9 +58,9 @@ class Share:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a 0-dim tensor over the processes."""
-        return value if self.count == 1 else self.whole(value.view(1)).mean()
+        return value if self.count == 1 else self.all_gather(value.view(1)).mean()
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What the first process has for `value`."""
         if self.count == 1:
             return value
@@ -68,15 +68,27 @@ class Share:
         dist.broadcast_object_list(box)
         return box[0]
 
-    def handed_over(self, counts: list[float]) -> list[float]:
-        """The processes' sums for the first, zeros for the others."""
+    def reduce(self, counts: list[float]) -> list[float]:
+        """The processes' sums to the first, zeros to the others."""
         if self.count == 1:
             return counts
-        sums = self.whole(torch.tensor(counts, dtype=torch.float64)).view(self.count, -1).sum(dim=0)
+        sums = self.all_gather(torch.tensor(counts, dtype=torch.float64)).view(self.count, -1).sum(dim=0)
         return sums.tolist() if self.first else [0.0] * len(counts)
 
 
 WHOLE = Share()
+
+
+class LogProbs(nn.Module):
+    """A policy's log-probs as a forward pass, the one method that a wrapper such as DistributedDataParallel has."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, rows: Any) -> Tensor:
+        log_probs: Tensor = self.policy.log_probs(rows)
+        return log_probs
 
 
 def share_of_this_process() -> Share:

@@ -39,7 +39,7 @@ def found_state(folder: ExitStack, out: Path, config: dict[str, Any], share: Sha
             state = load_checkpoint(out / "checkpoint.pt", config)
         except ValueError as error:
             refusal = error
-    refused, state = share.told((refusal is not None, state))
+    refused, state = share.broadcast((refusal is not None, state))
     if refusal is not None:
         raise refusal
     if refused:

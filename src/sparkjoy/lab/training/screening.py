@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from sparkjoy.drafts import AdvantageOnly, CachedLogProbs, DistilledDraft, LowerPrecision, StaleWeights
 from sparkjoy.lab.policies.early_exit import EarlyExit
+from sparkjoy.lab.training.draft_settings import DraftSettings
 
-Screen = Literal["sampler", "recorded", "exact", "stale", "bfloat16", "early-exit", "draft", "cached", "flat"]
 Keys = tuple[Callable[[Any], Tensor], int]
 """`rows -> (n,)`, whole numbers that are the same for the same action in the same example, and how many there are."""
-
-
-class Drafting(Protocol):
-    """What the screeners are set by, as `Settings` has it."""
-
-    @property
-    def screen(self) -> Screen: ...
-    @property
-    def refresh_every(self) -> int: ...
-    @property
-    def exit_layers(self) -> int: ...
-    @property
-    def max_age(self) -> int: ...
-    @property
-    def draft_learning_rate(self) -> float: ...
-    @property
-    def lesson_every(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
 
 
 @runtime_checkable
@@ -54,33 +35,33 @@ class Draftable(Protocol):
         ...
 
 
-def screener(drafting: Drafting, task: Any, policy: nn.Module) -> Callable[[Any], Tensor] | None:
+def screener(settings: DraftSettings, seed: int, task: Any, policy: nn.Module) -> Callable[[Any], Tensor] | None:
     """What `--screen` names, for this policy; None for known log-probs and for an exact pass.
 
-    A draft's weights are drawn from the seed, and leave torch's global random state alone.
+    A draft's weights are drawn from `seed`, and leave torch's global random state alone.
 
     Raises:
         ValueError: the task, or its policy, has no such screener.
     """
-    screen = drafting.screen
+    screen = settings.screen
     if screen in ("sampler", "recorded", "exact"):
         return None
     if screen == "stale":
-        return StaleWeights(policy, drafting.refresh_every)
+        return StaleWeights(policy, settings.refresh_every)
     if screen == "bfloat16":
         return LowerPrecision(policy, torch.bfloat16)
     if screen == "early-exit":
-        return EarlyExit(policy, drafting.exit_layers)
+        return EarlyExit(policy, settings.exit_layers)
     if not isinstance(task, Draftable):
         raise ValueError(f"--screen {screen}: this task has no draft; expected another screen.")
     if screen == "flat":
         return AdvantageOnly(task.actions)
     if screen == "draft":
         with torch.random.fork_rng([]):
-            torch.manual_seed(drafting.seed)
+            torch.manual_seed(seed)
             student = task.draft_policy()
-        return DistilledDraft(student, learning_rate=drafting.draft_learning_rate, every=drafting.lesson_every)
+        return DistilledDraft(student, learning_rate=settings.draft_learning_rate, every=settings.lesson_every)
     keys = task.recurring()
     if keys is None:
         raise ValueError(f"--screen cached: no example of {task.name} comes round again; expected another screen.")
-    return CachedLogProbs(policy.log_probs, *keys, max_age=drafting.max_age)  # type: ignore[arg-type]  # a task's policy
+    return CachedLogProbs(policy.log_probs, *keys, max_age=settings.max_age)  # type: ignore[arg-type]  # a task's policy

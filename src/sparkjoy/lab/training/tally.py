@@ -85,7 +85,7 @@ class Tally:
         """
         if share.count == 1:
             return
-        sums = share.handed_over([getattr(self, name) for name in COUNTED_BY_EACH])
+        sums = share.reduce([getattr(self, name) for name in COUNTED_BY_EACH])
         for name, value in zip(COUNTED_BY_EACH, sums, strict=True):
             setattr(self, name, int(value))
         mean = share.mean(torch.tensor(self.reward_sum, dtype=torch.float64))
