@@ -15,6 +15,7 @@ from processes import leave
 from torch import nn
 
 import sparkjoy as sj
+from sparkjoy.drafts import Audit
 
 
 class Fragile(Policy):
@@ -40,6 +41,28 @@ class Learner(sj.UnbiasedGate):
     def learn(self, sums):
         if self.broken:
             raise OSError("no space left")
+
+
+class Student:
+    """A draft that fails, or fails to learn."""
+
+    def __init__(self, drafts=True, learns=True):
+        self.drafts, self.learns = drafts, learns
+
+    def __call__(self, rows):
+        if not self.drafts:
+            raise LookupError("no such row")
+        return -rows["state"].abs().sum(dim=1)
+
+    def learn(self, seen):
+        if not self.learns:
+            raise OSError("no space left")
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 def last_rank():
@@ -85,6 +108,7 @@ FUNCTIONS = {
     "the second pass": Second,
     "interrupt": lambda module: raising(KeyboardInterrupt()),
 }
+DRAFTS = {"drafting": "drafts", "teaching": "learns"}
 WAYS = {
     "known": (sj.KondoGate(rate=0.7), True),
     "screened": (sj.KondoGate(rate=0.7), False),
@@ -106,6 +130,9 @@ def fault(name, module, policy, batch, advantages, gate, given):
     if name == "learning":
         gate = Learner(noise=1.0, generator=torch.Generator().manual_seed(0))
         gate.broken = broken
+    if name in DRAFTS:
+        source = Student(**{DRAFTS[name]: not broken})
+        options["draft"] = sj.Draft(source, verify=1.2, audit=Audit(every=1, floor=0))
     if name == "options":
         options["micro_batch_size"] = 2 if broken else 3
     if name == "rate":
@@ -144,12 +171,12 @@ def faults(kind, names=None, ways=WAYS):
     sj.gated_backward(alone, batch, advantages, gate, module="local")
     expected = [parameter.grad for parameter in alone.parameters() if parameter.grad is not None]
     known = fresh(batch).detach()[own]
-    others = ("half way", "loss", "score", "gate", "learning", "options", "rate", "behavior", "score of NaN")
+    others = ("half way", "loss", "score", "gate", "learning", "options", "rate", "behavior", "score of NaN", *DRAFTS)
     for way, (way_gate, has_log_probs) in WAYS.items():
         for name in names or (*FUNCTIONS, *others):
             gateless = way == "dense" and name in ("score", "gate", "rate", "score of NaN")
             exact = way != "known" and name == "learning"  # there is nothing to learn from exact sizes
-            if gateless or exact or way not in ways:
+            if gateless or exact or way not in ways or (name in DRAFTS and way != "screened"):
                 continue
             policy = copy.deepcopy(fresh)
             module = wrap(policy, kind)
@@ -191,6 +218,7 @@ def fsdp():
 def quick():
     for kind in ("ddp", "fsdp"):
         faults(kind, ("before the module", "half way", "NaN", "the second pass", "learning", "rate"), ("known",))
+        faults(kind, DRAFTS, ("screened",))
 
 
 def lost(how):

@@ -216,12 +216,13 @@ class GatedBackward:
         else:
             asked = Asked(gate, self.score, draft, self._kept_fraction, self._backward_over_forward)
             done = decided(asked, self._size, inputs, passes, how)
+        kept, total = done.kept, how.ranks.total(inputs.total)
+        # Before the processes meet for the last time: what fails here, all hear of.
+        drafting = self._taught(ledger, lessons, kept if done.proposed is None else done.proposed, audit)
         loss = passes.close()
         comparison = None
         if beside is not None and self._comparisons is not None:
             comparison = compared(self._comparisons, beside, watched, inputs, how)
-        kept, total = done.kept, how.ranks.total(inputs.total)
-        drafting = self._taught(ledger, lessons, kept if done.proposed is None else done.proposed, audit)
         self._remember(kept / total, ledger)
         return BackwardReport(
             **ledger.counted,
@@ -245,9 +246,8 @@ class GatedBackward:
         began = time.perf_counter()
         if lessons is not None:
             self.draft.learn(lessons)
-        seconds = time.perf_counter() - began
-        ledger.seconds["screen"] += seconds  # no lap: a comparison may have run since the last
-        return Drafting(proposed, self.draft.exact, seconds, audit)
+        ledger.lap("screen")
+        return Drafting(proposed, self.draft.exact, time.perf_counter() - began, audit)
 
     def _remember(self, kept: float, ledger: Ledger) -> None:
         """What the next step's plan goes by."""
