@@ -293,6 +293,14 @@ def test_seconds_of_a_comparison_are_not_those_of_the_step(monkeypatch):
     assert sum(report.seconds.values()) == clock[0] - 1
 
 
+def test_every_option_of_a_draft_is_compared_between_processes():
+    def words(**options):
+        return GatedBackward(KondoGate(rate=0.3), draft=Draft(torch.neg, **options))._in_words()
+
+    others = {"verify": 2}, {"audit": Audit()}, {"score": surprisal_score}
+    assert len({words(), *(words(**options) for options in others)}) == 4
+
+
 def test_a_damaged_state_changes_nothing():
     policy, batch, advantages, _ = make_case("rows")
 

@@ -302,6 +302,7 @@ class GatedBackward:
                 "loss": self.loss,
                 "score": self.score,
                 "draft": self.draft and self.draft.source,
+                "draft score": self.draft and self.draft.score,
                 "verify": self.draft and self.draft.verify,
                 "audit": self.draft and self.draft.audit,
                 "normalizer": self.normalizer,
