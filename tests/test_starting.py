@@ -63,3 +63,12 @@ def test_only_the_command_takes_the_signal(monkeypatch, arguments, original, is_
         assert sys.excepthook is sys.__excepthook__
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+def test_a_command_of_another_version_says_what_to_do(tmp_path):
+    (tmp_path / "sparkjoy").write_text("import sparkjoy\nimport sparkjoy.gone\n")
+    finished = subprocess.run([sys.executable, tmp_path / "sparkjoy"], capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr.count("\n")) == (2, 1)
+    assert "No module named 'sparkjoy.gone'; " in finished.stderr
+    assert "pip install" in finished.stderr

@@ -39,5 +39,7 @@ def _say(kind: type[BaseException], error: BaseException, trace: TracebackType |
     if not isinstance(error, OSError | ImportError):
         sys.__excepthook__(kind, error, trace)
         return
-    os.write(2, f"sparkjoy: {' '.join(str(error).split())}\n".encode(errors="replace"))
+    own = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == "sparkjoy"
+    way_out = "; the command is of another version: install it anew, pip install -e '.[cli]'" if own else ""
+    os.write(2, f"sparkjoy: {' '.join(str(error).split())}{way_out}\n".encode(errors="replace"))
     os._exit(2)

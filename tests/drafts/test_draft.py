@@ -211,6 +211,104 @@ def test_a_good_draft_is_kept_and_taught_what_was_verified():
     assert draft.rows == 5 + 7  # the audited and the proposed, of which the kept are some
 
 
+@pytest.mark.parametrize("verify", [None, 1])
+def test_given_log_probs_that_are_given_up_decide_no_more_and_stay_the_ratio_s_denominator(verify):
+    policy, batch, advantages, _ = make_case("rows")
+    advantages = torch.ones_like(advantages)
+    backwards = Wrong(policy)(batch).detach()
+    exact = GatedBackward(KondoGate(rate=0.3), loss=clipped(0.2))
+    expected = exact(policy.log_probs, batch, advantages, behavior_log_probs=backwards)
+    wanted = gradients(policy)
+    draft = Draft(None, verify=verify, audit=Audit(every=1, floor=1.0, window=1))
+    step = GatedBackward(KondoGate(rate=0.3), draft=draft, loss=clipped(0.2))
+    with pytest.warns(UserWarning, match="screening is exact from here on"):
+        reports = [step(policy.log_probs, batch, advantages, log_probs=backwards)]
+    found = [gradients(policy)]
+    reports.append(step(policy.log_probs, batch, advantages, log_probs=backwards))
+    found.append(gradients(policy))
+    for report, got in zip(reports, found, strict=True):
+        assert report.plan == "screen"
+        assert torch.equal(report.decision.keep, expected.decision.keep)
+        for one, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_warning_is_of_the_line_that_called():
+    policy, batch, advantages, _ = make_case("rows")
+    draft = Draft(Wrong(policy), audit=Audit(every=1, floor=1.0, window=1))
+    step = GatedBackward(KondoGate(rate=0.3), draft=draft)
+    with pytest.warns(UserWarning, match="screening is exact") as found:
+        step(policy.log_probs, batch, torch.ones_like(advantages))
+    assert [warning.filename for warning in found] == [__file__]
+
+
+def test_a_draft_that_decides_has_no_price_where_signs_keep_rows():
+    policy, batch, advantages, _ = make_case("rows")
+    good = int((advantages > 0).sum())
+    for rate in (good / ROWS, 0.75):  # the quota is the 7 of positive advantage, or these and some others
+        step = GatedBackward(KondoGate(rate=rate), draft=Draft(draft_of(policy).log_probs))
+        report = step(policy.log_probs, batch, advantages)
+        assert bool(report.decision.keep[advantages > 0].all())
+        assert report.decision.price is None
+
+
+def test_log_probs_above_0_are_refused_where_a_delight_would_be_of_them():
+    policy, batch, advantages, _ = make_case("rows")
+    known = policy.log_probs(batch).detach()
+
+    def densities(rows):
+        return policy.log_probs(rows) + 5
+
+    for draft in (Draft(None, verify=2), Draft(densities)):  # a price of 0 keeps by sign: no delight is computed
+        with pytest.raises(ValueError, match="of a discrete action"):
+            GatedBackward(KondoGate(price=0), draft=draft)(
+                densities, batch, advantages, log_probs=known if draft.source is None else None
+            )
+        assert all(parameter.grad is None for parameter in policy.parameters())
+    own = Draft(densities, score=lambda advantages, log_probs: advantages * log_probs.abs())
+    assert GatedBackward(KondoGate(rate=0.3), draft=own)(densities, batch, advantages).kept == 4
+
+
+def test_rows_that_signs_keep_are_lessons_too():
+    policy, batch, advantages, _ = make_case("rows")
+    draft = Wrong(policy)
+    step = GatedBackward(KondoGate(rate=0.75), draft=Draft(draft, verify=1), micro_batch_size=4)
+    report = step(policy.log_probs, batch, advantages)
+    assert (report.drafting.proposed, report.kept, report.screened_rows) == (10, 10, 5 + 3)
+    assert draft.rows == 10  # the 3 proposed when they were screened, the 7 of positive advantage when differentiated
+
+
+def test_seconds_of_a_comparison_are_not_those_of_the_step(monkeypatch):
+    policy, batch, advantages, _ = make_case("rows")
+    clock = [0.0]
+
+    def log_prob_fn(rows):  # a second each time
+        clock[0] += 1
+        return policy.log_probs(rows)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    draft = Draft(draft_of(policy).log_probs, verify=1)
+    report = GatedBackward(KondoGate(rate=0.3), draft=draft, compare_every=1)(log_prob_fn, batch, advantages)
+    assert report.comparison.seconds == 1
+    assert sum(report.seconds.values()) == clock[0] - 1
+
+
+def test_a_damaged_state_changes_nothing():
+    policy, batch, advantages, _ = make_case("rows")
+
+    def made():
+        return GatedBackward(UnbiasedGate(noise=0.3), draft=Draft(policy.log_probs))
+
+    saved, fresh = made(), made()
+    saved(policy.log_probs, batch, advantages)
+    state = saved.state_dict()
+    state["draft"]["steps"] = -1
+    before = str(fresh.state_dict())
+    with pytest.raises(ValueError, match="state has steps: -1"):
+        fresh.load_state_dict(state)
+    assert str(fresh.state_dict()) == before
+
+
 def test_audits_time_and_count_by_turns():
     policy, batch, advantages, _ = make_case("rows")
     step = GatedBackward(KondoGate(rate=0.3), draft=Draft(policy.log_probs, audit=Audit(every=1)), count_flops=True)
@@ -321,8 +419,11 @@ def test_a_resumed_draft_goes_on_as_it_would_have():
 def test_there_is_one_draft():
     policy, batch, advantages, _ = make_case("rows")
     log_probs = policy.log_probs(batch).detach()
-    for screen, known in ((policy.log_probs, log_probs), (None, None)):
-        with pytest.raises(ValueError, match="either a draft's source or log_probs"):
+    for screen, known, says in (
+        (policy.log_probs, log_probs, "both the draft's source and log_probs are given"),
+        (None, None, "the draft has no source and log_probs is None"),
+    ):
+        with pytest.raises(ValueError, match=says):
             GatedBackward(KondoGate(rate=0.1), draft=Draft(screen))(
                 policy.log_probs, batch, advantages, log_probs=known
             )

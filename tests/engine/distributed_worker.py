@@ -92,9 +92,14 @@ CASES = {
         "shape": "ragged tokens",
     },
     "clipped": {**RATE, "loss": sj.clipped(0.2), "known": True, "shape": "ragged tokens"},
-    "a draft": {**RATE, "draft": lambda: sj.Draft(other(), verify=1.5, audit=Audit(every=1, floor=0))},
-    "a draft, micro-batches": {**RATE, "draft": lambda: sj.Draft(other(), verify=2), "micro_batch_size": 2},
-    "a draft that decides": {**RATE, "draft": lambda: sj.Draft(other()), "shape": "ragged tokens"},
+    "a draft": {**RATE, "draft": lambda policy: sj.Draft(other(), verify=1.5, audit=Audit(every=1, floor=0))},
+    "a draft, micro-batches": {**RATE, "draft": lambda policy: sj.Draft(other(), verify=2), "micro_batch_size": 2},
+    "a draft that decides": {**RATE, "draft": lambda policy: sj.Draft(other()), "shape": "ragged tokens"},
+    "a draft that runs the policy": {
+        **RATE,
+        "draft": lambda policy: sj.Draft(policy, verify=1.5, audit=Audit(every=1, floor=0)),
+        "micro_batch_size": 2,
+    },
 }
 
 
@@ -119,7 +124,7 @@ def one_step(kind, even, case):
 
     module = wrap(copy.deepcopy(plain), kind)
     options = {name: case[name] for name in ("loss", "normalizer", "micro_batch_size") if name in case}
-    drafts = [case["draft"]() if "draft" in case else None for _ in range(2)]
+    drafts = [case["draft"](policy) if "draft" in case else None for policy in (module, plain)]
     generator = torch.Generator().manual_seed(rank)
     step = sj.GatedBackward(case["gate"](generator), module=module, draft=drafts[0], **options)
     passes = [0, 0]
@@ -190,7 +195,7 @@ def quick_equivalence():
     cases = (
         "everywhere", "on one rank only", "on one rank only, micro-batches", "nowhere", "soft", "ragged, kept",
         "noise", "noise, known",
-        "a draft", "a draft that decides",
+        "a draft", "a draft that decides", "a draft that runs the policy",
     )  # fmt: skip
     equivalence(cases, divisions=(False,))
 

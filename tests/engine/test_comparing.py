@@ -95,6 +95,17 @@ def test_a_gate_that_keeps_all_has_the_dense_gradient():
         assert sj.GatedBackward(gate, compare_every=1)(policy.log_probs, batch, advantages).comparison is None
 
 
+def test_steps_that_keep_everything_are_counted():
+    policy, batch, advantages, _ = make_case("rows")
+    step = sj.GatedBackward(sj.KondoGate(rate=0.3), compare_every=3)
+    compared = []
+    for rate in (1, 1, 0.3, 0.3, 1, 1):
+        step.gate.rate = rate
+        compared.append(step(policy.log_probs, batch, advantages).comparison is not None)
+    assert compared == [False, False, True, False, False, False]
+    assert step.state_dict()["comparisons"]["steps"] == 6
+
+
 def test_a_scaled_loss_changes_no_figure():
     policy, batch, advantages, _ = make_case("rows")
     found = []
@@ -162,7 +173,7 @@ def test_what_steps_in_a_hook_is_refused_before_grad_is_touched():
 
 def test_refusals():
     for given in (0, -3, 1.5, "often"):
-        with pytest.raises(ValueError, match="expected a whole number of steps, or None"):
+        with pytest.raises(ValueError, match="expected a whole number of steps, at least 1"):
             sj.GatedBackward(None, compare_every=given)
 
 

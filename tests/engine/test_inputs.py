@@ -250,3 +250,18 @@ def test_tensors_of_an_inference_mode_are_used_by_a_loss_of_ones_own(name):
         sj.gated_backward(policy.log_probs, batch, gate=sj.KondoGate(rate=0.9), loss=sj.clipped(0.2), **values)
         gradients.append(policy.layer.weight.grad.clone())
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("given", "mask", "says"),
+    [
+        (torch.ones(6, 1), None, r"expected \(\d, 1\), as the advantages .* advantages.squeeze\(-1\)"),
+        (torch.ones(6), torch.ones(6, 4), r"expected \(\d, 4\), as the mask of these rows"),
+    ],
+)
+def test_a_shape_that_does_not_fit_says_what_it_has_to_fit(given, mask, says):
+    weight = torch.zeros(6, requires_grad=True)
+    step = sj.GatedBackward(sj.KondoGate(rate=0.5))
+    with pytest.raises(ValueError, match=says):
+        step(lambda rows: weight[rows] - 1, torch.arange(6), given, mask=mask)
+    assert weight.grad is None

@@ -120,7 +120,7 @@ class Draft:
             raise ValueError(
                 f"{'draft' if gate is None else 'verify'} is given with the gate {checks.described(gate)}; expected a "
                 "hard KondoGate of no negative share: proposed are the rows of highest drafted score, and nothing is "
-                "drawn."
+                f"drawn.{'' if gate is None else ' With other gates leave verify out: the draft then decides alone.'}"
             )
 
     def propose(self, score: Tensor, rule: Rule, kept: int, total: int) -> Tensor:
@@ -168,7 +168,7 @@ class Draft:
             warnings.warn(
                 f"the draft found {100 * mean:.0f}% of the rows to keep in the last {audit.window} audits, less than "
                 f"the {100 * audit.floor:g}% asked for: screening is exact from here on.",
-                stacklevel=3,
+                stacklevel=5,
             )
 
     def learn(self, seen: Sequence[tuple[Any, Tensor]]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparkjoy import checks, states
 from sparkjoy.drafts.audit import AuditResult
+from sparkjoy.drafts.draft import STATE as STATE_OF_DRAFT
 from sparkjoy.drafts.draft import Draft, Drafting
 from sparkjoy.engine.auditing import audited
 from sparkjoy.engine.beside import Beside
@@ -131,7 +132,7 @@ class GatedBackward:
                 "backward_over_forward", backward_over_forward, "a number above 0, or None", lambda ratio: ratio > 0
             )
         if compare_every is not None:
-            compare_every = checks.whole("compare_every", compare_every, "a whole number of steps, or None for never")
+            compare_every = checks.whole("compare_every", compare_every, "a whole number of steps, at least 1, or None")
         self.gate = gate
         self.loss = loss
         self._size = size_of(loss) if weighted(gate) else None
@@ -196,15 +197,19 @@ class GatedBackward:
         """Audit, decide, differentiate what is kept, and report, on checked inputs; no gate keeps everything."""
         draft = self.draft if self.draft is None or not self.draft.exact else None
         ledger, audit = Ledger(self._known_flops), None
-        beside = None if gate is None else self._beside()
+        beside = self._beside(gate)
         lessons: list[Seen] | None = [] if draft is not None and draft.learns else None
         watched = log_prob_fn if beside is None else beside.watched(log_prob_fn)
         if draft is not None:
             audit = audited(draft, log_prob_fn, inputs, ledger, how, self.score, self._rate, lessons)
             draft = None if draft.exact else draft
+        if draft is None and self.draft is not None:
+            inputs = inputs.without_log_probs()  # the given ones are no better than the draft they were
+        verifies = draft is not None and draft.verify is not None
+        score = self.score if draft is None or verifies else draft.score or self.score
         # Log-probs given to decide on are looked at; others may not be, where signs decide, or nobody does.
-        unseen = inputs.log_probs is None or gate is None
-        discrete = self.score is delight and self.gate is not None and unseen
+        unseen = inputs.log_probs is None or gate is None or verifies
+        discrete = score is delight and self.gate is not None and unseen
         passes = Passes(watched, inputs, ledger, how, discrete, lessons)
         if gate is None:
             done = everything(inputs, passes, how)
@@ -240,8 +245,9 @@ class GatedBackward:
         began = time.perf_counter()
         if lessons is not None:
             self.draft.learn(lessons)
-        ledger.lap("screen")
-        return Drafting(proposed, self.draft.exact, time.perf_counter() - began, audit)
+        seconds = time.perf_counter() - began
+        ledger.seconds["screen"] += seconds  # no lap: a comparison may have run since the last
+        return Drafting(proposed, self.draft.exact, seconds, audit)
 
     def _remember(self, kept: float, ledger: Ledger) -> None:
         """What the next step's plan goes by."""
@@ -264,6 +270,8 @@ class GatedBackward:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         states.check("GatedBackward", state, **STATE)
+        if self.draft is not None and state["draft"]:
+            states.check("Draft", state["draft"], **STATE_OF_DRAFT)
         load_state(self.gate, state["gate"])
         self._kept_fraction = state["kept_fraction"]
         self._backward_over_forward = state["backward_over_forward"]
@@ -276,9 +284,11 @@ class GatedBackward:
 
     def _check_call(self, log_probs: Tensor | None, mask: Tensor | None) -> None:
         if self.draft is not None and (log_probs is None) == (self.draft.source is None):
+            if log_probs is None:
+                raise ValueError("the draft has no source and log_probs is None; expected one of them: give log_probs.")
             raise ValueError(
-                "expected either a draft's source or log_probs to decide on, and not both. For a ratio: "
-                "behavior_log_probs."
+                "both the draft's source and log_probs are given; expected one of them. Current log-probs need no "
+                "draft; Draft(None, ...) drafts by log_probs; for a ratio give behavior_log_probs."
             )
         if self._packing.tokens is not None and mask is None:
             raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
@@ -308,8 +318,8 @@ class GatedBackward:
         rate: float | None = getattr(self.gate, "rate", None)
         return (1.0 if self._kept_fraction is None else max(1e-9, self._kept_fraction)) if rate is None else rate
 
-    def _beside(self) -> Beside | None:
-        """What compares the gradients of this step, if it is one to be compared."""
-        if self._comparisons is None or not self._comparisons.due():
+    def _beside(self, gate: Gate | None) -> Beside | None:
+        """What compares the gradients of this step, if it is one to be compared. Counts a step, whatever it keeps."""
+        if self._comparisons is None or not self._comparisons.due() or gate is None:
             return None
         return Beside(self._ranks.parameters())

@@ -125,7 +125,7 @@ def _parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
     else:
         raise ValueError(
             f"{name} is {checks.described(batch)}; expected a tensor, or a TensorDict, Mapping, namedtuple or "
-            "dataclass of tensors with the rows as leading dimension."
+            "dataclass of tensors with the rows as leading dimension, such as {'tokens': tokens}."
         )
 
 

@@ -102,7 +102,7 @@ class Comparisons:
                     f"dense one pointed much the same way (consistency {consistency:.2f}) and the gated one did not "
                     f"(agreement {agreement:.2f}). Unless the reward rises, set {self._instead}, whose mean gradient "
                     "is the dense one, or a higher rate.",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         return Comparison(cosine, relative, ratio, consistency, agreement, forward_rows, backward_rows, seconds)
 

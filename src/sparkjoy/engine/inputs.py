@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ class Inputs:
         advantages = self.advantages if self.advantages.dim() == 1 else self.advantages[:, columns]
         known, behavior, mask = part(self.log_probs), part(self.behavior_log_probs), part(self.mask)
         return Inputs(batch, advantages, known, behavior, mask, self.row_tokens, row_shapes)
+
+    def without_log_probs(self) -> Inputs:
+        """The same with nothing given to decide on; what was stays the denominator of a ratio that has no other."""
+        behavior = self.log_probs if self.behavior_log_probs is None else self.behavior_log_probs
+        return replace(self, log_probs=None, behavior_log_probs=behavior)
 
     @property
     def total(self) -> int:
@@ -153,19 +158,29 @@ def check_log_probs(log_probs: Any, inputs: Inputs) -> Tensor:
         )
     what = "what the log-prob function returned"
     checks.tensor(what, log_probs, kinds=checks.FLOATING, beside=inputs.advantages)
-    others = (inputs.mask, inputs.advantages if inputs.advantages.dim() == 2 else None, inputs.log_probs)
-    expected = next((tuple(tensor.shape) for tensor in others if tensor is not None), None)
+    per_token = inputs.advantages if inputs.advantages.dim() == 2 else None
+    others = {"the mask": inputs.mask, "the advantages": per_token, "log_probs": inputs.log_probs}
+    like, expected = next(((name, tuple(t.shape)) for name, t in others.items() if t is not None), (None, None))
     if expected is None:
         fits = log_probs.dim() in (1, 2) and log_probs.shape[0] == inputs.total
     else:
         fits = tuple(log_probs.shape) == expected
     if not fits:
-        wanted = f"({inputs.total},) or ({inputs.total}, T)" if expected is None else str(expected)
+        wanted = (
+            f"({inputs.total},) or ({inputs.total}, T)" if expected is None else f"{expected}, as {like} of these rows"
+        )
         raise ValueError(
             f"the log-prob function returned shape {tuple(log_probs.shape)} for {inputs.total} rows; expected "
-            f"{wanted}: one log-prob per row, or one per token."
+            f"{wanted}: one log-prob per row, or one per token.{_one_column(log_probs, per_token)}"
         )
     return log_probs
+
+
+def _one_column(log_probs: Tensor, per_token: Tensor | None) -> str:
+    """What to do where advantages (B, 1) stand beside log-probs of rows."""
+    if log_probs.dim() == 1 and per_token is not None and per_token.shape[1] == 1:
+        return " One advantage per row is (B,): advantages.squeeze(-1)."
+    return ""
 
 
 def _token_shape(

@@ -80,10 +80,11 @@ def _looked(asked: Asked, inputs: Inputs, passes: Passes, how: HowToRun) -> Sigh
     rows = undecided(rule if signs_tell else None, value, ranks.sum)
     narrowed_by, proposed = "signs of the advantages", None
     if draft is not None:
-        drafted = _drafted(draft, score, inputs, passes, rows.open)
+        drafted = _drafted(draft, score, inputs, passes, rows.open, ranks)
         if draft.verify is None:
             reason = f"A draft decides about {int(rows.open.count_nonzero())} of {inputs.total} rows."
-            return Sight(Choice("draft", reason), torch.where(rows.open, drafted, value.to(drafted.dtype)))
+            value = torch.where(rows.open, drafted, value.to(drafted.dtype))
+            return Sight(Choice("draft", reason), value, priced=_priced(rule, rows, ranks))
         assert rule is not None  # the draft has checked its gate
         rows = Undecided(rows.kept, rows.open & _proposed(draft, drafted, rule, rows.kept, ranks))
         value = value.where(rows.kept | rows.open, 0)
@@ -104,17 +105,17 @@ def _looked(asked: Asked, inputs: Inputs, passes: Passes, how: HowToRun) -> Sigh
     if log_probs is not None:
         found = row_scores(score, inputs, log_probs)
         value = torch.where(rows.open if graph is None else possible, found, value.to(found.dtype))
-    by_count = graph is None and rule is not None and rule.rate is not None
-    priced = not (by_count and ranks.most(int(rows.kept.any())))
+    priced = graph is not None or _priced(rule, rows, ranks)
     choice = choice if draft is None else Choice("draft", choice.reason)
     return Sight(choice, value, graph, True, priced, proposed)
 
 
-def _drafted(draft: Draft, score: ScoreFunction, inputs: Inputs, passes: Passes, open_: Tensor) -> Tensor:
+def _drafted(draft: Draft, score: ScoreFunction, inputs: Inputs, passes: Passes, open_: Tensor, ranks: Ranks) -> Tensor:
     """(B,) scores of the open rows by the draft, 0 elsewhere."""
     log_probs = inputs.log_probs
     if draft.source is not None:
-        log_probs = passes.screen(_indices(open_), draft.source) if bool(open_.any()) else None
+        # A draft may run a sharded policy, whose passes are meetings: where one process asks it, all do.
+        log_probs = passes.screen(_indices(open_), draft.source) if ranks.most(int(open_.any())) else None
     if log_probs is None:
         return torch.zeros_like(worth(inputs.advantages))
     return row_scores(draft.score or score, inputs, log_probs).where(open_, 0)
@@ -125,6 +126,11 @@ def _proposed(draft: Draft, drafted: Tensor, rule: Rule, kept: Tensor, ranks: Ra
     everywhere = ranks.gather(Scored(drafted, None, None)).score
     proposed = draft.propose(everywhere, rule, ranks.sum(int(kept.count_nonzero())), ranks.total(len(drafted)))
     return ranks.own(proposed)
+
+
+def _priced(rule: Rule | None, rows: Undecided, ranks: Ranks) -> bool:
+    """Whether the row at the margin has a score: a rate may draw the line among rows that signs keep."""
+    return rule is None or rule.rate is None or not ranks.most(int(rows.kept.any()))
 
 
 def _either(rows: Undecided) -> Tensor:

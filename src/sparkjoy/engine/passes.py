@@ -81,6 +81,7 @@ class Passes:
         self._how = how
         self._discrete = discrete
         self._lessons = lessons
+        self._told: Tensor | None = None  # (B,) bool, which rows are among the lessons
         self._losses: list[Tensor] = []
         self._rounds = 0
         self._divisor: float | None = None
@@ -93,7 +94,7 @@ class Passes:
         packing, ranks = self._how.packing, self._how.ranks
         source, own = (self.log_prob_fn, True) if draft is None else (draft, False)
         parts = packing.divide(self._inputs, rows)
-        rounds = ranks.most(len(parts)) if own else len(parts)  # the model's passes may be meetings, a draft's are not
+        rounds = ranks.most(len(parts))  # passes may be meetings, a draft's too where it runs a sharded policy
         found, seen = [], None
         with screening(self._inputs.advantages.device), ranks.screening():
             for number in range(rounds):
@@ -103,7 +104,7 @@ class Passes:
                 found.append((part_rows, columns, ranks.forward(work) if own else work(), part))
         for part_rows, columns, log_probs, part in found[: len(parts)]:
             if own:
-                self._teach(part, log_probs)
+                self._teach(part_rows, part, log_probs)
             log_probs = finite_where_valid("the screening forward pass: log_probs", log_probs, part.mask)
             seen = self._placed(seen, part_rows, columns, log_probs, part.total)
         self.ledger.lap("screen")
@@ -115,7 +116,7 @@ class Passes:
         part, columns = self._how.packing.trimmed(self._inputs.take(part_rows))
         self.ledger.lap("gather")
         log_probs = self.ledger.forward(self.log_prob_fn, part)
-        self._teach(part, log_probs)
+        self._teach(part_rows, part, log_probs)
         seen = finite_where_valid("the dense forward pass: log_probs", log_probs.detach(), part.mask)
         seen = self._placed(None, part_rows, columns, seen, part.total)
         self.ledger.lap("forward")
@@ -141,7 +142,7 @@ class Passes:
         all_kept = kept_everywhere == self._how.ranks.total(self._inputs.total)
         parts = self._how.packing.divide(self._inputs, None if all_kept else keep.nonzero().squeeze(1))
         rounds = self._how.ranks.rounds(len(parts), kept_everywhere)
-        teaches, watched = not self._lessons, None
+        watched = None
         for number in range(1, rounds + 1):
             filler = number > len(parts)  # other ranks have more, and wait for this one
             part_rows: Rows = slice(0, 1) if filler else parts[number - 1]
@@ -151,8 +152,8 @@ class Passes:
                 part_weight = self._inputs.advantages.new_zeros(1)
             self.ledger.lap("gather")
             log_probs = self._how.ranks.forward(partial(self.ledger.forward, self.log_prob_fn, part))
-            if teaches and not filler:
-                self._teach(part, log_probs)
+            if not filler:
+                self._teach(part_rows, part, log_probs)
             if watches and not filler:
                 values = valid(log_probs.detach(), part.mask)
                 watched = self._placed(watched, part_rows, columns, values, part.total)
@@ -208,9 +209,19 @@ class Passes:
         if rounds > 1 or (how.ranks.size == 1 and not how.packing.holds(self._inputs, self._inputs.total)):
             check_nothing_steps(log_probs)
 
-    def _teach(self, part: Inputs, log_probs: Tensor) -> None:
-        if self._lessons is not None:
-            self._lessons.append((part.batch, log_probs.detach()))
+    def _teach(self, rows: Rows, part: Inputs, log_probs: Tensor) -> None:
+        """Put among the lessons what is not there yet: of the kept rows some were screened, and others kept by sign."""
+        if self._lessons is None:
+            return
+        if self._told is None:
+            self._told = self._inputs.advantages.new_zeros(self._inputs.total, dtype=torch.bool)
+        new = (~self._told[rows]).nonzero().squeeze(1)
+        if len(new) == 0:
+            return
+        self._told[rows] = True
+        if len(new) < part.total:
+            part, log_probs = part.take(new), log_probs[new]
+        self._lessons.append((part.batch, log_probs.detach()))
 
     def _placed(self, into: Tensor | None, rows: Rows, columns: slice, log_probs: Tensor, total: int) -> Tensor:
         """Log-probs of some rows at their places among those of the whole batch."""

@@ -13,21 +13,7 @@ from sparkjoy.starting import ready
 
 HELP = """usage: sparkjoy COMMAND [flags]
 
-  sparkjoy train mnist      train one policy: sparkjoy train mnist --method kondo --rate 0.03 --out out/run
-  sparkjoy train reversal   the same on token reversal with a transformer
-  sparkjoy pareto mnist     train every method at every rate, and draw quality against cost
-  sparkjoy pareto reversal  the same on token reversal
-  sparkjoy study scores     the same rate by other scores than delight, under two baselines
-  sparkjoy study budget     one noise budget everywhere, against fixed rates and others that move
-  sparkjoy study language   a pre-trained language model learns with TRL's trainer, gated and not
-  sparkjoy study frictions  actors that are late, broken, corrupted or lucky: which method stands what
-  sparkjoy study screening  cheaper screeners than a forward pass, noise on delight, an unbiased gate
-  sparkjoy study scaling    the longest prompt each method learns to reverse within a budget
-  sparkjoy study gain       what the gate saves a step as problems grow and backward passes get dearer
-  sparkjoy study tokens     gating single tokens against gating whole answers
-  sparkjoy study bandit     the papers' bandit theory, checked number by number
-  sparkjoy bench            seconds and peak memory of one step: dense, gated, and what else one could do
-  sparkjoy frontier         what gating saves, and costs, on your own model, prompts and reward
+{commands}
 
 Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures. train, pareto, study
 scores, budget, frictions, screening and scaling go on from the last checkpoint when started again with the same
@@ -60,7 +46,8 @@ def _run(arguments: list[str]) -> None:
     from sparkjoy.lab import commands
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP)
+        lines = (f"  sparkjoy {name:<15}  {said}" for name, (_, said) in commands.COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)))
         return
     if arguments == ["--version"]:
         from sparkjoy import __version__

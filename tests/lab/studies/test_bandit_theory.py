@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -20,6 +21,8 @@ from sparkjoy.lab.tasks.gambling import Gambling
 from sparkjoy.scores import additive_score
 
 mpl.use("Agg")
+
+QUIET = SimpleNamespace(progress=lambda done, what: None)
 
 SMALL = bandit_theory.BanditStudy(
     arms=(3,),
@@ -160,7 +163,9 @@ def test_the_mean_guard_rescues_and_costs_nothing_without_noise():
 
 def test_the_summary_has_what_the_study_promises_and_draws():
     seen = []
-    summary = bandit_theory.run(SMALL, progress=lambda done, what: seen.append((done, what)))
+    work = SimpleNamespace(progress=lambda done, what: seen.append((done, what)))
+    rows = SMALL.run(work)
+    summary = SMALL.summary(rows)
     assert seen[0][0] == 0
     assert seen[-1] == (1.0, "done")
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -173,15 +178,16 @@ def test_the_summary_has_what_the_study_promises_and_draws():
     assert {"contexts", "sums", "gambling", "lucky", "guards", "guard_costs", "slopes"} <= summary.keys()
     assert {"corners", "corner_slopes", "corners_sampled", "shared"} <= summary.keys()
     json.dumps(summary)
-    figures = bandit_theory.plot(summary)
+    figures = SMALL.figures(rows)
     assert set(figures) == {"zero_price", "contexts", "sums", "gambling", "guards", "corners"}
     mpl.pyplot.close("all")
 
 
 def test_one_seed_gives_one_summary():
-    assert bandit_theory.run(SMALL) == bandit_theory.run(SMALL)
-    again = bandit_theory.run(replace(SMALL, seed=1))
-    assert again["gambling"] != bandit_theory.run(SMALL)["gambling"]
+    first, again, other = (study.run(QUIET) for study in (SMALL, SMALL, replace(SMALL, seed=1)))
+    assert first == again
+    drawn = [[row for row in rows if row["part"] == "gambling"] for rows in (first, other)]
+    assert drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from sparkjoy.lab.studies import budget, budget_figure
+from sparkjoy.lab.studies import budget, budget_results
+from sparkjoy.lab.studies.study import run_study
 from sparkjoy.lab.studies.tuning import most_accurate, soonest
 from sparkjoy.lab.tasks.mnist import MnistConfig
 from sparkjoy.lab.tasks.reversal import ReversalConfig
@@ -29,23 +30,16 @@ def tiny(monkeypatch):
 
 @pytest.mark.slow
 def test_the_study_resumes_and_compares_with_dg(tiny, tmp_path):
-    rows = budget.run(tiny, tmp_path)
-    found = budget.table(rows)
+    rows = run_study(tiny, tmp_path)
+    found = budget_results.table(rows)
     assert [(row["task"], row["arm"]) for row in found] == [(task, arm) for task in tiny.tasks for arm in tiny.arms]
     of_mnist = {row["arm"]: row for row in found if row["task"] == "mnist"}
     assert of_mnist["dg"]["kept"] == of_mnist["dg"]["value_of_dg"] == 1
     assert of_mnist["hard 10%"]["kept"] == 0.1
     assert 0 < of_mnist["noise 0.3"]["kept"] < 1
     assert json.loads((tmp_path / "summary.json").read_text())["runs"] == rows
-    started = []
-
-    def on_run(name, settings):
-        started.append(name)
-        return lambda step, record: started.append(step)
-
-    assert budget.run(tiny, tmp_path, on_run) == rows
-    assert not [step for step in started if isinstance(step, int)]  # finished runs are not run again
-    assert len(budget_figure.plot(rows).axes) == 2
+    assert run_study(tiny, tmp_path) == rows  # finished runs are not run again, so seconds are the same too
+    assert len(budget_results.plot(rows).axes) == 2
 
 
 def test_a_failed_seed_leaves_no_mean():
@@ -54,10 +48,10 @@ def test_a_failed_seed_leaves_no_mean():
         {**row, "arm": arm, "value": value}
         for arm, value in (("dg", 10), ("dg", 20), ("noise 0.3", 30), ("noise 0.3", None))
     ]
-    dg, noise = budget.table(rows)
+    dg, noise = budget_results.table(rows)
     assert (dg["value"], dg["solved"]) == (15, 2)
     assert (noise["value"], noise["value_of_dg"], noise["solved"]) == (None, None, 1)
-    budget_figure.plot(rows)
+    budget_results.plot(rows)
 
 
 def test_the_soonest_rate_wins_and_a_losing_one_is_stopped():

@@ -2,13 +2,11 @@
 
 import json
 
-import matplotlib as mpl
 import pytest
 
-from sparkjoy.lab.studies import frictions, frictions_figure
 from sparkjoy.lab.studies.frictions import FrictionsStudy
-
-mpl.use("Agg")
+from sparkjoy.lab.studies.frictions_results import plot, table
+from sparkjoy.lab.studies.study import run_study
 
 TINY = FrictionsStudy(
     prompt_lengths=(2,),
@@ -24,25 +22,18 @@ TINY = FrictionsStudy(
 
 @pytest.mark.slow
 def test_the_study_tunes_runs_resumes_and_compares_with_dg(tmp_path):
-    rows = frictions.run(TINY, tmp_path)
+    rows = run_study(TINY, tmp_path)
     assert len(rows) == (1 + 3 + 1) * 3 * 2
     assert TINY.runs == len(rows) + 2 * 3
-    found = frictions.table(rows)
+    found = table(rows)
     assert [row["friction"] for row in found[::3]] == ["none", "corrupt", "corrupt", "corrupt", "all"]
     assert [row["strength"] for row in found[3:12:3]] == [0.1, 0.3, 0.6]
     assert all(row["of_dg"] == row["whole_run_of_dg"] == row["kept"] == 1 for row in found if row["arm"] == "dg")
     assert 0 < next(row["kept"] for row in found if row["arm"] == "noise 0.3") < 1
     config = json.loads(next((tmp_path / "runs").glob("H=2-all-2-dg/*/*-seed-0/config.json")).read_text())
     assert [config[name] for name in ("delay", "bug", "corrupt", "discover")] == [30, 0.3, 0.3, 0.03]
-    started = []
-
-    def on_run(name, settings):
-        started.append(name)
-        return lambda step, record: started.append(step)
-
-    assert frictions.run(TINY, tmp_path, on_run) == rows
-    assert not [step for step in started if isinstance(step, int)]  # finished runs are not run again
-    assert len(frictions_figure.plot(rows, 2).axes) == 2 * 2
+    assert run_study(TINY, tmp_path) == rows  # finished runs are not run again, so seconds are the same too
+    assert len(plot(rows, 2).axes) == 2 * 2
 
 
 def test_means_over_seeds_and_medians_of_steps():
@@ -56,14 +47,14 @@ def test_means_over_seeds_and_medians_of_steps():
             ("pg", 1, 0.4, 60),
         )
     ]
-    dg, pg = frictions.table(rows)
+    dg, pg = table(rows)
     assert (dg["error"], dg["solved"], dg["steps"]) == (
         pytest.approx(0.2),
         1,
         None,
     )  # half never got there
     assert (pg["of_dg"], pg["whole_run_of_dg"], pg["steps"]) == (pytest.approx(2), pytest.approx(2), 50)
-    nothing = frictions.table([{**one, "error": 0.0} for one in rows])
+    nothing = table([{**one, "error": 0.0} for one in rows])
     assert nothing[1]["of_dg"] is None
 
 

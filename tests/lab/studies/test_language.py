@@ -8,10 +8,11 @@ from command_line import sparkjoy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparkjoy.lab.studies.language import ARMS, DENSE, LanguageStudy
-from sparkjoy.lab.studies.language_runs import crossing, most_learnt, table
+from sparkjoy.lab.studies.language import ARMS, LanguageStudy
+from sparkjoy.lab.studies.language_results import DENSE, PARTS, crossing, table
+from sparkjoy.lab.studies.language_runs import most_learnt
 from sparkjoy.lab.studies.language_tasks import TASKS, right_number, without_e
-from sparkjoy.lab.studies.language_training import PARTS, MaxVariance, train_one
+from sparkjoy.lab.studies.language_training import MaxVariance, train_one
 
 CHARACTERS = "0123456789+= \n"
 
@@ -120,14 +121,16 @@ def test_the_study_tunes_compares_and_draws(model, tmp_path, monkeypatch, capsys
     line = f"study language --out {out} --model {model} --steps 2 --prompts 2 --group 4 --micro-batch 4 --held-out 6"
     line += " --evaluate-every 1 --no-bf16 --seeds 0 --learning-rates 1e-3 1e-2"
     words = [*line.split(), "--arms", "noise 0.3", "uniform 15%"]
-    sparkjoy(monkeypatch, capsys, *words)
+    status, said = sparkjoy(monkeypatch, capsys, *words)
+    assert status == 0, said
     found = json.loads((out / "summary.json").read_text())
     arms = ["TRL's own", "noise 0.3", "uniform 15%", "noise 0.3, as many seconds"]
     assert [row["arm"] for row in found["table"]] == arms
     assert found["table"][0]["kept"] == 1
     assert all((out / f"{name}.png").exists() for name in ("language", "language_seconds"))
     before = (out / "summary.json").read_bytes()
-    sparkjoy(monkeypatch, capsys, *words)
+    status, said = sparkjoy(monkeypatch, capsys, *words)
+    assert status == 0, said
     assert (out / "summary.json").read_bytes() == before
 
 

@@ -15,6 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import torch
 
 from sparkjoy.gates import KondoGate
 from sparkjoy.lab.studies import (
@@ -25,6 +27,9 @@ from sparkjoy.lab.studies import (
     bandit_sums,
     bandit_zero_price,
 )
+from sparkjoy.lab.studies.drawing import fitted
+from sparkjoy.lab.studies.frames import grouped
+from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.tasks.bandit import SoftmaxBandit, checked_arms, checked_probability
 from sparkjoy.lab.tasks.gambling import Gambling, checked_sigma
 from sparkjoy.lab.training.memory import check_memory
@@ -35,14 +40,16 @@ if TYPE_CHECKING:
 DG_TEMPERATURE = 1.0  # of the learning curves, as in the papers
 REPEAT_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 Record = dict[str, Any]
-Progress = Callable[[float, str], None]
 Job = tuple[str, str, Callable[[], list[Record]]]
-"""(key of the summary its records go to, what it does in words, the work)."""
+"""(part of the summary its records go to, what it does in words, the work)."""
 
 
 @dataclass(frozen=True)
-class BanditStudy:
-    """What to measure. The default takes well under a minute."""
+class BanditStudy(Study):
+    """The papers' bandit theory, checked number by number, in about half a minute."""
+
+    trains = False
+    folder = "Folder for summary.json and the figures; written when everything is measured."
 
     arms: tuple[int, ...] = (3, 10, 100)
     """K, numbers of arms, each at least 2."""
@@ -140,46 +147,54 @@ class BanditStudy:
             self.seeds, self.steps, self.batch, self.learning_rate / self.gap, self.start, self.seed
         )
 
+    def run(self, work: Work) -> Rows:
+        """Records of every part, each with the name of its part."""
+        torch.set_num_threads(1)
+        jobs = [*_zero_price_jobs(self), *_exact_jobs(self), *_gambling_jobs(self), *_corner_jobs(self)]
+        rows: Rows = []
+        for done, (part, what, job) in enumerate(jobs):
+            work.progress(done / len(jobs), what)
+            rows += [{"part": part, **record} for record in job()]
+        work.progress(1.0, "done")
+        return rows
 
-def run(config: BanditStudy, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure everything; the summary is plain numbers, ready for JSON.
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        """Lists of records, plain numbers: one a part, and "slopes", "corner_slopes" and "contexts_summary"."""
+        found: dict[str, Any] = {}
+        for (part,), of_part in grouped(rows, "part").items():
+            found[part] = [{name: value for name, value in row.items() if name != "part"} for row in of_part]
+        found["slopes"] = bandit_zero_price.fitted_slopes(found["zero_price"], self.fit_below)
+        found["corner_slopes"] = bandit_corners.exit_slopes(found["corners"])
+        found["contexts_summary"] = bandit_contexts.context_summary(found["contexts"], self.seed)
+        return found
 
-    Args:
-        config: what to measure.
-        progress: told the fraction done and what comes next, before each piece of work.
+    def tables(self, rows: Rows) -> dict[str, pd.DataFrame]:
+        slopes = pd.DataFrame(self.summary(rows)["slopes"])
+        if slopes.empty:
+            return {}
+        slopes["temperature"] = ["" if eta is None or eta != eta else f"{eta:g}" for eta in slopes["temperature"]]
+        slopes[["draws_slope", "backward_slope"]] = slopes[["draws_slope", "backward_slope"]].map("{:.2f}".format)
+        shown = slopes.rename(columns=lambda name: name.replace("_", " "))
+        return {
+            "needed for a mean cosine of 0.95: as what power of p": shown.set_index(
+                ["arms", "method", "temperature", "baseline"]
+            )
+        }
 
-    Returns:
-        Lists of records: "zero_price", "slopes", "baseline_sweep", "contexts", "contexts_summary", "sums", "lucky",
-        "gambling_thresholds", "gambling", "guards", "guard_repeats", "guard_costs", "corners", "corner_slopes",
-        "corners_sampled", "shared".
-    """
-    jobs = [*_zero_price_jobs(config), *_exact_jobs(config), *_gambling_jobs(config), *_corner_jobs(config)]
-    summary: dict[str, Any] = {}
-    for done, (key, what, job) in enumerate(jobs):
-        if progress is not None:
-            progress(done / len(jobs), what)
-        summary.setdefault(key, []).extend(job())
-    summary["slopes"] = bandit_zero_price.fitted_slopes(summary["zero_price"], config.fit_below)
-    summary["corner_slopes"] = bandit_corners.exit_slopes(summary["corners"])
-    summary["contexts_summary"] = bandit_contexts.context_summary(summary["contexts"], config.seed)
-    if progress is not None:
-        progress(1.0, "done")
-    return summary
-
-
-def plot(summary: dict[str, Any]) -> dict[str, Figure]:
-    """One figure per part, from `run`'s summary: zero_price, contexts, sums, gambling, guards, corners."""
-    arms = sorted({record["arms"] for record in summary["zero_price"]})
-    return {
-        "zero_price": bandit_zero_price.plot_zero_price(
-            summary["zero_price"], summary["slopes"], summary["baseline_sweep"], arms[len(arms) // 2]
-        ),
-        "contexts": bandit_contexts.plot_contexts(summary["contexts"]),
-        "sums": bandit_sums.plot_sums(summary["sums"]),
-        "gambling": bandit_gambling.plot_gambling(summary["lucky"], summary["gambling"]),
-        "guards": bandit_guards.plot_guards(summary["guards"], summary["guard_costs"], summary["guard_repeats"]),
-        "corners": bandit_corners.plot_corners(summary["corners"], summary["corners_sampled"], summary["shared"]),
-    }
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        found = self.summary(rows)
+        arms = sorted({record["arms"] for record in found["zero_price"]})
+        figures = {
+            "zero_price": bandit_zero_price.plot_zero_price(
+                found["zero_price"], found["slopes"], found["baseline_sweep"], arms[len(arms) // 2]
+            ),
+            "contexts": bandit_contexts.plot_contexts(found["contexts"]),
+            "sums": bandit_sums.plot_sums(found["sums"]),
+            "gambling": bandit_gambling.plot_gambling(found["lucky"], found["gambling"]),
+            "guards": bandit_guards.plot_guards(found["guards"], found["guard_costs"], found["guard_repeats"]),
+            "corners": bandit_corners.plot_corners(found["corners"], found["corners_sampled"], found["shared"]),
+        }
+        return {name: fitted(figure) for name, figure in figures.items()}
 
 
 def _zero_price_jobs(config: BanditStudy) -> list[Job]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from sparkjoy.lab.studies.frames import grouped
 from sparkjoy.lab.tasks.bandit import (
     Method,
     SoftmaxBandit,
@@ -156,19 +157,16 @@ class CosineSearch:
 
 def fitted_slopes(records: Sequence[Record], fit_below: float) -> list[Record]:
     """Slopes of log(draws) and log(backward passes) against log(p), over the records with p up to `fit_below`."""
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        if record["p"] <= fit_below and record["draws_to_cosine_95"] is not None:
-            key = tuple(record[name] for name in ("arms", "method", "temperature", "baseline"))
-            groups.setdefault(key, []).append(record)
+    keys = ("arms", "method", "temperature", "baseline")
+    near = [row for row in records if row["p"] <= fit_below and row["draws_to_cosine_95"] is not None]
     return [
-        dict(
-            zip(("arms", "method", "temperature", "baseline"), key, strict=True),
-            draws_slope=_log_slope(group, "draws_to_cosine_95"),
-            backward_slope=_log_slope(group, "backward_passes_to_cosine_95"),
-            points=len(group),
-        )
-        for key, group in groups.items()
+        {
+            **dict(zip(keys, key, strict=True)),
+            "draws_slope": _log_slope(group, "draws_to_cosine_95"),
+            "backward_slope": _log_slope(group, "backward_passes_to_cosine_95"),
+            "points": len(group),
+        }
+        for key, group in grouped(near, *keys).items()
         if len({record["p"] for record in group}) >= 2
     ]
 

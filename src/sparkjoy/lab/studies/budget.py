@@ -6,20 +6,25 @@ and the error counts; on reversal they run to the target error and the steps cou
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparkjoy.lab.studies.pareto import OnRun, train_one
+from sparkjoy.lab.studies import budget_results
+from sparkjoy.lab.studies.runs import Run, TaskConfig, folder_name
+from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.studies.tuning import most_accurate, soonest
-from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.training.folder import opened
+from sparkjoy.lab.tasks.mnist import MnistConfig
+from sparkjoy.lab.tasks.reversal import ReversalConfig
 from sparkjoy.lab.training.loop import Record, summary
 from sparkjoy.lab.training.settings import Settings
-from sparkjoy.lab.training.tracking import write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 ARMS: dict[str, dict[str, Any]] = {
     "dg": {"method": "dg"},
@@ -49,8 +54,8 @@ REVERSAL = {
 
 
 @dataclass(frozen=True)
-class BudgetStudy:
-    """Which tasks and arms."""
+class BudgetStudy(Study):
+    """One noise budget everywhere, against fixed rates and others that move, each at its best learning rate."""
 
     tasks: tuple[str, ...] = (
         "mnist",
@@ -97,111 +102,62 @@ class BudgetStudy:
                 Settings(learning_rate=rate, **ARMS[arm])
 
     @property
-    def most_runs(self) -> int:
+    def runs(self) -> int:
         """Runs, if no learning rate is given up early."""
         tries = len(self.learning_rates) * len(self.tuning_seeds) + len(self.seeds)
         return len(self.tasks) * len(self.arms) * tries
 
+    def run(self, work: Work) -> Rows:
+        rows: Rows = []
+        for of_arm in work.each(lambda case: self._arm(work, *case), product(self.tasks, self.arms)):
+            rows += of_arm
+            work.save(rows)
+        return rows
 
-def run(study: BudgetStudy, out: Path, on_run: OnRun | None = None) -> list[Record]:
-    """Tune, then run; finished runs are not run again. The result is in `out/summary.json` too.
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        return {"runs": rows, "table": budget_results.table(rows)}
 
-    Returns:
-        One record per task, arm and seed that counts.
-    """
-    with opened(out, asdict(study)):
-        return _run(study, out, on_run)
+    def tables(self, rows: Rows) -> dict[str, DataFrame]:
+        return budget_results.tables(rows)
 
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        return {"budget": budget_results.plot(rows)}
 
-def _run(study: BudgetStudy, out: Path, on_run: OnRun | None) -> list[Record]:
-    rows: list[Record] = []
-    for name in study.tasks:
-        for arm in study.arms:
-            rows += _mnist(study, name, arm, out, on_run) if name in MNIST else _reversal(study, name, arm, out, on_run)
-            write_json(out / "summary.json", {"runs": rows, "table": table(rows)})
-    return rows
+    def _arm(self, work: Work, task: str, arm: str) -> Rows:
+        """Tune one arm on one task, then run it with every seed."""
+        config, steps = self._task(task)
+        batch = config.batch_size if isinstance(config, MnistConfig) else config.prompts * config.answers
 
+        def run_one(rate: float, seed: int, samples: int) -> Record:
+            settings = self._settings(task, arm, rate, seed, max(1, samples // batch))
+            within = Path("runs", folder_name(task), f"learning-rate-{rate:g}")
+            records = work.train(Run(settings, config, within, f"{task}: {arm}, seed {seed}"))
+            last = [record["error"] for record in records[-LAST:]]
+            return {**summary(records, settings.target_error), "mean_error": float(np.mean(last))}
 
-def table(rows: list[Record]) -> list[Record]:
-    """Of every task and arm: means over seeds, and over those of dg where that ran; None where a seed failed."""
-    result: list[Record] = []
-    for task, arm in dict.fromkeys((row["task"], row["arm"]) for row in rows):
-        mine = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
-        values = [row["value"] for row in mine]
-        solved = all(value is not None for value in values)
-        kept = float(np.mean([row["kept"] for row in mine]))
-        found = {
-            "task": task,
-            "arm": arm,
-            "learning_rate": mine[0]["learning_rate"],
-            "measure": mine[0]["measure"],
-            "value": float(np.mean(values)) if solved else None,
-            "sd": float(np.std(values, ddof=1)) if solved and len(values) > 1 else None,
-            "solved": sum(value is not None for value in values),
-            "seeds": len(mine),
-            "kept": kept,
-            "seconds": float(np.mean([row["seconds"] for row in mine])) if solved else None,
-        }
-        dense = next((row for row in [*result, found] if (row["task"], row["arm"]) == (task, "dg")), None)
-        for name in ("value", "seconds"):
-            known = dense is not None and found[name] is not None and dense[name] is not None
-            found[f"{name}_of_dg"] = found[name] / dense[name] if known and dense is not None else None
-        result.append(found)
-    return result
+        samples = steps * batch
+        if task in MNIST:
+            best = most_accurate(self.learning_rates, self.tuning_seeds, samples, run_one)
+        else:
+            best = soonest(self.learning_rates, self.tuning_seeds, samples, batch, run_one)
+        of_arm = {"task": task, "arm": arm, "learning_rate": best, "measure": "error" if task in MNIST else "steps"}
+        return [{**of_arm, **_row(run_one(best, seed, samples), task in MNIST)} for seed in self.seeds]
 
+    def _task(self, task: str) -> tuple[TaskConfig, int]:
+        """What it is built from, and the most steps of a run."""
+        if task in REVERSAL:
+            return REVERSAL[task], self.reversal_steps
+        config, steps = MNIST[task]
+        return (replace(config, data=self.data or "embedded") if config.data == "full" else config), steps
 
-def _mnist(study: BudgetStudy, name: str, arm: str, out: Path, on_run: OnRun | None) -> list[Record]:
-    config, steps = MNIST[name]
-    config = replace(config, data=study.data or "embedded") if config.data == "full" else config
-    task = MnistTask(config)
-
-    def run_one(learning_rate: float, seed: int, samples: int) -> Record:
-        settings = Settings(learning_rate=learning_rate, seed=seed, steps=samples // config.batch_size, **ARMS[arm])
-        return _trained(settings, task, name, out, asdict(config), on_run)
-
-    samples = steps * config.batch_size
-    best = most_accurate(study.learning_rates, study.tuning_seeds, samples, run_one)
-    of_arm = {"task": name, "arm": arm, "learning_rate": best, "measure": "error"}
-    runs = [run_one(best, seed, samples) for seed in study.seeds]
-    return [{**of_arm, **_row(record), "value": record["mean_error"]} for record in runs]
+    def _settings(self, task: str, arm: str, rate: float, seed: int, steps: int) -> Settings:
+        ends: dict[str, Any] = {}
+        if task in REVERSAL:
+            ends = {"evaluate_every": 10, "until_error": self.target_error, "target_error": self.target_error}
+        return Settings(learning_rate=rate, seed=seed, steps=steps, **ends, **ARMS[arm])
 
 
-def _reversal(study: BudgetStudy, name: str, arm: str, out: Path, on_run: OnRun | None) -> list[Record]:
-    config = REVERSAL[name]
-    task = ReversalTask(config)
-    batch = config.prompts * config.answers
-
-    def run_one(learning_rate: float, seed: int, samples: int) -> Record:
-        target = study.target_error
-        settings = Settings(
-            learning_rate=learning_rate,
-            seed=seed,
-            steps=max(1, samples // batch),
-            evaluate_every=10,
-            until_error=target,
-            target_error=target,
-            **ARMS[arm],
-        )
-        return _trained(settings, task, name, out, asdict(config), on_run)
-
-    samples = study.reversal_steps * batch
-    best = soonest(study.learning_rates, study.tuning_seeds, samples, batch, run_one)
-    of_arm = {"task": name, "arm": arm, "learning_rate": best, "measure": "steps"}
-    runs = [run_one(best, seed, samples) for seed in study.seeds]
-    return [{**of_arm, **_row(r), "value": r["to_target"] and r["to_target"]["step"]} for r in runs]
-
-
-def _trained(
-    settings: Settings, task: Any, name: str, out: Path, task_config: dict[str, Any], on_run: OnRun | None
-) -> Record:
-    folder = out / "runs" / name.replace(", ", "-").replace(" ", "-").replace("%", "pct")
-    named = None if on_run is None else (lambda run_name, of_run: on_run(f"{name}: {run_name}", of_run))
-    records = train_one(settings, task, folder / f"learning-rate-{settings.learning_rate:g}", task_config, named)
-    last = [record["error"] for record in records[-LAST:]]
-    return {**summary(records, settings.target_error), "mean_error": float(np.mean(last))}
-
-
-def _row(record: Record) -> Record:
+def _row(record: Record, by_error: bool) -> Record:
     seconds = record["seconds"]
     return {
         "seed": record["seed"],
@@ -210,4 +166,5 @@ def _row(record: Record) -> Record:
         "kept": record["backward_samples"] / record["samples"],
         "seconds": seconds["total"],
         "training_seconds": seconds["screen"] + seconds["backward"] + seconds["optimizer"],
+        "value": record["mean_error"] if by_error else record["to_target"] and record["to_target"]["step"],
     }

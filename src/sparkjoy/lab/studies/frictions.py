@@ -6,19 +6,26 @@ runs take the same steps; what counts is the learner's error on fresh answers of
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from sparkjoy.lab.studies.pareto import OnRun, train_one
+from sparkjoy.lab.studies import frictions_results
+from sparkjoy.lab.studies.frictions_results import STRENGTHS
+from sparkjoy.lab.studies.runs import Run, folder_name
+from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.studies.tuning import most_accurate
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask, Shaping
-from sparkjoy.lab.training.folder import opened
+from sparkjoy.lab.tasks.reversal import ReversalConfig, Shaping
 from sparkjoy.lab.training.loop import Record, summary
 from sparkjoy.lab.training.settings import Settings
-from sparkjoy.lab.training.tracking import write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 ARMS: dict[str, dict[str, Any]] = {
     "dg": {"method": "dg"},
@@ -38,20 +45,14 @@ ARMS: dict[str, dict[str, Any]] = {
 DEFAULT_ARMS = tuple(ARMS)[:9]
 """The others answer single questions."""
 Friction = Literal["none", "delay", "bug", "corrupt", "discover", "all"]
-STRENGTHS: dict[str, tuple[Any, Any, Any]] = {
-    "delay": (10, 30, 100),
-    "bug": (0.1, 0.3, 0.6),
-    "corrupt": (0.1, 0.3, 0.6),
-    "discover": (0.01, 0.03, 0.1),
-}
 MIDDLE = 1
 LAST = 3
 """Evaluations at the end whose mean error counts."""
 
 
 @dataclass(frozen=True)
-class FrictionsStudy:
-    """Which frictions, how strong, and who has to stand them."""
+class FrictionsStudy(Study):
+    """Actors that are late, broken, corrupted or lucky: which method stands what, on token reversal."""
 
     full: bool = False
     """Prompts of 5, 10 and 15 tokens, and all frictions at once at three strengths: hours."""
@@ -110,6 +111,83 @@ class FrictionsStudy:
         tuned = len(self.learning_rates) * len(self.tuning_seeds) if len(self.learning_rates) > 1 else 0
         return len(self.lengths) * len(self.arms) * (tuned + len(self.cases) * len(self.seeds))
 
+    def run(self, work: Work) -> Rows:
+        rows: Rows = []
+        for length in self.lengths:
+            rates = dict(zip(self.arms, work.each(partial(self._tuned, work, length), self.arms), strict=True))
+            for seed in self.seeds:
+                every = [(length, rates[arm], seed, *case, arm) for case, arm in product(self.cases, self.arms)]
+                rows += work.each(lambda run: self._trained(work, *run), every)
+                work.save(rows)
+        return rows
+
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        return {"runs": rows, "table": frictions_results.table(rows)}
+
+    def tables(self, rows: Rows) -> dict[str, DataFrame]:
+        return frictions_results.tables(rows)
+
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        return {f"frictions-{length}": frictions_results.plot(rows, length) for length in self.lengths}
+
+    def _tuned(self, work: Work, length: int, arm: str) -> float:
+        if len(self.learning_rates) == 1:
+            return self.learning_rates[0]
+
+        def run_one(rate: float, seed: int, samples: int) -> Record:
+            found = self._trained(work, length, rate, seed, "all", MIDDLE, arm, Path("tuning"))
+            return {"mean_error": found["error"]}
+
+        return most_accurate(self.learning_rates, self.tuning_seeds, 0, run_one)
+
+    def _trained(
+        self,
+        work: Work,
+        length: int,
+        rate: float,
+        seed: int,
+        friction: Friction,
+        level: int,
+        arm: str,
+        below: Path = Path(),
+    ) -> Record:
+        """One run's row."""
+        case = f"H={length} {friction}" + ("" if friction == "none" else f" {level + 1}")
+        within = below / "runs" / folder_name(f"{case} {arm}") / f"learning-rate-{rate:g}"
+        settings, task = self._settings(length, arm, rate, seed), self._task(length, friction, level)
+        records = work.train(Run(settings, task, within, f"{case}: {arm}, seed {seed}"))
+        end = summary(records, self.target_error)
+        errors = [record["error"] for record in records]
+        return {
+            "prompt_length": length,
+            "friction": friction,
+            "level": level,
+            "strength": STRENGTHS[friction][level] if friction in STRENGTHS else None,
+            "arm": arm,
+            "seed": seed,
+            "learning_rate": rate,
+            "error": float(np.mean(errors[-LAST:])),
+            "whole_run": float(np.mean(errors)),
+            "steps_to_target": end["to_target"] and end["to_target"]["step"],
+            "kept": end["backward_samples"] / end["samples"],
+            "seconds": end["seconds"]["total"],
+        }
+
+    def _task(self, length: int, friction: Friction, level: int) -> ReversalConfig:
+        shape: dict[str, Any] = {"vocab_size": self.vocab_size, "shaping": self.shaping}
+        return ReversalConfig(prompt_length=length, **shape, **strengths_of(friction, level))
+
+    def _settings(self, length: int, arm: str, rate: float, seed: int) -> Settings:
+        steps = self.steps_per_token * length
+        return Settings(
+            steps=steps,
+            evaluate_every=max(1, steps // 10),
+            learning_rate=rate,
+            seed=seed,
+            target_error=self.target_error,
+            **ARMS[arm],
+        )
+
 
 def strengths_of(friction: Friction, level: int) -> dict[str, Any]:
     """One friction, or all, at one of three strengths, by their flags.
@@ -119,114 +197,3 @@ def strengths_of(friction: Friction, level: int) -> dict[str, Any]:
     """
     names = tuple(STRENGTHS) if friction == "all" else tuple(name for name in STRENGTHS if name == friction)
     return {name: STRENGTHS[name][level] for name in names}
-
-
-def run(study: FrictionsStudy, out: Path, on_run: OnRun | None = None) -> list[Record]:
-    """Tune, then run seed by seed; finished runs are not run again. The result is in `out/summary.json` too.
-
-    Returns:
-        One record per prompt length, friction, strength, arm and seed.
-    """
-    rows: list[Record] = []
-    with opened(out, asdict(study)):
-        for length in study.lengths:
-            rates = {arm: _tuned(study, length, arm, out, on_run) for arm in study.arms}
-            for seed in study.seeds:
-                for friction, level in study.cases:
-                    for arm in study.arms:
-                        found = _trained(study, length, friction, level, arm, rates[arm], seed, out, on_run)
-                        rows.append(found)
-                write_json(out / "summary.json", {"runs": rows, "table": table(rows)})
-    return rows
-
-
-def _tuned(study: FrictionsStudy, length: int, arm: str, out: Path, on_run: OnRun | None) -> float:
-    if len(study.learning_rates) == 1:
-        return study.learning_rates[0]
-
-    def run_one(rate: float, seed: int, samples: int) -> Record:
-        found = _trained(study, length, "all", MIDDLE, arm, rate, seed, out / "tuning", on_run)
-        return {"mean_error": found["error"]}
-
-    return most_accurate(study.learning_rates, study.tuning_seeds, 0, run_one)
-
-
-def _trained(
-    study: FrictionsStudy,
-    length: int,
-    friction: Friction,
-    level: int,
-    arm: str,
-    rate: float,
-    seed: int,
-    out: Path,
-    on_run: OnRun | None,
-) -> Record:
-    shape: dict[str, Any] = {"vocab_size": study.vocab_size, "shaping": study.shaping}
-    config = ReversalConfig(prompt_length=length, **shape, **strengths_of(friction, level))
-    strength = STRENGTHS[friction][level] if friction in STRENGTHS else None
-    name = f"H={length} {friction}" + ("" if friction == "none" else f" {level + 1}")
-    steps = study.steps_per_token * length
-    settings = Settings(
-        steps=steps,
-        evaluate_every=max(1, steps // 10),
-        learning_rate=rate,
-        seed=seed,
-        target_error=study.target_error,
-        **ARMS[arm],
-    )
-    named = None if on_run is None else (lambda _, of_run: on_run(f"{name}: {arm}, seed {seed}", of_run))
-    case = f"{name} {arm}".replace(" ", "-").replace("%", "pct").replace(",", "")
-    folder = out / "runs" / case / f"learning-rate-{rate:g}"
-    records = train_one(settings, ReversalTask(config), folder, asdict(config), named)
-    end = summary(records, study.target_error)
-    errors = [record["error"] for record in records]
-    return {
-        "prompt_length": length,
-        "friction": friction,
-        "level": level,
-        "strength": strength,
-        "arm": arm,
-        "seed": seed,
-        "learning_rate": rate,
-        "error": float(np.mean(errors[-LAST:])),
-        "whole_run": float(np.mean(errors)),
-        "steps_to_target": end["to_target"] and end["to_target"]["step"],
-        "kept": end["backward_samples"] / end["samples"],
-        "seconds": end["seconds"]["total"],
-    }
-
-
-def table(rows: list[Record]) -> list[Record]:
-    """Of every case and arm, means over seeds, and over those of dg where that ran; the median of steps to the target.
-
-    `of_dg` is the ratio of the errors at the end, `whole_run_of_dg` that of the mean errors of all evaluations, which
-    also tells arms apart that both end at none.
-    """
-    keys = ("prompt_length", "friction", "level")
-    result: list[Record] = []
-    for *case, arm in dict.fromkeys((*(row[key] for key in keys), row["arm"]) for row in rows):
-        mine = _of(rows, case, arm)
-        dense = _of(rows, case, "dg")
-        errors = [row["error"] for row in mine]
-        steps = [row["steps_to_target"] for row in mine if row["steps_to_target"] is not None]
-        found = {
-            **{key: mine[0][key] for key in (*keys, "strength", "arm", "learning_rate")},
-            "seeds": len(mine),
-            "error": float(np.mean(errors)),
-            "sd": float(np.std(errors, ddof=1)) if len(errors) > 1 else None,
-            "whole_run": float(np.mean([row["whole_run"] for row in mine])),
-            "solved": len(steps),
-            "steps": float(np.median(steps)) if 2 * len(steps) > len(mine) else None,
-            "kept": float(np.mean([row["kept"] for row in mine])),
-        }
-        for key, ratio in (("error", "of_dg"), ("whole_run", "whole_run_of_dg")):
-            other = float(np.mean([row[key] for row in dense])) if dense else 0.0
-            found[ratio] = found[key] / other if other else None
-        result.append(found)
-    return result
-
-
-def _of(rows: list[Record], case: list[Any], arm: str) -> list[Record]:
-    keys = ("prompt_length", "friction", "level")
-    return [row for row in rows if [row[key] for key in keys] == case and row["arm"] == arm]

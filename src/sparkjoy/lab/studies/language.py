@@ -7,11 +7,18 @@ scores after as many seconds as TRL's own takes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sparkjoy.lab.studies import language_results
+from sparkjoy.lab.studies.language_results import DENSE
 from sparkjoy.lab.studies.language_tasks import TASKS
+from sparkjoy.lab.studies.study import Rows, Study, Work
+from sparkjoy.lab.training.flags import need
 
-DENSE = "TRL's own"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
 ARMS: dict[str, dict[str, Any]] = {
     DENSE: {},
     "noise 0.3": {"gate_noise": 0.3},
@@ -31,8 +38,11 @@ LONGEST = 10
 
 
 @dataclass(frozen=True)
-class LanguageStudy:
-    """Which task and arms."""
+class LanguageStudy(Study):
+    """A pre-trained language model learns with TRL's trainer: every gate beside TRL's own, in seconds."""
+
+    trains = False  # by TRL's loop, not by ours
+    folder = "Folder for the results; finished runs in it are not run again, and one that was stopped goes on."
 
     task: str = "sums"
     """What is learnt: sums, sentences (without the letter e; partial credit, 40 tokens) or gym (of reasoning-gym)."""
@@ -101,3 +111,24 @@ class LanguageStudy:
     def tunes(self) -> bool:
         """Whether a gate's learning rate is chosen too."""
         return self.tuned != "none"
+
+    def run(self, work: Work) -> Rows:
+        need("lm", "trl", *(["reasoning_gym"] if self.task == "gym" else []))
+        from sparkjoy.lab.studies import language_runs  # it imports TRL, which takes seconds
+
+        return language_runs.run(self, work)
+
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        return {"table": language_results.table(rows, TASKS[self.task].target), "steps": rows}
+
+    def tables(self, rows: Rows) -> dict[str, DataFrame]:
+        return language_results.tables(rows, TASKS[self.task].target)
+
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        from sparkjoy.lab.studies import language_figure
+
+        target = TASKS[self.task].target
+        return {
+            "language": language_figure.curves(rows, target),
+            "language_seconds": language_figure.bars(language_results.table(rows, target)),
+        }

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from sparkjoy.lab.studies.language import DENSE
-from sparkjoy.lab.studies.language_runs import by_seed, table
-from sparkjoy.lab.studies.language_training import PARTS
+from sparkjoy.lab.studies.drawing import WIDTH, legend
+from sparkjoy.lab.studies.frames import grouped
+from sparkjoy.lab.studies.language_results import DENSE, PARTS
 from sparkjoy.lab.training.loop import Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHOWN = {
     DENSE: ("black", "o"),
@@ -33,13 +30,12 @@ COLORS = dict(zip(PARTS, ("tab:gray", "tab:red", "tab:blue", "tab:olive"), stric
 
 def curves(rows: list[Record], target: float) -> Figure:
     """The score of held-out problems against seconds, tokens differentiated and steps: mean and seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for arm in [arm for arm in SHOWN if any(row["arm"] == arm for row in rows)]:
         color, marker = SHOWN[arm]
-        runs = [[row for row in run if "score" in row] for run in by_seed(rows, arm).values()]
+        scored = [row for row in rows if row["arm"] == arm and "score" in row]
+        runs = list(grouped(scored, "seed").values())
         scores = [100 * np.mean([row["score"] for row in at]) for at in zip(*runs, strict=False)]
         for axis, cost in zip(axes, COSTS.values(), strict=True):
             for run in runs:
@@ -52,16 +48,13 @@ def curves(rows: list[Record], target: float) -> Figure:
         axis.grid(alpha=0.3)
     axes[1].set_xscale("log")  # the start, at none, is not on it
     axes[0].set_ylabel("held-out score, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    legend(figure, axes[0])
     return figure
 
 
-def bars(rows: list[Record]) -> Figure:
-    """Where a step's seconds go, by arm; hatched, what of the update is prompts that a pass reads again."""
-    from matplotlib.figure import Figure
-
-    found = table(rows, 1.0)
-    figure = Figure(figsize=(9, 1 + 0.35 * len(found)), layout="constrained")
+def bars(found: list[Record]) -> Figure:
+    """Where a step's seconds go, by arm of a table; hatched, what of the update is prompts that a pass reads again."""
+    figure = Figure(figsize=(WIDTH, 1 + 0.35 * len(found)), layout="constrained")
     axis = figure.subplots()
     for place, row in enumerate(found):
         left = 0.0
@@ -86,6 +79,5 @@ def bars(rows: list[Record]) -> Figure:
     axis.invert_yaxis()
     axis.set_xlabel("CPU seconds of a step")
     axis.margins(x=0.08)
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    legend(figure, axis)
     return figure

@@ -21,12 +21,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sparkjoy.integrations.language_model import pretrained
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
+from sparkjoy.lab.studies.language_results import PARTS
 from sparkjoy.lab.studies.language_tasks import LanguageTask, Problem
 from sparkjoy.lab.training.loop import Record
 from sparkjoy.lab.training.tracking import read_json, write_json
 
-PARTS = ("sampling", "gate", "update", "optimizer")
-"""What a step's seconds go to; the update is packing, forward and backward passes."""
 LOGGED = {
     "reward": "reward",
     "frac_reward_zero_std": "silent_groups",

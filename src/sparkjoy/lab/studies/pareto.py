@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+import tyro
 
-from sparkjoy.lab.tasks.rollouts import Task
-from sparkjoy.lab.training.folder import opened
-from sparkjoy.lab.training.loop import OnStep, Record, summary, train
+from sparkjoy.lab.studies import run_tables
+from sparkjoy.lab.studies.pareto_figure import plot
+from sparkjoy.lab.studies.runs import Run, TaskConfig, default_target, task_of
+from sparkjoy.lab.studies.study import Rows, Study, Work
+from sparkjoy.lab.tasks.mnist import MnistConfig
+from sparkjoy.lab.tasks.reversal import ReversalConfig
 from sparkjoy.lab.training.settings import Method, Settings
-from sparkjoy.lab.training.tracking import save_figure, write_json, write_json_lines
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
-OnRun = Callable[[str, Settings], OnStep]
-"""Called before a run with its name; gives what to call after each of its steps."""
+FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name before them
 
 
 @dataclass(frozen=True)
@@ -75,149 +73,59 @@ class ParetoConfig:
         return arms
 
 
-def run(
-    config: ParetoConfig, task: Task, out: Path, task_config: dict[str, Any], on_run: OnRun | None = None
-) -> list[Record]:
-    """Train every arm with every seed, each in its own folder under `out/runs`; finished runs are not run again.
+class Pareto(Study):
+    """Train every method at every rate, and draw quality against cost."""
 
-    Args:
-        config: which runs.
-        task: what to train on.
-        out: folder of the study: config.json, records.jsonl, summary.json, pareto.png and .svg.
-        task_config: what the task was built from.
-        on_run: called before each run.
+    study: ParetoConfig
+    task: TaskConfig
+    keeps_records = True
 
-    Returns:
-        The records of all runs.
+    @property
+    def target(self) -> float:
+        """The error whose first time is reported."""
+        asked = self.study.target_error
+        return default_target(self.task) if asked is None else asked
 
-    Raises:
-        ValueError: the folder cannot be written, or holds results with other settings.
-    """
-    arms = [(arm, seed) for arm in config.arms() for seed in config.seeds]
-    runs = [Settings(**{**asdict(arm), "seed": seed}) for arm, seed in arms]
-    with opened(out, {"task": task.name, **task_config, **asdict(config)}):
-        return train_all(runs, task, out, task_config, on_run)
+    @property
+    def runs(self) -> int:
+        return len(self.study.arms()) * len(self.study.seeds)
 
+    def config(self) -> dict[str, Any]:
+        name = task_of(self.task).name
+        return {"task": name, **asdict(self.task), **asdict(self.study), "target_error": self.target}
 
-def train_all(
-    runs: list[Settings], task: Task, out: Path, task_config: dict[str, Any], on_run: OnRun | None
-) -> list[Record]:
-    """Train each of `runs` in its folder, and merge what they leave into `out`."""
-    records: list[Record] = []
-    for settings in runs:
-        records += train_one(settings, task, out / "runs", task_config, on_run)
-        write_json_lines(out / "records.jsonl", records)
-        write_json(out / "summary.json", {"runs": summaries(records, settings.target_error)})
-    return records
+    def run(self, work: Work) -> Rows:
+        arms = replace(self.study, target_error=self.target).arms()
+        runs = [Run(replace(arm, seed=seed), self.task) for arm in arms for seed in self.study.seeds]
+        rows: Rows = []
+        for records in work.each(work.train, runs):
+            rows += records
+            work.save(rows)
+        return rows
 
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        return {"runs": run_tables.last_records(rows, self.target)}
 
-def train_one(
-    settings: Settings, task: Task, out: Path, task_config: dict[str, Any], on_run: OnRun | None
-) -> list[Record]:
-    """Train one run in a folder of its own below `out`; its records, with the name of their arm."""
-    name = f"{settings.label}, seed {settings.seed}"
-    folder = out / name.replace("%", "pct").replace(", ", "-").replace(" ", "-")
-    on_step = None if on_run is None else on_run(name, settings)
-    return [{"arm": settings.label, **record} for record in train(task, settings, folder, task_config, on_step)]
+    def tables(self, rows: Rows) -> dict[str, DataFrame]:
+        return run_tables.tables(rows, self.target)
+
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        return {"pareto": plot(rows)}
 
 
-def summaries(records: list[Record], target_error: float | None) -> list[Record]:
-    """The last record of every run, with when it reached the target error."""
-    runs: dict[tuple[str, int], list[Record]] = defaultdict(list)
-    for record in records:
-        runs[record["arm"], record["seed"]].append(record)
-    return [summary(of_run, target_error) for of_run in runs.values()]
+@dataclass(frozen=True)
+class ParetoMnist(Pareto):
+    """Train every method at every rate on MNIST, and draw quality against cost."""
+
+    study: Annotated[ParetoConfig, FLAT] = field(default_factory=ParetoConfig)
+    task: Annotated[MnistConfig, FLAT] = field(default_factory=MnistConfig)
 
 
-def plot(records: list[Record]) -> Figure:
-    """Error against steps, backward samples and seconds: means over seeds, bands from the best to the worst seed.
+@dataclass(frozen=True)
+class ParetoReversal(Pareto):
+    """Train every method at every rate on token reversal, and draw quality against cost."""
 
-    The dashed line is the frontier: the lowest mean error of any arm for at most that cost.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
-    curves = _curves(records)
-    rates = {record["arm"]: record["rate"] for record in records}
-    for axis, cost, label in zip(
-        axes,
-        ("step", "backward_samples", "seconds"),
-        ("optimizer steps", "samples differentiated", "training seconds (sampling included)"),
-        strict=True,
-    ):
-        for arm, curve in curves.items():
-            style = _style(arm, rates)
-            axis.plot(curve[cost], 100 * curve["error"], label=arm, **style)
-            axis.fill_between(
-                curve[cost], 100 * curve["best"], 100 * curve["worst"], color=style["color"], alpha=0.12, linewidth=0
-            )
-        _frontier(axis, curves, cost)
-        axis.set(xlabel=label, xscale="log", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-    seeds = len({record["seed"] for record in records})
-    axes[0].set_ylabel("test error, %")
-    figure.suptitle(f"{records[0]['task']}: quality against cost, mean and range over {seeds} seeds")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-def write_figure(records: list[Record], out: Path) -> None:
-    """Draw `plot` into pareto.png and pareto.svg."""
-    save_figure(plot(records), out, "pareto")
-
-
-def _curves(records: list[Record]) -> dict[str, dict[str, np.ndarray[Any, np.dtype[np.float64]]]]:
-    """Of every arm, at the steps that all its seeds reached: mean costs, mean error, best and worst seed's error."""
-    by_arm: dict[str, dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        by_arm[record["arm"]][record["step"]].append(record)
-    curves = {}
-    for arm, by_step in by_arm.items():
-        seeds = max(len(at_step) for at_step in by_step.values())
-        steps = [step for step in sorted(by_step) if len(by_step[step]) == seeds]
-        errors = np.array([[record["error"] for record in by_step[step]] for step in steps])
-        seconds = [np.mean([record["seconds"]["total"] for record in by_step[step]]) for step in steps]
-        backward = [np.mean([record["backward_samples"] for record in by_step[step]]) for step in steps]
-        curves[arm] = {
-            "step": np.array(steps, dtype=float),
-            "backward_samples": np.array(backward),
-            "seconds": np.array(seconds),
-            "error": errors.mean(axis=1),
-            "best": errors.min(axis=1),
-            "worst": errors.max(axis=1),
-        }
-    return curves
-
-
-def _frontier(axis: Axes, curves: dict[str, Any], cost: str) -> None:
-    costs = np.concatenate([curve[cost] for curve in curves.values()])
-    errors = np.concatenate([curve["error"] for curve in curves.values()])
-    order = np.argsort(costs, kind="stable")
-    axis.step(
-        costs[order],
-        100 * np.minimum.accumulate(errors[order]),
-        where="post",
-        color="tab:orange",
-        linestyle="--",
-        linewidth=0.8,
-        label="frontier",
-        zorder=5,
+    study: Annotated[ParetoConfig, FLAT] = field(
+        default_factory=lambda: ParetoConfig(steps=400, evaluate_every=20, rates=(0.03, 0.1), prices=(0.0,))
     )
-
-
-def _style(arm: str, rates: dict[str, float | None]) -> dict[str, Any]:
-    """Black for DG, gray for PG, blue for noise budgets; a colour for each rate, dotted for rows at random."""
-    from matplotlib import colormaps
-
-    if arm in ("pg", "dg"):
-        return {"color": "gray" if arm == "pg" else "black", "linewidth": 2}
-    budgets = sorted(name for name in rates if name.startswith("unbiased noise"))
-    if arm in budgets:
-        return {"color": "tab:blue", "linestyle": ("-", "--", "-.", ":")[budgets.index(arm) % 4], "linewidth": 2}
-    known = sorted({rate for rate in rates.values() if rate is not None})
-    rate = rates[arm]
-    color = "tab:red" if rate is None else colormaps["viridis"](0.9 * known.index(rate) / max(1, len(known) - 1))
-    return {"color": color, "linestyle": ":" if arm.startswith("uniform") else "-"}
+    task: Annotated[ReversalConfig, FLAT] = field(default_factory=ReversalConfig)

@@ -6,22 +6,21 @@ brings to the target at one length is not tried at longer ones.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from sparkjoy.lab.studies.pareto import OnRun, train_one
+from sparkjoy.lab.studies import scaling_results
+from sparkjoy.lab.studies.runs import Run
+from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.studies.tuning import soonest
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.training.folder import opened
+from sparkjoy.lab.tasks.reversal import ReversalConfig
 from sparkjoy.lab.training.loop import Record, summary
 from sparkjoy.lab.training.settings import Settings
-from sparkjoy.lab.training.tracking import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 ARMS: dict[str, dict[str, Any]] = {
     "pg": {"method": "pg"},
@@ -33,12 +32,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "kondo price 0": {"method": "kondo", "price": 0.0},
     "uniform 3%": {"method": "uniform", "rate": 0.03},
 }
-BUDGETS = {"answers": "answers sampled", "backward_tokens": "tokens differentiated", "seconds": "seconds, all included"}
 
 
 @dataclass(frozen=True)
-class ScalingStudy:
-    """Which prompt lengths, methods and budgets."""
+class ScalingStudy(Study):
+    """The longest prompt each method learns to reverse within a budget, each at its best learning rate."""
 
     prompt_lengths: tuple[int, ...] = (5, 10, 15, 20)
     """H, in rising order."""
@@ -98,92 +96,54 @@ class ScalingStudy:
             **ARMS[arm],
         )
 
+    @property
+    def runs(self) -> int:
+        """Runs, if no learning rate is given up early and no method fails."""
+        tries = len(self.learning_rates) * len(self.tuning_seeds) + len(self.seeds)
+        return len(self.arms) * len(self.prompt_lengths) * tries
 
-def run(study: ScalingStudy, out: Path, on_run: OnRun | None = None) -> list[Record]:
-    """Tune, then run; finished runs are not run again. The result is in `out/summary.json` too.
+    def run(self, work: Work) -> Rows:
+        rows: Rows = []
+        best: dict[str, float] = {}
+        solving = list(self.arms)
+        for length in self.prompt_lengths:
 
-    Returns:
-        One record per method, length and seed that counts: what the target took, or null where it was not reached.
-    """
-    with opened(out, asdict(study)):
-        return _run(study, out, on_run)
+            def at_length(arm: str, length: int = length) -> Rows:
+                # The best of the length before comes first: the sooner one is good, the sooner the others have lost.
+                rates = sorted(self.learning_rates, key=lambda rate: rate != best.get(arm))
+                return self._arm_at_length(work, arm, length, rates)
 
+            for arm, of_arm in zip(list(solving), work.each(at_length, list(solving)), strict=True):
+                best[arm] = of_arm[0]["learning_rate"]
+                if all(row["answers"] is None for row in of_arm):
+                    solving.remove(arm)
+                rows += of_arm
+                work.save(rows)
+        return rows
 
-def _run(study: ScalingStudy, out: Path, on_run: OnRun | None) -> list[Record]:
-    rows: list[Record] = []
-    solving = dict.fromkeys(study.arms, True)
-    best: dict[str, float] = {}
-    for length in study.prompt_lengths:
-        for arm in [name for name in study.arms if solving[name]]:
-            # The best of the length before comes first: the sooner one is good, the sooner the others have lost.
-            rates = _first(study.learning_rates, best.get(arm))
-            of_arm = _arm_at_length(study, arm, length, rates, out, on_run)
-            best[arm] = of_arm[0]["learning_rate"]
-            solving[arm] = any(row["answers"] is not None for row in of_arm)
-            rows += of_arm
-            write_json(out / "summary.json", {"runs": rows, "longest": longest(rows)})
-    return rows
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        return {"runs": rows, "longest": scaling_results.longest(rows)}
 
+    def tables(self, rows: Rows) -> dict[str, DataFrame]:
+        return scaling_results.tables(rows)
 
-def longest(rows: list[Record], budgets: int = 24) -> list[Record]:
-    """The longest prompt that all seeds solved within a budget, for a range of budgets of each kind."""
-    result = []
-    for kind in BUDGETS:
-        costs = [row[kind] for row in rows if row[kind] is not None]
-        if not costs:
-            continue
-        for budget in np.geomspace(min(costs), max(costs), budgets).tolist():
-            for arm in dict.fromkeys(row["arm"] for row in rows):
-                solved = [0]
-                for length in dict.fromkeys(row["prompt_length"] for row in rows if row["arm"] == arm):
-                    seeds = [row for row in rows if row["arm"] == arm and row["prompt_length"] == length]
-                    if all(row[kind] is not None and row[kind] <= budget * (1 + 1e-9) for row in seeds):
-                        solved.append(length)
-                result.append({"budget": kind, "amount": budget, "arm": arm, "prompt_length": max(solved)})
-    return result
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        return {"scaling": scaling_results.plot(rows)}
 
+    def _arm_at_length(self, work: Work, arm: str, length: int, rates: list[float]) -> Rows:
+        """The rows of one method at one length, at the best of `rates`; among equals the earlier one."""
+        task = self.task(length)
+        batch = task.prompts * task.answers
 
-def plot(rows: list[Record]) -> Figure:
-    """What the target took against the prompt length, in answers, backward tokens and seconds: means and seeds."""
-    from matplotlib.figure import Figure
+        def run_one(rate: float, seed: int, answers: int) -> Record:
+            settings = replace(self.settings(arm, rate, seed), steps=max(1, answers // batch))
+            within = Path(f"length-{length}", f"learning-rate-{rate:g}")
+            records = work.train(Run(settings, task, within, f"H={length} lr={rate:g} {arm}, seed {seed}"))
+            return summary(records, self.target_error)
 
-    figure = Figure(figsize=(14, 5), layout="constrained")
-    axes = figure.subplots(1, len(BUDGETS))
-    for axis, (kind, label) in zip(axes, BUDGETS.items(), strict=True):
-        for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
-            solved = [row for row in rows if row["arm"] == arm and row[kind] is not None]
-            failed = {row["prompt_length"] for row in rows if row["arm"] == arm and row[kind] is None}
-            lengths = sorted({row["prompt_length"] for row in solved} - failed)
-            means = [np.mean([row[kind] for row in solved if row["prompt_length"] == length]) for length in lengths]
-            axis.plot(lengths, means, "-", color=f"C{number}", label=arm)
-            axis.plot([row["prompt_length"] for row in solved], [row[kind] for row in solved], ".", color=f"C{number}")
-        axis.set(xlabel="prompt length H", ylabel=label, yscale="log")
-        axis.grid(alpha=0.3, which="both")
-    figure.suptitle(
-        "token reversal: what 1% error takes, each method at its best learning rate. "
-        "Dots: seeds that got there; lines: means where all did"
-    )
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-def _arm_at_length(
-    study: ScalingStudy, arm: str, length: int, rates: list[float], out: Path, on_run: OnRun | None
-) -> list[Record]:
-    """The rows of one method at one length, at the best of `rates`; among equals the earlier one."""
-    config = study.task(length)
-    task = ReversalTask(config)
-    batch = config.prompts * config.answers
-
-    def run_one(learning_rate: float, seed: int, answers: int) -> Record:
-        settings = replace(study.settings(arm, learning_rate, seed), steps=max(1, answers // batch))
-        folder = out / f"length-{length}" / f"learning-rate-{learning_rate:g}"
-        named = None if on_run is None else _named(on_run, f"H={length} lr={learning_rate:g} ")
-        return summary(train_one(settings, task, folder, asdict(config), named), study.target_error)
-
-    best = soonest(rates, study.tuning_seeds, study.answers, batch, run_one)
-    of_arm = {"arm": arm, "prompt_length": length, "learning_rate": best}
-    return [{**of_arm, **_row(run_one(best, seed, study.answers))} for seed in study.seeds]
+        best = soonest(rates, self.tuning_seeds, self.answers, batch, run_one)
+        of_arm = {"arm": arm, "prompt_length": length, "learning_rate": best}
+        return [{**of_arm, **_row(run_one(best, seed, self.answers))} for seed in self.seeds]
 
 
 def _row(record: Record) -> Record:
@@ -202,11 +162,3 @@ def _row(record: Record) -> Record:
         **{name: value if solved else None for name, value in spent.items()},
         "spent": spent,
     }
-
-
-def _first(rates: tuple[float, ...], chosen: float | None) -> list[float]:
-    return sorted(rates, key=lambda rate: rate != chosen)
-
-
-def _named(on_run: OnRun, prefix: str) -> OnRun:
-    return lambda name, settings: on_run(prefix + name, settings)

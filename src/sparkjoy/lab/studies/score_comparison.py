@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+import pandas as pd
 
-from sparkjoy.lab.studies.pareto import OnRun, train_all
-from sparkjoy.lab.tasks.mnist import MnistTask
-from sparkjoy.lab.training.folder import opened
+from sparkjoy.lab.studies.drawing import draw, legend, log_axes, panels, styles
+from sparkjoy.lab.studies.frames import as_records, mean_curves
+from sparkjoy.lab.studies.run_tables import last_records
+from sparkjoy.lab.studies.runs import Run
+from sparkjoy.lab.studies.study import Rows, Study, Work
+from sparkjoy.lab.tasks.mnist import MnistConfig
 from sparkjoy.lab.training.loop import Record
 from sparkjoy.lab.training.settings import Score, Settings
 from sparkjoy.lab.training.tracking import write_json, write_json_lines
@@ -23,8 +26,10 @@ BASELINES: tuple[Baseline, ...] = ("expected-confidence", "batch-mean")
 
 
 @dataclass(frozen=True)
-class ScoresStudy:
-    """MNIST at one rate, ranked by every score."""
+class ScoresStudy(Study):
+    """The same rate by delight and by every other score, under two baselines, on MNIST."""
+
+    keeps_records = True
 
     data: str = "embedded"
     """embedded, openml, or a folder of IDX files."""
@@ -68,73 +73,67 @@ class ScoresStudy:
             for seed in self.seeds
         ]
 
+    @property
+    def runs(self) -> int:
+        return len(self.arms()) * len(BASELINES)
 
-def run(study: ScoresStudy, task: MnistTask, out: Path, on_run: OnRun | None = None) -> list[Record]:
-    """Train every score under both baselines on `task`; finished runs are not run again.
+    def run(self, work: Work) -> Rows:
+        arms, rows = self.arms(), Rows()
+        tasks = {baseline: MnistConfig(data=self.data, baseline=baseline) for baseline in BASELINES}
+        runs = [Run(arm, task, Path(baseline, "runs")) for baseline, task in tasks.items() for arm in arms]
+        of_baselines: dict[str, Rows] = {baseline: [] for baseline in BASELINES}
+        for run, records in zip(runs, work.each(work.train, runs), strict=True):
+            baseline = run.within.parent.name
+            of_baselines[baseline] += records
+            rows += [{"baseline": baseline, **record} for record in records]
+            write_json_lines(work.out / baseline / "records.jsonl", of_baselines[baseline])
+            write_json(work.out / baseline / "summary.json", {"runs": last_records(of_baselines[baseline], None)})
+            work.save(rows)
+        return rows
 
-    Returns:
-        The records of all runs, each with its "baseline".
-    """
-    records: list[Record] = []
-    with opened(out, asdict(study)):
-        for baseline in BASELINES:
-            task.config = replace(task.config, baseline=baseline)
-            of_baseline = train_all(study.arms(), task, out / baseline, asdict(task.config), on_run)
-            records += [{"baseline": baseline, **record} for record in of_baseline]
-        write_json_lines(out / "records.jsonl", records)
-        write_json(out / "summary.json", {"scores": table(records)})
-    return records
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        return {"scores": as_records(ends(rows))}
+
+    def tables(self, rows: Rows) -> dict[str, pd.DataFrame]:
+        found = ends(rows)
+        spread = [f" ± {100 * sd:.2f}" if sd == sd else "" for sd in found["error_sd"]]
+        errors = [f"{100 * error:.2f}" for error in found["error"]]
+        shown = {
+            "error %": [error + sd for error, sd in zip(errors, spread, strict=True)],
+            "seeds": found["seeds"],
+            "backward samples": [f"{samples:,.0f}" for samples in found["backward_samples"]],
+        }
+        return {"means over seeds, ± standard deviation": pd.DataFrame(shown, index=found.index)}
+
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        return {"scores": plot(rows)}
 
 
-def table(records: list[Record]) -> list[dict[str, Any]]:
+def ends(rows: list[Record]) -> pd.DataFrame:
     """Of every baseline and score: mean and standard deviation of the last error, and the samples it cost."""
-    rows = []
-    for baseline in dict.fromkeys(record["baseline"] for record in records):
-        for score in dict.fromkeys(record["score"] for record in records):
-            last: dict[int, Record] = {}
-            for record in records:
-                if record["baseline"] == baseline and record["score"] == score:
-                    last[record["seed"]] = record
-            errors = [record["error"] for record in last.values()]
-            rows.append(
-                {
-                    "baseline": baseline,
-                    "score": score,
-                    "error": float(np.mean(errors)),
-                    "error_sd": float(np.std(errors, ddof=1)) if len(errors) > 1 else None,
-                    "seeds": len(errors),
-                    "backward_samples": float(np.mean([record["backward_samples"] for record in last.values()])),
-                }
-            )
-    return rows
+    last = pd.DataFrame(rows).groupby(["baseline", "score", "seed"], sort=False).last()
+    of_score = last.groupby(level=["baseline", "score"], sort=False)
+    return of_score.agg(
+        error=("error", "mean"),
+        error_sd=("error", "std"),
+        seeds=("error", "size"),
+        backward_samples=("backward_samples", "mean"),
+    )
 
 
-def plot(records: list[Record]) -> Figure:
+def plot(rows: list[Record]) -> Figure:
     """Error against steps for every score, one panel a baseline: means, and bands from the best to the worst seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    axes = figure.subplots(1, len(BASELINES), sharey=True)
+    curves = mean_curves(rows, "baseline", "score")
+    style = styles([row["score"] for row in rows], ("delight", "advantage", "additive", "surprisal", "uniform"))
+    figure, axes = panels(1, len(BASELINES), 4.5, sharey=True)
     for axis, baseline in zip(axes, BASELINES, strict=True):
-        for score in dict.fromkeys(record["score"] for record in records):
-            chosen = [r for r in records if r["baseline"] == baseline and r["score"] == score]
-            steps = sorted({record["step"] for record in chosen})
-            errors = np.array([[r["error"] for r in chosen if r["step"] == step] for step in steps])
-            (line,) = axis.plot(steps, 100 * errors.mean(axis=1), label=score)
-            axis.fill_between(
-                steps,
-                100 * errors.min(axis=1),
-                100 * errors.max(axis=1),
-                color=line.get_color(),
-                alpha=0.15,
-                linewidth=0,
+        for score, curve in curves[curves["baseline"] == baseline].groupby("score", sort=False):
+            draw(
+                axis, curve["step"], 100 * curve["error"], style[str(score)], 100 * curve["best"], 100 * curve["worst"]
             )
-        axis.set(title=f"baseline: {baseline}", xlabel="optimizer steps", xscale="log", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-    axes[0].set_ylabel("test error, %")
-    rate = records[0]["rate"]
-    figure.suptitle(f"MNIST, {100 * rate:g}% of the samples kept by the highest score")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+        axis.set(xlabel="optimizer steps")
+        axis.set_title(f"baseline: {baseline}", fontsize="medium")
+        log_axes(axis)
+    axes[0].set_ylabel(f"test error, %, {100 * rows[0]['rate']:g}% of the samples kept")
+    legend(figure, axes[0])
     return figure

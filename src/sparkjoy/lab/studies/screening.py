@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-
-from sparkjoy.lab.studies.pareto import OnRun, train_one
-from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.tasks.rollouts import Task
+from sparkjoy.lab.studies import screening_figures, screening_results
+from sparkjoy.lab.studies.runs import Run, TaskConfig
+from sparkjoy.lab.studies.study import Rows, Study, Work
+from sparkjoy.lab.tasks.mnist import MnistConfig
+from sparkjoy.lab.tasks.reversal import ReversalConfig
 from sparkjoy.lab.training.draft_settings import Screen
-from sparkjoy.lab.training.folder import opened
-from sparkjoy.lab.training.loop import Record
 from sparkjoy.lab.training.settings import Settings
-from sparkjoy.lab.training.tracking import write_json, write_json_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 Part = Literal["screeners", "noise", "unbiased"]
 VERIFY = 4.0
 ALIKE = "mnist, batch-mean baseline"
 KEPT: tuple[dict[str, Any], ...] = ({"rate": 0.03}, {"rate": 0.1}, {"price": 0.0})
-MEASURED = (
-    "recall",
-    "draft_recall",
-    "spearman",
-    "proposed",
-    "seconds_over_forward",
-    "learn_over_forward",
-    "flops_over_forward",
-)
 
 
 @dataclass(frozen=True)
-class ScreeningStudy:
-    """What can be had for less than an exact forward pass over every row."""
+class ScreeningStudy(Study):
+    """Cheaper screeners than a forward pass, noise on delight, and the gate that stays unbiased; in minutes."""
+
+    keeps_records = True
 
     full: bool = False
     """The grid of the paper index, in hours; without it a small one, in minutes."""
@@ -49,6 +41,27 @@ class ScreeningStudy:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("--parts: expected at least one of screeners, noise and unbiased.")
+
+    @property
+    def runs(self) -> int:
+        return len(arms(self))
+
+    def run(self, work: Work) -> Rows:
+        rows: Rows = []
+        every = arms(self)
+        for arm, records in zip(every, work.each(lambda arm: work.train(arm.run), every), strict=True):
+            rows += [{**record, **arm.facts} for record in records]
+            work.save(rows)
+        return rows
+
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        return screening_results.summary(rows)
+
+    def tables(self, rows: Rows) -> dict[str, DataFrame]:
+        return screening_results.tables(rows)
+
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        return screening_figures.plot(screening_results.summary(rows))
 
 
 @dataclass(frozen=True)
@@ -64,8 +77,28 @@ class Arm:
 
     part: Part
     task: str
-    config: MnistConfig | ReversalConfig
+    config: TaskConfig
     settings: Settings
+
+    @property
+    def run(self) -> Run:
+        """Its run, in a folder of the part and task."""
+        return Run(self.settings, self.config, Path("runs", self.part, self.task.replace(" ", "-")))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the study's records say of it besides."""
+        settings = self.settings
+        return {
+            "part": self.part,
+            "task": self.task,
+            "batch_size": self.config.batch_size if isinstance(self.config, MnistConfig) else None,
+            "price_asked": settings.price,
+            "screen": settings.screen,
+            "verify": settings.verify,
+            "noise": settings.score_noise,
+            "noise_kind": settings.score_noise_kind,
+        }
 
 
 def arms(study: ScreeningStudy) -> list[Arm]:
@@ -78,83 +111,6 @@ def arms(study: ScreeningStudy) -> list[Arm]:
         for part in study.parts
         for arm in every[part](study)
     ]
-
-
-def run(study: ScreeningStudy, out: Path, on_run: OnRun | None = None) -> dict[str, list[Record]]:
-    """Train every arm in a folder of its own under `out`; finished runs are not run again.
-
-    Returns:
-        The tables of summary.json: "screeners", "noise" and "unbiased".
-    """
-    with opened(out, asdict(study)):
-        return _run(study, out, on_run)
-
-
-def _run(study: ScreeningStudy, out: Path, on_run: OnRun | None) -> dict[str, list[Record]]:
-    tasks: dict[Any, Task] = {}
-    records: list[Record] = []
-    for arm in arms(study):
-        task = tasks.setdefault(arm.config, _task(arm.config))
-        folder = out / "runs" / arm.part / arm.task.replace(" ", "-")
-        batch = arm.config.batch_size if isinstance(arm.config, MnistConfig) else None
-        shared = {"part": arm.part, "task": arm.task, "batch_size": batch, "price_asked": arm.settings.price}
-        settings = arm.settings
-        shared |= {"screen": settings.screen, "verify": settings.verify}
-        shared |= {"noise": settings.score_noise, "noise_kind": settings.score_noise_kind}
-        of_arm = train_one(settings, task, folder, asdict(arm.config), on_run)
-        records += [{**record, **shared} for record in of_arm]
-        write_json_lines(out / "records.jsonl", records)
-        write_json(out / "summary.json", tables(records))
-    return tables(records)
-
-
-def tables(records: list[Record]) -> dict[str, list[Record]]:
-    """One row an arm, means over its seeds; "mean_error" is over the evaluations of a run, a measure of its speed."""
-    of_arms: dict[tuple[Any, ...], dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        key = (record["part"], record["task"], record["arm"])
-        of_arms[key][record["seed"]].append(record)
-    rows: dict[str, list[Record]] = {part: [] for part in get_args(Part)}
-    for (part, _, _), of_seeds in of_arms.items():
-        rows[part].append(_row(list(of_seeds.values())))
-    exact = {row["task"]: row for row in rows["screeners"] if row["screener"] == "exact"}
-    for row in rows["screeners"]:
-        for name in ("error", "mean_error"):
-            row[f"{name}_exact"] = exact[row["task"]][name] if row["task"] in exact else None
-    return rows
-
-
-def _row(of_seeds: list[list[Record]]) -> Record:
-    last = [records[-1] for records in of_seeds]
-    screening = [record["screening"] for record in last if record["screening"] is not None]
-
-    def mean(values: list[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return float(np.mean(known)) if known else None
-
-    return {
-        "screener": last[0]["screen"],
-        "task": last[0]["task"],
-        "method": last[0]["method"],
-        "arm": last[0]["arm"],
-        "rate": last[0]["rate"],
-        "price": last[0]["price_asked"],
-        "verify": last[0]["verify"],
-        "noise": last[0]["noise"],
-        "noise_kind": last[0]["noise_kind"],
-        "batch_size": last[0]["batch_size"],
-        "step": last[0]["step"],
-        "backward_samples": mean([record["backward_samples"] for record in last]),
-        **{name: mean([found[name] for found in screening]) for name in MEASURED},
-        "gave_up": sum(found["exact"] for found in screening),
-        "error": mean([record["error"] for record in last]),
-        "mean_error": mean([record["error"] for records in of_seeds for record in records]),
-        "seeds": len(last),
-    }
-
-
-def _task(config: MnistConfig | ReversalConfig) -> Task:
-    return MnistTask(config) if isinstance(config, MnistConfig) else ReversalTask(config)
 
 
 def _mnist(study: ScreeningStudy, steps: int, **settings: Any) -> Settings:

@@ -4,109 +4,95 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from sparkjoy.lab.studies.drawing import legend, panels, styles
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, Any]
 FREE = 1e-3
 """Where a cost of next to nothing stands on a logarithmic axis."""
+COLUMNS = 2
 
 
-def plot(tables: dict[str, list[Row]]) -> dict[str, Figure]:
+def plot(tables: dict[str, list[dict[str, Any]]]) -> dict[str, Figure]:
     """A figure for every part that was run."""
     draw = {"screeners": _screeners, "noise": _noise, "unbiased": _unbiased}
-    return {name: draw[name](rows) for name, rows in tables.items() if rows}
+    return {name: draw[name](pd.DataFrame(rows)) for name, rows in tables.items() if rows}
 
 
-def _screeners(rows: list[Row]) -> Figure:
+def _screeners(found: pd.DataFrame) -> Figure:
     """Recall, with and without verification, against what a screener costs."""
-    drafts = [row for row in rows if row["recall"] is not None and row["seconds_over_forward"] is not None]
-    tasks = list(dict.fromkeys(row["task"] for row in drafts))
-    figure, axes = _figure(tasks)
-    colours = _colours([row["screener"] for row in drafts])
-    for axis, task in zip(axes, tasks, strict=True):
-        for row in drafts:
-            if row["task"] != task:
-                continue
-            cost = max(FREE, row["seconds_over_forward"] + (row["learn_over_forward"] or 0.0))
-            style = {"color": colours[row["screener"]], "fillstyle": "none" if row["verify"] is None else "full"}
-            axis.plot(cost, row["recall"], "o", **style)
+    drafts = found.dropna(subset=["recall", "seconds_over_forward"])
+    costs = drafts["seconds_over_forward"] + drafts["learn_over_forward"].astype(float).fillna(0.0)
+    drafts = drafts.assign(cost=costs.clip(lower=FREE))
+    style = styles(drafts["screener"], list(drafts["screener"]))
+    figure, axes = _grid(drafts["task"].unique(), 3.2)
+    for axis, (task, of_task) in zip(axes, drafts.groupby("task", sort=False), strict=False):
+        for row in of_task.itertuples():
+            color = style[row.screener]["color"] if "label" in style[row.screener] else "0.4"
+            axis.plot(row.cost, row.recall, "o", color=color, fillstyle="none" if pd.isna(row.verify) else "full")
+            axis.annotate(row.screener, (row.cost, row.recall), (5, 3), textcoords="offset points", color=color)
         axis.axvline(1, color="0.7", linewidth=1, zorder=0)
-        axis.set_title(task)
-        axis.set_xscale("log")
-        axis.set_xlim(FREE / 2, 20)
-        axis.set_xlabel("seconds of drafting and learning\nover those of an exact forward pass")
-        axis.set_ylim(0, 1.05)
-    axes[0].set_ylabel("recall of the true survivors\n(filled: four times the rate proposed)")
-    for name, colour in colours.items():
-        axes[0].plot([], [], "o", color=colour, label=name)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(colours))
+        axis.set(xscale="log", xlim=(FREE / 2, 20), ylim=(0, 1.12))
+        axis.set_title(str(task), fontsize="medium")
+    open_dots = "; open: not verified" if drafts["verify"].isna().any() else ""
+    figure.supxlabel("seconds of drafting and learning over those of an exact forward pass", fontsize="medium")
+    figure.supylabel(f"recall of the true survivors, four times the rate proposed{open_dots}", fontsize="medium")
     return figure
 
 
-def _noise(rows: list[Row]) -> Figure:
+def _noise(found: pd.DataFrame) -> Figure:
     """Mean error over training against the noise on delight."""
-    tasks = list(dict.fromkeys((row["task"], kind) for row in rows for kind in ("multiplicative", "additive")))
-    figure, axes = _figure(tasks)
-    names = list(dict.fromkeys(_kept(row) for row in rows))
-    colours = _colours(names)
-    for axis, (task, kind) in zip(axes, tasks, strict=True):
-        for name in names:
-            for verified in (False, True):
-                line = sorted(
-                    (100 * row["noise"], 100 * row["mean_error"])
-                    for row in rows
-                    if (row["task"], _kept(row), row["verify"] is not None) == (task, name, verified)
-                    and (row["noise_kind"] == kind or row["noise"] == 0)
-                )
-                if line:
-                    label = name + (", verified" if verified else "")
-                    style = {"linestyle": "--" if verified else "-", "marker": "o", "markersize": 3}
-                    axis.plot(*zip(*line, strict=True), color=colours[name], label=label, **style)
-        axis.set_title(f"{task}, {kind}")
-        axis.set_xlabel("noise on delight, %")
-    axes[0].set_ylabel("error, mean over training, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    found = found.assign(name=[_kept(row) for row in found.to_dict("records")], verified=found["verify"].notna())
+    style = styles(found["name"])
+    kinds = [(task, kind) for task in found["task"].unique() for kind in ("multiplicative", "additive")]
+    figure, axes = _grid(kinds, 3.2)
+    for axis, (task, kind) in zip(axes, kinds, strict=False):
+        mine = found[(found["task"] == task) & ((found["noise_kind"] == kind) | (found["noise"] == 0))]
+        for (name, verified), line in mine.sort_values("noise").groupby(["name", "verified"], sort=False):
+            options = style[str(name)] | ({"linestyle": "--", "label": "_"} if verified else {})
+            axis.plot(100 * line["noise"], 100 * line["mean_error"], **options)
+        axis.set_title(f"{task}, {kind}", fontsize="medium")
+    figure.supxlabel("noise on delight, %; dashed: verified", fontsize="medium")
+    figure.supylabel("error, mean over training, %", fontsize="medium")
+    legend(figure, axes[0])
     return figure
 
 
-def _unbiased(rows: list[Row]) -> Figure:
+def _unbiased(found: pd.DataFrame) -> Figure:
     """Last error of each method on every task, and against batch size at equal cost."""
-    tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if " of " not in task]
-    figure, axes = _figure([*tasks, "batches"])
-    colours = _colours(list(dict.fromkeys(row["arm"] for row in rows)))
+    arms = found["arm"].unique()
+    style = styles(arms)
+    tasks = [task for task in found["task"].unique() if " of " not in task]
+    figure, axes = _grid([*tasks, "batches"], 2.4)
     for axis, task in zip(axes, tasks, strict=False):
-        of_task = [row for row in rows if row["task"] == task]
-        positions = range(len(of_task))
-        axis.bar(positions, [100 * row["error"] for row in of_task], color=[colours[row["arm"]] for row in of_task])
-        axis.set_xticks(positions, [row["arm"] for row in of_task], rotation=60, ha="right")
-        axis.set_title(task)
-    axes[0].set_ylabel("error in the end, %")
-    sized = [row for row in rows if row["task"].startswith("mnist, 30% wrong labels") and "three of" not in row["task"]]
-    for arm in dict.fromkeys(row["arm"] for row in sized):
-        line = sorted((row["batch_size"], 100 * row["error"]) for row in sized if row["arm"] == arm)
+        errors = 100 * found[found["task"] == task].set_index("arm")["error"]
+        axis.barh(list(errors.index), errors, color=[style[arm]["color"] for arm in errors.index], height=0.6)
+        axis.invert_yaxis()
+        axis.set_title(f"{task}: error in the end, %", fontsize="medium")
+    sized = found[found["task"].str.startswith("mnist, 30% wrong labels") & ~found["task"].str.contains("three of")]
+    for arm, line in sized.sort_values("batch_size").groupby("arm", sort=False):
         if len(line) > 1:
-            axes[-1].plot(*zip(*line, strict=True), "o-", color=colours[arm], label=arm)
-    axes[-1].set_xscale("log", base=2)
-    axes[-1].set_xlabel("batch size, at equal cost")
-    axes[-1].set_title("30% wrong labels")
-    if axes[-1].has_data():
-        axes[-1].legend()
+            axes[len(tasks)].plot(line["batch_size"], 100 * line["error"], **style[str(arm)])
+    axes[len(tasks)].set_xscale("log", base=2)
+    sizes = sorted(sized["batch_size"].unique())
+    axes[len(tasks)].set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axes[len(tasks)].set_title("30% wrong labels: error, %, by batch size at equal cost", fontsize="medium")
     return figure
 
 
-def _kept(row: Row) -> str:
+def _kept(row: dict[str, Any]) -> str:
     if row["method"] == "dg":
         return "dg"
-    return f"kondo {100 * row['rate']:g}%" if row["rate"] is not None else f"kondo, price {row['price']:g}"
+    return f"kondo {100 * row['rate']:g}%" if pd.notna(row["rate"]) else f"kondo, price {row['price']:g}"
 
 
-def _figure(panels: list[Any]) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * len(panels), 4.8), layout="constrained")
-    return figure, figure.subplots(1, len(panels), squeeze=False)[0]
-
-
-def _colours(names: list[str]) -> dict[str, str]:
-    return {name: f"C{number % 10}" for number, name in enumerate(dict.fromkeys(names))}
+def _grid(names: Any, height: float) -> tuple[Figure, list[Any]]:
+    """As many panels as names, in two columns."""
+    columns = min(COLUMNS, len(names))
+    figure, axes = panels(-(-len(names) // columns), columns, height)
+    for axis in axes[len(names) :]:
+        axis.remove()
+    return figure, axes

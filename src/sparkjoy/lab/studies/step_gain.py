@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ from sparkjoy.lab.policies.transformer import Transformer
 from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.lab.tasks.rollouts import Rollout
 from sparkjoy.losses import delightful
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 Body = Literal["written out", "plain", "checkpointed", "adapters", "head only"]
@@ -167,31 +164,3 @@ def make_body(policy: Transformer, body: Body) -> None:
     if body == "head only":
         policy.requires_grad_(False)
         policy.head.requires_grad_(True)
-
-
-def plot(records: list[Record]) -> Figure:
-    """Gain a step, with and without sampling, against what is changed."""
-    from matplotlib.figure import Figure
-
-    panels = [changed for changed in ("H", "M", "width", "body") if any(r["changed"] == changed for r in records)]
-    figure = Figure(figsize=(4 * len(panels), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, changed in zip(axes, panels, strict=True):
-        of_panel = [record for record in records if record["changed"] == changed]
-        places = range(len(of_panel))
-        for name, label in (("training_gain", "update alone"), ("total_gain", "sampling included")):
-            gains = [record[name] for record in of_panel]
-            color = "C0" if name == "training_gain" else "C1"
-            axis.plot(places, gains, "o" if changed == "body" else "o-", color=color, label=label)
-            counted = [record[f"{name}_flops"] for record in of_panel]
-            axis.plot(places, counted, "x", color=color, label=f"{label}, in FLOPs")
-        values = [str(record["value"]).replace(" ", "\n") for record in of_panel]
-        axis.set_xticks(list(places), values)
-        axis.set(xlabel=changed, yscale="log")
-        axis.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3, axis="y")
-    axes[0].set_ylabel("DG's step over the gate's")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle("token reversal: what the gate saves a step")
-    return figure

@@ -5,20 +5,23 @@ Beside the error, fresh rollouts show now and then which tokens each gate keeps 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.gates import KondoGate
+from sparkjoy.lab.studies.drawing import draw, legend, panels, styles
+from sparkjoy.lab.studies.frames import grouped
+from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.lab.tasks.rollouts import Rollout
 from sparkjoy.lab.token_gate import TokenGatedBackward
 from sparkjoy.lab.training.building import build_step
-from sparkjoy.lab.training.loop import Record, Training
+from sparkjoy.lab.training.loop import Training
 from sparkjoy.lab.training.settings import Settings
 from sparkjoy.losses import delightful
 from sparkjoy.scores import delight
@@ -38,8 +41,12 @@ ARMS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @dataclass(frozen=True)
-class TokenGateStudy:
-    """Gating tokens against gating answers."""
+class TokenGateStudy(Study):
+    """Gating single tokens against gating whole answers, on token reversal: what is kept, and where it leads."""
+
+    trains = False
+    keeps_records = True
+    folder = "Folder for records.jsonl, summary.json and the figure; written when everything is measured."
 
     prompt_length: int = 10
     """H, tokens of a prompt and of an answer."""
@@ -69,33 +76,43 @@ class TokenGateStudy:
             **arm,
         )
 
+    def run(self, work: Work) -> Rows:
+        """One record an evaluation, with what the probe saw.
 
-def run(study: TokenGateStudy, progress: Callable[[float, str], None] | None = None) -> list[Record]:
-    """Train every arm with every seed; one record an evaluation, with what the probe saw.
+        Returns:
+            Records: arm, seed, step, error, reward, surprisal (mean, nats a token), right_kept and right_all (fraction
+            of kept and of all tokens that are right), position_kept (mean position of kept tokens, 0 to 1), rows_kept
+            (fraction), tied (fraction of tokens with exactly the score at the cut), cosine_full and cosine_dg (of this
+            gate's gradient to the full policy gradient's and DG's).
+        """
+        torch.set_num_threads(1)
+        rows: Rows = []
+        jobs = [(name, seed) for name in ARMS for seed in self.seeds]
+        for number, (name, seed) in enumerate(jobs):
+            arm, credit = ARMS[name]
+            task = ReversalTask(ReversalConfig(prompt_length=self.prompt_length, credit=credit))  # type: ignore[arg-type]
+            training = Training(task, self.settings(arm, seed))
+            generator = torch.Generator().manual_seed(10_000 + seed)
+            while not training.finished:
+                training.step()
+                if training.steps_done % self.evaluate_every == 0:
+                    record = training.evaluate()
+                    seen = {"arm": name, "seed": seed, **{key: record[key] for key in ("step", "error", "reward")}}
+                    rows.append({**seen, **probe(training, task, generator)})
+                    done = number + training.steps_done / self.steps
+                    work.progress(done / len(jobs), f"{name}, seed {seed}: error {100 * record['error']:.1f}%")
+        return rows
 
-    Returns:
-        Records: arm, seed, step, error, reward, surprisal (mean, nats a token), right_kept and right_all (fraction of
-        kept and of all tokens that are right), position_kept (mean position of kept tokens, 0 to 1), rows_kept
-        (fraction), tied (fraction of tokens with exactly the score at the cut), cosine_full and cosine_dg (of this
-        gate's gradient to the full policy gradient's and DG's).
-    """
-    records: list[Record] = []
-    jobs = [(name, seed) for name in ARMS for seed in study.seeds]
-    for number, (name, seed) in enumerate(jobs):
-        arm, credit = ARMS[name]
-        task = ReversalTask(ReversalConfig(prompt_length=study.prompt_length, credit=credit))  # type: ignore[arg-type]
-        training = Training(task, study.settings(arm, seed))
-        generator = torch.Generator().manual_seed(10_000 + seed)
-        while not training.finished:
-            training.step()
-            if training.steps_done % study.evaluate_every == 0:
-                record = training.evaluate()
-                seen = {"arm": name, "seed": seed, **{key: record[key] for key in ("step", "error", "reward")}}
-                records.append({**seen, **probe(training, task, generator)})
-                if progress is not None:
-                    done = number + training.steps_done / study.steps
-                    progress(done / len(jobs), f"{name}, seed {seed}: error {100 * record['error']:.1f}%")
-    return records
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        return {"runs": [of_run[-1] for of_run in grouped(rows, "arm", "seed").values()]}
+
+    def tables(self, rows: Rows) -> dict[str, pd.DataFrame]:
+        last = pd.DataFrame(self.summary(rows)["runs"]).set_index(["arm", "seed"])
+        shown = {"error %": [f"{100 * error:.1f}" for error in last["error"]], "steps": last["step"]}
+        return {"where each run ended": pd.DataFrame(shown, index=last.index)}
+
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        return {"tokens": plot(rows)}
 
 
 def probe(training: Training, task: ReversalTask, generator: torch.Generator) -> dict[str, float]:
@@ -144,28 +161,23 @@ def _kept_tokens(training: Training, rollout: Rollout) -> tuple[Tensor, float]:
     return keep, tied
 
 
-def plot(records: list[Record]) -> Figure:
+def plot(rows: Rows) -> Figure:
     """Error, what is kept, and where the gradient points, against steps: means over seeds."""
-    from matplotlib.figure import Figure
-
-    panels = {
+    measures = {
         "error": "error",
         "surprisal": "surprisal of a token, nats",
         "right_kept": "right tokens among the kept",
-        "cosine_full": "cosine to the full policy gradient",
+        "cosine_full": "cosine to the full gradient",
         "cosine_dg": "cosine to DG's gradient",
-        "position_kept": "mean position of kept tokens (0 first, 1 last)",
+        "position_kept": "position kept (0 first, 1 last)",
     }
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
-    for axis, (key, label) in zip(axes, panels.items(), strict=True):
-        for number, arm in enumerate(dict.fromkeys(record["arm"] for record in records)):
-            of_arm = [record for record in records if record["arm"] == arm]
-            steps = sorted({record["step"] for record in of_arm})
-            means = [torch.tensor([r[key] for r in of_arm if r["step"] == step]).nanmean().item() for step in steps]
-            axis.plot(steps, means, color=f"C{number}", label=arm, linewidth=1)
-        axis.set(xlabel="optimizer steps", ylabel=label)
-        axis.grid(alpha=0.3)
-    figure.suptitle("token reversal: keeping tokens against keeping answers; a run ends at 1% error")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    means = pd.DataFrame(rows).groupby(["arm", "step"], sort=False)[list(measures)].mean().reset_index()
+    style = styles(means["arm"])
+    figure, axes = panels(2, 3, 3.0)
+    for axis, (key, label) in zip(axes, measures.items(), strict=True):
+        for arm, of_arm in means.sort_values("step", kind="stable").groupby("arm", sort=False):
+            draw(axis, of_arm["step"], of_arm[key], style[str(arm)])
+        axis.set_title(label, fontsize="medium")
+    figure.supxlabel("optimizer steps; a run ends at 1% error; grey: with credit by position", fontsize="medium")
+    legend(figure, axes[0])
     return figure

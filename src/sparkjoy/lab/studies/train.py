@@ -1,0 +1,66 @@
+"""`sparkjoy train`: one policy, in one process or several."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sparkjoy.lab.studies.runs import TaskConfig, default_target
+from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy.lab.tasks.rollouts import Task
+from sparkjoy.lab.training.console import LiveRuns, print_table
+from sparkjoy.lab.training.loop import train
+from sparkjoy.lab.training.processes import WHOLE, Share, joined, share_of_this_process
+from sparkjoy.lab.training.settings import Settings
+
+FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name before them
+FOLDER = "Folder for the results; a run that was stopped goes on from there."
+
+
+@dataclass(frozen=True)
+class TrainMnist:
+    """Train one policy on MNIST as a contextual bandit."""
+
+    settings: Annotated[Settings, FLAT] = field(default_factory=Settings)
+    task: Annotated[MnistConfig, FLAT] = field(default_factory=MnistConfig)
+    folder = FOLDER
+
+    def start(self, out: Path) -> None:
+        """Train, or go on, and print what came of it."""
+        _train(MnistTask(self.task), self.task, self.settings, out)
+
+
+@dataclass(frozen=True)
+class TrainReversal:
+    """Train a transformer to write a prompt backwards, from rewards alone."""
+
+    settings: Annotated[Settings, FLAT] = field(default_factory=lambda: Settings(steps=1_000, evaluate_every=20))
+    task: Annotated[ReversalConfig, FLAT] = field(default_factory=ReversalConfig)
+    folder = FOLDER
+
+    def start(self, out: Path) -> None:
+        """Train, or go on, as one of the processes that torchrun started, and print what came of it."""
+        share = share_of_this_process()
+        task = ReversalTask(self.task, share)
+        with joined(share):
+            _train(task, self.task, self.settings, out, share)
+
+
+def _train(task: Task, task_config: TaskConfig, settings: Settings, out: Path, share: Share = WHOLE) -> None:
+    asked = settings.target_error
+    target = default_target(task_config) if asked is None else asked
+    settings = replace(settings, target_error=target)
+    if not share.first:
+        train(task, settings, out, asdict(task_config), share=share)
+        return
+    with LiveRuns(runs=1) as live, live.run(settings.label, settings) as on_step:
+        records = train(task, settings, out, asdict(task_config), on_step, share)
+    from sparkjoy.lab.studies.run_tables import tables  # pandas, of which processes after the first have no need
+
+    for title, table in tables([{"arm": settings.label, **record} for record in records], target).items():
+        print_table(title, table)
+    print(f"results in {out}")

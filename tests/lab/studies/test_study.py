@@ -1,0 +1,196 @@
+"""The one way to run a study: in processes of its own as in one, to the bit; stopped, it goes on and leaves nobody."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from command_line import sparkjoy
+from matplotlib.figure import Figure
+
+from sparkjoy.lab.studies.frictions import FrictionsStudy
+from sparkjoy.lab.studies.pareto import ParetoConfig, ParetoReversal
+from sparkjoy.lab.studies.runs import Run
+from sparkjoy.lab.studies.study import Study, run_study
+from sparkjoy.lab.tasks.reversal import ReversalConfig
+from sparkjoy.lab.training.settings import Settings
+
+TINY = ReversalConfig(prompt_length=2, prompts=4, answers=4, held_out=20, layers=1, width=8, heads=2, feed_forward=8)
+STUDIES = {
+    "pareto": ParetoReversal(ParetoConfig(methods=("dg", "kondo"), rates=(0.5,), seeds=(0, 1), steps=6), TINY),
+    "frictions": FrictionsStudy(
+        prompt_lengths=(2,),
+        frictions=("none", "all"),
+        arms=("dg", "noise 0.3"),
+        learning_rates=(1e-3, 2e-3),
+        tuning_seeds=(9,),
+        seeds=(0,),
+        steps_per_token=3,
+    ),
+}
+
+
+@pytest.fixture
+def started():
+    """Start a study in two processes that would take hours, and give it once both are at work."""
+    processes = []
+
+    def start(out):
+        line = ["pareto", "mnist", "--methods", "dg", "pg", "--seeds", "0", "--steps", "1000000", "--jobs", "2"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sparkjoy", *line, "--evaluate-every", "20", "--out", str(out)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        processes.append(process)
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("runs/*/records.jsonl"))) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def children(pid):
+    """The processes that train; multiprocessing has one more, which keeps count of what is shared."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@dataclass(frozen=True)
+class Few(Study):
+    """Some runs, each as it is told."""
+
+    settings: tuple[Settings, ...] = ()
+    task: ReversalConfig = field(default_factory=lambda: TINY)
+
+    @property
+    def runs(self):
+        return len(self.settings)
+
+    def run(self, work):
+        runs = [Run(one, self.task) for one in self.settings]
+        return [records[-1] for records in work.each(work.train, runs)]
+
+    def summary(self, rows):
+        return {"runs": rows}
+
+    def tables(self, rows):
+        return {"errors": pd.DataFrame({"error": [f"{row['error']:.2f}" for row in rows]})}
+
+    def figures(self, rows):
+        return {"few": Figure()}
+
+
+def results(out):
+    """Every JSON file below a folder, without seconds."""
+    paths = [path for path in sorted(out.rglob("*.json*")) if path.is_file()]
+    return {str(path.relative_to(out)): timeless([json.loads(line) for line in lines(path)]) for path in paths}
+
+
+def lines(path):
+    text = path.read_text()
+    return text.splitlines() if path.suffix == ".jsonl" else [text]
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if "seconds" not in key}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_runs_in_two_processes_leave_what_runs_in_one_leave(tmp_path, name, capsys):
+    run_study(STUDIES[name], tmp_path / "one")
+    alone = capsys.readouterr().out
+    run_study(STUDIES[name], tmp_path / "two", jobs=2)
+    together = capsys.readouterr().out
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+    names = [sorted(str(path.relative_to(out)) for path in out.rglob("*")) for out in tmp_path.iterdir()]
+    assert names[0] == names[1]
+    finished = [sorted(line for line in said.splitlines() if ": error" in line) for said in (alone, together)]
+    assert finished[0] == finished[1]  # each run is told of
+    assert len(finished[0]) == STUDIES[name].runs
+    before = {path: path.read_bytes() for path in (tmp_path / "two").rglob("*.jsonl")}
+    run_study(STUDIES[name], tmp_path / "two", jobs=2)
+    assert {path: path.read_bytes() for path in (tmp_path / "two").rglob("*.jsonl")} == before  # nothing ran again
+
+
+@pytest.mark.slow
+def test_the_error_of_one_run_is_the_study_s_and_ends_the_others(tmp_path):
+    breaks = Settings(learning_rate=1e12, steps=50, evaluate_every=10)
+    long = Settings(method="dg", steps=100_000, evaluate_every=1_000)
+    with pytest.raises(ValueError, match="--learning-rate 1e\\+12 is too large"):
+        run_study(Few((long, breaks)), tmp_path, jobs=2)
+    assert (tmp_path / "runs" / "dg-seed-0" / "checkpoint.pt").exists()  # it ended after a step
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_one_line(tmp_path, started):
+    process = started(tmp_path / "out")
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    said = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 2
+    assert said == "sparkjoy: a process that trained was ended from outside, as where memory runs out.\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "to_group", "status"),
+    [(signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143), (signal.SIGINT, True, 130)],
+)
+def test_a_signal_leaves_checkpoints_and_no_process(tmp_path, started, number, to_group, status):
+    out = tmp_path / "out"
+    process = started(out)
+    working = children(process.pid)
+    assert len(working) == 2
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    said = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == status, said
+    assert said.count("\n") == 1, said
+    assert len(list(out.glob("runs/*/checkpoint.pt"))) == 2
+    assert not any(alive(pid) for pid in working)
+    assert not list(out.rglob(".sparkjoy-lock"))
+
+
+@pytest.mark.slow
+def test_processes_whose_first_one_is_killed_end_by_themselves(tmp_path, started):
+    process = started(tmp_path / "out")
+    working = children(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in working):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_jobs_are_at_least_one_and_not_without_end(monkeypatch, capsys, tmp_path):
+    for jobs in (0, -1, 100_000):
+        status, said = sparkjoy(monkeypatch, capsys, "study", "frictions", "--jobs", jobs, "--out", tmp_path / "out")
+        assert status == 2
+        assert said.startswith(f"sparkjoy: --jobs {jobs}: expected a number from 1 to ")
+    status, said = sparkjoy(monkeypatch, capsys, "study", "gain", "--jobs", 2, "--out", tmp_path / "out")
+    assert (status, "--jobs" in said) == (2, True)  # what is timed is alone
+    assert not list(tmp_path.iterdir())
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
