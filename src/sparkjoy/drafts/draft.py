@@ -114,14 +114,26 @@ class Draft:
         return isinstance(self.source, LearningSource) and not self.exact
 
     def check_gate(self, gate: Gate | None) -> None:
-        """Raise a ValueError where proposals are to be verified for a gate that is not hard."""
+        """Raise a ValueError where there is no gate, or where proposals are to be verified for one that is not hard."""
+        if gate is None:
+            raise ValueError("draft is given with the gate None, which keeps every row; expected a gate, or no draft.")
+        if self.verify is not None:
+            self.rule(gate)
+
+    def rule(self, gate: Gate) -> Rule:
+        """The rule of a hard gate, by which rows are proposed.
+
+        Raises:
+            ValueError: it has none, or keeps a share of negative scores.
+        """
         rule = rule_of(gate)
-        if gate is None or (self.verify is not None and (rule is None or rule.negative_share > 0)):
+        if rule is None or rule.negative_share > 0:
             raise ValueError(
-                f"{'draft' if gate is None else 'verify'} is given with the gate {checks.described(gate)}; expected a "
-                "hard KondoGate of no negative share: proposed are the rows of highest drafted score, and nothing is "
-                f"drawn.{'' if gate is None else ' With other gates leave verify out: the draft then decides alone.'}"
+                f"verify is given with the gate {checks.described(gate)}; expected a hard KondoGate of no negative "
+                "share: proposed are the rows of highest drafted score, and nothing is drawn. With other gates leave "
+                "verify out: the draft then decides alone."
             )
+        return rule
 
     def propose(self, score: Tensor, rule: Rule, kept: int, total: int) -> Tensor:
         """(N,) bool, which rows the policy is to decide about.

@@ -85,8 +85,7 @@ def _looked(asked: Asked, inputs: Inputs, passes: Passes, how: HowToRun) -> Sigh
             reason = f"A draft decides about {int(rows.open.count_nonzero())} of {inputs.total} rows."
             value = torch.where(rows.open, drafted, value.to(drafted.dtype))
             return Sight(Choice("draft", reason), value, priced=_priced(rule, rows, ranks))
-        assert rule is not None  # the draft has checked its gate
-        rows = Undecided(rows.kept, rows.open & _proposed(draft, drafted, rule, rows.kept, ranks))
+        rows = Undecided(rows.kept, rows.open & _proposed(draft, drafted, draft.rule(asked.gate), rows.kept, ranks))
         value = value.where(rows.kept | rows.open, 0)
         narrowed_by, proposed = "signs of the advantages and a draft", ranks.sum(int(_either(rows).count_nonzero()))
 
