@@ -62,10 +62,8 @@ def leave_one_out_advantage(rewards: Rewards, group_size: int | None = None) -> 
         ValueError: as `group_mean_advantage`, or groups of one.
     """
     rewards = as_tensor("rewards", rewards)
-    groups = _groups(rewards, group_size)
+    groups = _groups(rewards, group_size, "a group of 1 has no others; leave_one_out_advantage needs")
     size = groups.shape[1]
-    if size < 2:
-        raise ValueError("a group of 1 has no others; leave_one_out_advantage needs a group_size of at least 2.")
     return _advantages(centred(groups, _rounding(rewards)) * (size / (size - 1)), rewards)
 
 
@@ -89,9 +87,7 @@ def group_standardised_advantage(rewards: Rewards, group_size: int | None = None
         ValueError: as `group_mean_advantage`, or groups of one.
     """
     rewards = as_tensor("rewards", rewards)
-    groups = _groups(rewards, group_size)
-    if groups.shape[1] < 2:
-        raise ValueError("a group of 1 has no spread; group_standardised_advantage needs a group_size of at least 2.")
+    groups = _groups(rewards, group_size, "a group of 1 has no spread; group_standardised_advantage needs")
     centred_rewards = centred(groups, _rounding(rewards))
     spread = centred_rewards.std(dim=1, keepdim=True).clamp(min=torch.finfo(groups.dtype).tiny)
     return _advantages(centred_rewards / spread, rewards)
@@ -179,13 +175,15 @@ def centred(groups: Tensor, rounding: float, size: Tensor | None = None) -> Tens
     return (groups - groups.mean(dim=1, keepdim=True)).masked_fill(equal, 0)
 
 
-def _groups(rewards: Tensor, group_size: int | None) -> Tensor:
-    """(G, n) in float64, checked."""
+def _groups(rewards: Tensor, group_size: int | None, alone: str | None = None) -> Tensor:
+    """(G, n) in float64, checked; `alone` says what groups of one lack, where they are refused."""
     if rewards.dim() != 1 or len(rewards) == 0:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected (B,) with at least one reward.")
     size = len(rewards) if group_size is None else checks.whole("group_size", group_size)
     if len(rewards) % size:
         raise ValueError(f"group_size is {size}, which does not divide the {len(rewards)} rewards into whole groups.")
+    if alone is not None and size < 2:
+        raise ValueError(f"{alone} a group_size of at least 2.")
     groups = precise(rewards)
     checks.finite("rewards", groups, " Score such an answer, or leave its group out.")
     return groups.view(-1, size)

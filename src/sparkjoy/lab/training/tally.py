@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparkjoy.engine.counts import Counts
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.lab.training.audits import AuditTally
 from sparkjoy.lab.training.comparing import ComparisonTally
 from sparkjoy.lab.training.processes import Share
 
-COUNTED_BY_EACH = (
-    "samples",
-    "forward_samples",
-    "backward_samples",
-    "forward_tokens",
-    "backward_tokens",
-    "forward_flops",
-    "backward_flops",
-    "compared_samples",
-)
+NOTHING = Counts(forward_flops=0, backward_flops=0)
+TOKENS_AND_FLOPS = ("forward_tokens", "backward_tokens", "forward_flops", "backward_flops")
 
 
 @dataclass
@@ -31,12 +24,7 @@ class Tally:
 
     samples: int = 0
     kept: int = 0
-    forward_samples: int = 0
-    backward_samples: int = 0
-    forward_tokens: int = 0
-    backward_tokens: int = 0
-    forward_flops: int = 0
-    backward_flops: int = 0
+    ran: Counts = NOTHING
     compared_samples: int = 0
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("sample", "screen", "backward", "optimizer", "total"), 0.0)
@@ -51,22 +39,14 @@ class Tally:
     def sampled(self, rows: int, tokens: int, flops: int, reward: Tensor) -> None:
         """Count a rollout of `rows`; its forward pass counts too."""
         self.samples += rows
-        self.forward_samples += rows
-        self.forward_tokens += tokens
-        self.forward_flops += flops
+        self.ran += Counts(forward_rows=rows, forward_tokens=tokens, forward_flops=flops)
         self.reward_sum += reward.item()
         self.steps_since += 1
 
     def stepped(self, report: BackwardReport, forward_is_the_rollouts: bool) -> None:
         """Count a backward step; the rollout's own forward pass, where that was differentiated, is counted already."""
         self.kept += report.kept
-        if not forward_is_the_rollouts:
-            self.forward_samples += report.forward_rows
-            self.forward_tokens += report.forward_tokens
-        self.backward_samples += report.backward_rows
-        self.backward_tokens += report.backward_tokens
-        self.forward_flops += report.forward_flops or 0
-        self.backward_flops += report.backward_flops or 0
+        self.ran += replace(report, forward_rows=0, forward_tokens=0) if forward_is_the_rollouts else report
         self.seconds["screen"] += report.seconds["screen"]
         self.seconds["backward"] += sum(report.seconds[phase] for phase in ("gather", "forward", "backward"))
         if report.drafting is not None:
@@ -85,9 +65,11 @@ class Tally:
         """
         if share.count == 1:
             return
-        sums = share.reduce([getattr(self, name) for name in COUNTED_BY_EACH])
-        for name, value in zip(COUNTED_BY_EACH, sums, strict=True):
-            setattr(self, name, int(value))
+        ran = asdict(self.ran)
+        self.samples, self.compared_samples, *sums = map(
+            int, share.reduce([self.samples, self.compared_samples, *ran.values()])
+        )
+        self.ran = Counts(**dict(zip(ran, sums, strict=True)))
         mean = share.mean(torch.tensor(self.reward_sum, dtype=torch.float64))
         self.reward_sum = mean.item()
         if not share.first:
@@ -101,12 +83,9 @@ class Tally:
             "price": self.price_sum / self.priced_steps if self.priced_steps else None,
             "samples": self.samples,
             "kept": self.kept,
-            "forward_samples": self.forward_samples,
-            "backward_samples": self.backward_samples,
-            "forward_tokens": self.forward_tokens,
-            "backward_tokens": self.backward_tokens,
-            "forward_flops": self.forward_flops,
-            "backward_flops": self.backward_flops,
+            "forward_samples": self.ran.forward_rows,
+            "backward_samples": self.ran.backward_rows,
+            **{name: getattr(self.ran, name) for name in TOKENS_AND_FLOPS},
             "seconds": dict(self.seconds),
             "screening": self.audits.record(),
             "comparison": comparison and {**comparison, "backward_samples": self.compared_samples},
@@ -121,5 +100,7 @@ class Tally:
         for name, value in state.items():
             if name in ("audits", "comparisons"):
                 getattr(self, name).load_state_dict(value)
+            elif name == "ran":
+                self.ran = Counts(**value)
             else:
                 setattr(self, name, value)
