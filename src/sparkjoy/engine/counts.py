@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 class Counts:
     """Rows, tokens and FLOPs of some passes, counted from what ran.
 
-    >>> Counts(forward_rows=3) + Counts(forward_rows=2, backward_rows=2, backward_flops=8)
-    Counts(screened_rows=0, forward_rows=5, backward_rows=2, screened_tokens=0, forward_tokens=0, backward_tokens=0,
-    forward_flops=None, backward_flops=8)
+    >>> ran = Counts(forward_rows=3) + Counts(forward_rows=2, backward_rows=2, backward_flops=8)
+    >>> ran.forward_rows, ran.backward_rows, ran.forward_flops, ran.backward_flops
+    (5, 2, None, 8)
 
     Args:
         screened_rows: rows whose log-probs were computed to decide or to audit, without a graph, drafted ones too.
