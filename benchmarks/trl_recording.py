@@ -36,7 +36,7 @@ def main() -> None:
         """Sample; returns the seconds that handing the log-probs over took of it."""
         with recording(model, 1.0) as recorder, torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             if not recorded:
-                recorder.see = lambda ids, logits: None  # type: ignore[method-assign]
+                recorder.see = lambda ids, logits: None  # type: ignore[method-assign]  # to record nothing
             ids = model.generate(**inputs, max_new_tokens=task.max_tokens, do_sample=True)
         if not recorded:
             return 0.0

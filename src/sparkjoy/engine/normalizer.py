@@ -16,7 +16,7 @@ Normalizer = Literal["batch", "samples", "kept"] | float
 def checked_normalizer(normalizer: Any) -> Normalizer:
     """One of the words, or a number above 0."""
     if isinstance(normalizer, str) and normalizer in ("batch", "samples", "kept"):
-        return normalizer  # type: ignore[return-value]
+        return normalizer  # type: ignore[return-value]  # one of the words
     expected = "'batch', 'samples', 'kept' or a number above 0"
     return checks.number("normalizer", normalizer, expected, lambda divisor: divisor > 0)
 

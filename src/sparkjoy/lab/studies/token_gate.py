@@ -17,7 +17,7 @@ from sparkjoy.gates import KondoGate
 from sparkjoy.lab.studies.drawing import draw, legend, panels, styles
 from sparkjoy.lab.studies.frames import grouped
 from sparkjoy.lab.studies.study import Rows, Study, Work
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy.lab.tasks.reversal import Credit, ReversalConfig, ReversalTask
 from sparkjoy.lab.tasks.rollouts import Rollout
 from sparkjoy.lab.token_gate import TokenGatedBackward
 from sparkjoy.lab.training.building import build_step
@@ -29,7 +29,7 @@ from sparkjoy.scores import delight
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ARMS: dict[str, tuple[dict[str, Any], str]] = {
+ARMS: dict[str, tuple[dict[str, Any], Credit]] = {
     "answers, 3%": ({"rate": 0.03}, "answer"),
     "tokens, 3%": ({"rate": 0.03, "unit": "token"}, "answer"),
     "tokens, 10%": ({"rate": 0.1, "unit": "token"}, "answer"),
@@ -90,7 +90,7 @@ class TokenGateStudy(Study):
         jobs = [(name, seed) for name in ARMS for seed in self.seeds]
         for number, (name, seed) in enumerate(jobs):
             arm, credit = ARMS[name]
-            task = ReversalTask(ReversalConfig(prompt_length=self.prompt_length, credit=credit))  # type: ignore[arg-type]
+            task = ReversalTask(ReversalConfig(prompt_length=self.prompt_length, credit=credit))
             training = Training(task, self.settings(arm, seed))
             generator = torch.Generator().manual_seed(10_000 + seed)
             while not training.finished:

@@ -15,6 +15,7 @@ from sparkjoy.lab.tasks.rollouts import Rollout
 from sparkjoy.lab.training.memory import FLOAT, TRAINED, check_memory
 from sparkjoy.lab.training.processes import WHOLE, Share
 
+Credit = Literal["answer", "token"]
 Shaping = Literal["fraction", "first-error", "all-or-nothing"]
 
 
@@ -30,7 +31,7 @@ class ReversalConfig:
     """The right answer: the prompt backwards, the prompt, or every token plus one modulo M."""
     shaping: Shaping = "fraction"
     """Reward: fraction of right positions, of those before the first wrong one, or 1 only if all are right."""
-    credit: Literal["answer", "token"] = "answer"
+    credit: Credit = "answer"
     """Whose reward a token's advantage counts: the whole answer's, or, with shaping by fraction, its own position's."""
     prompts: int = 10
     """Prompts drawn a step."""
