@@ -203,8 +203,13 @@ def _memory(config: BenchConfig, sizes: dict[Arm, int], progress: Progress) -> l
     return records
 
 
-def plot(result: Record) -> Figure:
-    """Speed-up against the fraction kept, with what is possible at best."""
+def plot(result: Record, positive: float) -> Figure:
+    """Speed-up against the fraction kept, with what is possible at best.
+
+    Args:
+        result: of `run`.
+        positive: fraction of the rows with a positive advantage: those that signs leave open to a rate below it.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -213,9 +218,10 @@ def plot(result: Record) -> Figure:
     kept = np.geomspace(1 / rows, 1, 100)
     ratio = result["backward_over_forward"]["seconds"]
     axis.plot(kept, 1 / kept, "k--", lw=1, label="at best, known log-probs: 1 / k")
-    axis.plot(
-        kept, (1 + ratio) / (1 + kept * (1 + ratio)), "k:", lw=1, label=f"at best, all rows screened, r = {ratio:.2g}"
-    )
+    below = kept[kept <= positive]
+    screened = (1 + ratio) / (positive + below * (1 + ratio))
+    label = f"at best, screened: signs leave {positive:.0%} open, r = {ratio:.2g}"
+    axis.plot(below, screened, "k:", lw=1, label=label)
     for number, arm in enumerate(dict.fromkeys(row["arm"] for row in result["arms"])):
         of_arm = sorted((row for row in result["arms"] if row["arm"] == arm), key=lambda row: row["backward_rows"])
         fractions, speedups = zip(*((row["backward_rows"] / rows, row["speedup"]) for row in of_arm), strict=True)

@@ -40,7 +40,7 @@ class Bench(Study):
         return bench_tables(rows[0])
 
     def figures(self, rows: Rows) -> dict[str, Figure]:
-        return {"speedup": plot(rows[0])}
+        return {"speedup": plot(rows[0], self.asked.workload.positive)}
 
 
 def bench_tables(result: dict[str, Any]) -> dict[str, pd.DataFrame]:
