@@ -51,7 +51,8 @@ WRONG = {
     """,
     "": """
         train mnist mnist ; pareto chess ; study dance ; study ; bench everything ; fly ; --out ; --nonsense ;
-        train --steps 5 ; train
+        train --steps 5 ; train ; study frictoins ; studdy frictions ; scaling ; study scaling --leraning-rate 3 ;
+        study --seeds 3 --help ; train mnsit --help
     """,
     "pareto mnist": """
         --methods ; --methods kondo kondo ; --methods sgd ; --rates 0.1 0.1 ; --rates nan ; --rates 0 ;

@@ -66,7 +66,15 @@ def test_study_scores_leaves_a_table_and_a_figure(monkeypatch, capsys, tmp_path)
         (("train", "mnist", "--method", "sgd"), "invalid choice 'sgd'"),
         (("train", "mnist", "--nonsense"), "--nonsense"),
         (("train", "mnist", "--steps", "many"), "--steps"),
-        (("train", "chess"), "no command 'train chess'"),
+        (("train", "chess"), "no command 'train chess'; there are: train mnist, train reversal. See sparkjoy train --"),
+        (("study",), "study needs a second word; there are: study scores, "),
+        (("study", "frictoins"), "no command 'study frictoins'; did you mean 'study frictions'?"),
+        (("study", "dance", "--help"), "no command 'study dance'; there are: study scores, "),
+        (("studdy", "frictions"), "did you mean 'study frictions'?"),
+        (("scaling",), "did you mean 'study scaling'?"),
+        (("bench", "everything"), "everything"),
+        (("study", "scaling", "--leraning-rate", "3"), "Did you mean --learning-rates? See sparkjoy study scaling --"),
+        (("study", "scaling", "--leraning-rate", "3", "--arm", "dg"), "Did you mean --arms, --learning-rates?"),
         (("pareto", "mnist", "--rates", "3"), "rate is 3"),
         (("pareto", "mnist", "--seeds"), "seeds"),
         (("train", "mnist", "--data", "/no/such/folder"), "no such folder"),
@@ -99,6 +107,16 @@ def test_help_names_every_command(monkeypatch, capsys):
     from sparkjoy.lab.commands import COMMANDS
 
     assert all(f"sparkjoy {name} " in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("group", ["train", "pareto", "study"])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_a_group_names_its_commands_and_no_other(monkeypatch, capsys, group, flag):
+    monkeypatch.setattr(sys, "argv", ["sparkjoy", group, flag])
+    cli.main()
+    shown = capsys.readouterr().out
+    for name, (_, said) in commands.COMMANDS.items():
+        assert (f"sparkjoy {name} " in shown and said in shown) == (name.split()[0] == group)
 
 
 def test_without_the_extra_it_says_what_to_install():

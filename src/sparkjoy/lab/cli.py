@@ -11,7 +11,7 @@ from sparkjoy.lab.training.memory import within_machine_memory
 from sparkjoy.lab.training.stopping import Terminated, ending_on_sigterm
 from sparkjoy.starting import ready
 
-HELP = """usage: sparkjoy COMMAND [flags]
+HELP = """usage: sparkjoy {usage} [flags]
 
 {commands}
 
@@ -45,9 +45,10 @@ def main() -> None:
 def _run(arguments: list[str]) -> None:
     from sparkjoy.lab import commands
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        lines = (f"  sparkjoy {name:<15}  {said}" for name, (_, said) in commands.COMMANDS.items())
-        print(HELP.format(commands="\n".join(lines)))
+    group = arguments[0] if arguments and arguments[0] in commands.GROUPS else ""
+    if not arguments or arguments[bool(group) :][:1] in (["-h"], ["--help"]):
+        lines = (f"  sparkjoy {name:<15}  {commands.COMMANDS[name][1]}" for name in commands.listed(group))
+        print(HELP.format(usage=f"{group} NAME" if group else "COMMAND", commands="\n".join(lines)))
         return
     if arguments == ["--version"]:
         from sparkjoy import __version__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import field, make_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,8 @@ COMMANDS = {
     "frontier": ("frontier:Frontier", "what gating saves, and costs, on your own model, prompts and reward"),
 }
 """Each with its class in `sparkjoy.lab.studies`, imported when it is asked for, and its line of help."""
+GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
+"""First words that a second one follows."""
 JOBS = (
     "Runs trained at once, each in a process of its own. Seconds compare only with 1, where runs follow one another; "
     "the other figures are the same."
@@ -55,11 +58,8 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: an unknown command, or a flag's value that its config refuses.
     """
-    words = [word for word in arguments[:2] if not word.startswith("-")]
+    words = _named(arguments)
     name, flags = " ".join(words), arguments[len(words) :]
-    if name not in COMMANDS:
-        said = " ".join(arguments[:2])
-        raise ValueError(f"no command {said!r}; there are: {', '.join(COMMANDS)}. See sparkjoy --help.")
     program = f"sparkjoy {name}"
     refuse_empty(flags)
     need("cli", "pandas", *([] if words[0] == "train" else ["matplotlib"]))
@@ -72,6 +72,26 @@ def run(arguments: list[str]) -> None:
         run_study(parsed.asked, parsed.out, getattr(parsed, "jobs", 1))
     else:
         parsed.asked.start(parsed.out)
+
+
+def listed(group: str = "") -> list[str]:
+    """Names of the commands of a group such as `study`, or of all."""
+    return [name for name in COMMANDS if name.split()[0] == group or not group]
+
+
+def _named(arguments: list[str]) -> list[str]:
+    """The one or two words that name the command; a ValueError says which there are, and which may be meant."""
+    for count in (1, 2):
+        if " ".join(arguments[:count]) in COMMANDS:
+            return arguments[:count]
+    group = arguments[0] if arguments[0] in GROUPS else ""
+    there = f"there are: {', '.join(listed(group))}. See {' '.join(['sparkjoy', *group.split()])} --help."
+    asked = " ".join(word for word in arguments[:2] if not word.startswith("-")) or arguments[0]
+    if asked == group:
+        raise ValueError(f"{group} needs a second word; {there}")
+    called = {name.removeprefix(group).strip(): name for name in (*listed(group), *GROUPS)}
+    meant = get_close_matches(asked.removeprefix(group).strip(), called, 1, cutoff=0.7)
+    raise ValueError(f"no command {asked!r}; " + (f"did you mean {called[meant[0]]!r}?" if meant else there))
 
 
 def _with_folder(name: str) -> type:

@@ -26,7 +26,14 @@ def parse(command: type, flags: list[str], program: str) -> Any:
         lines = [line.strip(" │|") for line in said.getvalue().splitlines()]
         words = itertools.dropwhile(_is_rule, lines[1:])  # after the box's own upper edge
         sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), words))
-        raise ValueError(f"{sentence.rstrip('.')}. See {program} --help.") from None
+        raise ValueError(f"{sentence.rstrip('.')}. {_meant(lines)}See {program} --help.") from None
+
+
+def _meant(lines: list[str]) -> str:
+    """The flags that tyro finds most like the unknown ones: each follows a heading."""
+    headings = ("Perhaps you meant:", "Arguments similar to ")
+    found = {flag.split()[0].rstrip(",") for line, flag in itertools.pairwise(lines) if line.startswith(headings)}
+    return f"Did you mean {', '.join(sorted(found))}? " if found else ""
 
 
 def _is_rule(line: str) -> bool:
