@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -7,6 +9,9 @@ from command_line import sparkjoy
 
 from sparkjoy.lab import cli, commands
 from sparkjoy.lab.tasks import digits
+from sparkjoy.lab.tasks.mnist import MnistConfig
+from sparkjoy.lab.tasks.reversal import ReversalConfig
+from sparkjoy.lab.training.settings import Settings
 
 
 def test_train_leaves_a_run_folder(monkeypatch, capsys, tmp_path):
@@ -117,6 +122,39 @@ def test_help_of_a_group_names_its_commands_and_no_other(monkeypatch, capsys, gr
     shown = capsys.readouterr().out
     for name, (_, said) in commands.COMMANDS.items():
         assert (f"sparkjoy {name} " in shown and said in shown) == (name.split()[0] == group)
+
+
+def flags_by_box(monkeypatch, capsys, *command):
+    """Flags in each box of a command's help, by the box's title."""
+    monkeypatch.setattr(sys, "argv", ["sparkjoy", *command, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        if title := re.fullmatch(r"\W+([a-z ]*options)\W+", line):
+            box = found.setdefault(title[1], [])
+        elif flag := re.match(r"\W{1,2}(--[a-z][a-z-]*)", line):
+            box.append(flag[1])
+    return found
+
+
+@pytest.mark.parametrize(("task", "config"), [("mnist", MnistConfig), ("reversal", ReversalConfig)])
+def test_help_of_train_has_every_flag_once_and_the_basic_ones_first(monkeypatch, capsys, task, config):
+    monkeypatch.setenv("COLUMNS", "120")
+    boxes = flags_by_box(monkeypatch, capsys, "train", task)
+    assert list(boxes) == ["options", "method options", "run options", "draft options", "task options"]
+    assert boxes["method options"][:4] == ["--method", "--rate", "--noise", "--price"]
+    assert boxes["run options"][:5] == ["--steps", "--seed", "--learning-rate", "--until-error", "--target-error"]
+    named = [f"--{field.name.replace('_', '-')}" for of in (Settings, config) for field in dataclasses.fields(of)]
+    assert sorted(flag for box in boxes.values() for flag in box) == sorted(["--out", *named])
+
+
+def test_help_of_pareto_has_the_task_s_flags_apart(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    boxes = flags_by_box(monkeypatch, capsys, "pareto", "mnist")
+    assert boxes["task options"][0] == "--data"
+    assert boxes["options"][:3] == ["--out", "--jobs", "--methods"]
 
 
 def test_without_the_extra_it_says_what_to_install():

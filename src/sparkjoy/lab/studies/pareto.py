@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name before them
+BOX = tyro.conf.OmitArgPrefixes  # the same, in a box of that name
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class ParetoMnist(Pareto):
     """Train every method at every rate on MNIST, and draw quality against cost."""
 
     study: Annotated[ParetoConfig, FLAT] = field(default_factory=ParetoConfig)
-    task: Annotated[MnistConfig, FLAT] = field(default_factory=MnistConfig)
+    task: Annotated[MnistConfig, BOX] = field(default_factory=MnistConfig)
 
 
 @dataclass(frozen=True)
@@ -128,4 +129,4 @@ class ParetoReversal(Pareto):
     study: Annotated[ParetoConfig, FLAT] = field(
         default_factory=lambda: ParetoConfig(steps=400, evaluate_every=20, rates=(0.03, 0.1), prices=(0.0,))
     )
-    task: Annotated[ReversalConfig, FLAT] = field(default_factory=ReversalConfig)
+    task: Annotated[ReversalConfig, BOX] = field(default_factory=ReversalConfig)

@@ -13,20 +13,42 @@ from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy.lab.tasks.rollouts import Task
 from sparkjoy.lab.training.console import LiveRuns, print_table
+from sparkjoy.lab.training.draft_settings import DraftSettings
 from sparkjoy.lab.training.loop import train
+from sparkjoy.lab.training.method_settings import MethodSettings
 from sparkjoy.lab.training.processes import WHOLE, Share, joined, share_of_this_process
+from sparkjoy.lab.training.run_settings import RunSettings
 from sparkjoy.lab.training.settings import Settings
 
-FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name before them
+BOX = tyro.conf.OmitArgPrefixes  # flags of a nested config without its name before them, in a box of that name
 FOLDER = "Folder for the results; a run that was stopped goes on from there."
 
 
 @dataclass(frozen=True)
-class TrainMnist:
-    """Train one policy on MNIST as a contextual bandit."""
+class Trained:
+    """How to train, in parts: each is a box of the help."""
 
-    settings: Annotated[Settings, FLAT] = field(default_factory=Settings)
-    task: Annotated[MnistConfig, FLAT] = field(default_factory=MnistConfig)
+    method: Annotated[MethodSettings, BOX] = field(default_factory=MethodSettings)
+    run: Annotated[RunSettings, BOX] = field(default_factory=RunSettings)
+    draft: Annotated[DraftSettings, BOX] = field(default_factory=DraftSettings)
+
+    def __post_init__(self) -> None:
+        _ = self.settings  # raises on parts that do not go together
+
+    @property
+    def settings(self) -> Settings:
+        """The parts as one."""
+        return Settings(**asdict(self.method), **asdict(self.run), **asdict(self.draft))
+
+
+@dataclass(frozen=True)
+class TrainMnist(Trained):
+    """Train one policy on MNIST as a contextual bandit.
+
+    Start with --method, --rate or --noise, --steps, --seed, --until-error and --data; the others are for experiments.
+    """
+
+    task: Annotated[MnistConfig, BOX] = field(default_factory=MnistConfig)
     folder = FOLDER
 
     def start(self, out: Path) -> None:
@@ -35,11 +57,15 @@ class TrainMnist:
 
 
 @dataclass(frozen=True)
-class TrainReversal:
-    """Train a transformer to write a prompt backwards, from rewards alone."""
+class TrainReversal(Trained):
+    """Train a transformer to write a prompt backwards, from rewards alone.
 
-    settings: Annotated[Settings, FLAT] = field(default_factory=lambda: Settings(steps=1_000, evaluate_every=20))
-    task: Annotated[ReversalConfig, FLAT] = field(default_factory=ReversalConfig)
+    Start with --method, --rate or --noise, --steps, --seed, --until-error and --prompt-length; the others are for
+    experiments.
+    """
+
+    run: Annotated[RunSettings, BOX] = field(default_factory=lambda: RunSettings(steps=1_000, evaluate_every=20))
+    task: Annotated[ReversalConfig, BOX] = field(default_factory=ReversalConfig)
     folder = FOLDER
 
     def start(self, out: Path) -> None:

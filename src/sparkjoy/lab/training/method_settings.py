@@ -28,10 +28,10 @@ class MethodSettings:
     """Fraction of samples kept by kondo, uniform and unbiased. Default 0.03 for kondo and uniform without a price."""
     noise: float | None = None
     """Noise budget of unbiased: what skipping may add to the batch's own gradient noise. Default 0.3 without a rate."""
-    floor: float = 0.0
-    """Least chance of unbiased to keep an answer, for sizes that may be 0 by mistake."""
     price: float | None = None
     """Keep only samples whose score is above this; 0 is the papers' zero price."""
+    floor: float = 0.0
+    """Least chance of unbiased to keep an answer, for sizes that may be 0 by mistake."""
     price_kind: PriceKind = "batch"
     """What the rate is of: of every batch; of a rolling window of scores; as a budget, of all tokens so far; of the
     effective number of positive scores; or, a nucleus, of their sum."""

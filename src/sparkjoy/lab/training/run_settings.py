@@ -16,12 +16,12 @@ class RunSettings:
     """Seed of the initial weights and of every draw."""
     learning_rate: float = 1e-3
     """Adam's learning rate."""
-    evaluate_every: int = 100
-    """Steps between evaluations; each writes a record."""
     until_error: float | None = None
     """Stop at the first evaluation with an error at or below this fraction."""
     target_error: float | None = None
     """Report when the error first was at or below this fraction; the run goes on."""
+    evaluate_every: int = 100
+    """Steps between evaluations; each writes a record."""
     micro_batch_size: int | None = None
     """Rows per forward and backward pass; all at once by default."""
     threads: int = 1
