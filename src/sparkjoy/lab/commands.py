@@ -47,8 +47,8 @@ COMMANDS = {
 GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
 """First words that a second one follows."""
 JOBS = (
-    "Runs trained at once, each in a process of its own. Seconds compare only with 1, where runs follow one another; "
-    "the other figures are the same."
+    "Runs trained at once, each in a process of its own with the threads of one run; with more threads than CPUs they "
+    "wait for one another. Seconds compare only with 1, where runs follow one another; the other figures are the same."
 )
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from command_line import sparkjoy
 from matplotlib.figure import Figure
 
+from sparkjoy.lab.studies import study
 from sparkjoy.lab.studies.frictions import FrictionsStudy
 from sparkjoy.lab.studies.pareto import ParetoConfig, ParetoReversal
 from sparkjoy.lab.studies.runs import Run
@@ -143,7 +145,7 @@ def test_the_error_of_one_run_is_the_study_s_and_ends_the_others(tmp_path):
 def test_a_process_that_is_killed_is_one_line(tmp_path, started):
     process = started(tmp_path / "out")
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    said = process.communicate(timeout=120)[1].decode()
+    said = without_warning(process.communicate(timeout=120)[1].decode())
     assert process.returncode == 2
     assert said == "sparkjoy: a process that trained was ended from outside, as where memory runs out.\n"
 
@@ -159,7 +161,7 @@ def test_a_signal_leaves_checkpoints_and_no_process(tmp_path, started, number, t
     working = children(process.pid)
     assert len(working) == 2
     (os.killpg if to_group else os.kill)(process.pid, number)
-    said = process.communicate(timeout=120)[1].decode()
+    said = without_warning(process.communicate(timeout=120)[1].decode())
     assert process.returncode == status, said
     assert said.count("\n") == 1, said
     assert len(list(out.glob("runs/*/checkpoint.pt"))) == 2
@@ -187,6 +189,31 @@ def test_jobs_are_at_least_one_and_not_without_end(monkeypatch, capsys, tmp_path
     status, said = sparkjoy(monkeypatch, capsys, "study", "gain", "--jobs", 2, "--out", tmp_path / "out")
     assert (status, "--jobs" in said) == (2, True)  # what is timed is alone
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "jobs", "said"),
+    [
+        (2, 1, 2, None),
+        (2, 1, 9, "4 runs at once, of 1 thread each, wait for one another on 2 CPUs; --jobs 2 fits"),
+        (3, 2, 2, "2 runs at once, of 2 threads each, wait for one another on 3 CPUs; --jobs 1 fits"),
+        (1, 4, 1, None),
+    ],
+)
+def test_more_threads_than_cpus_are_told_of_and_left_alone(monkeypatch, capsys, tmp_path, cpus, threads, jobs, said):
+    monkeypatch.setattr(study, "available_cpus", lambda: cpus)
+    monkeypatch.setattr(study, "Workers", lambda count, out: nullcontext())
+    arms = ParetoReversal(ParetoConfig(methods=("dg",), seeds=(0, 1, 2, 3), threads=threads), TINY)
+    with study.working(arms, tmp_path, jobs):
+        pass
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == (said is not None)
+    assert said is None or said in shown
+
+
+def without_warning(said):
+    """What was said, but for what a machine of one CPU is told."""
+    return "".join(line for line in said.splitlines(keepends=True) if "wait for one another" not in line)
 
 
 def alive(pid):

@@ -48,7 +48,7 @@ class ParetoConfig:
     target_error: float | None = None
     """Report when the error first was at or below this fraction."""
     threads: int = 1
-    """Threads of torch."""
+    """Threads of torch in each run; the last digits of results depend on it."""
 
     def __post_init__(self) -> None:
         for name in ("methods", "rates", "seeds"):
@@ -90,6 +90,10 @@ class Pareto(Study):
     @property
     def runs(self) -> int:
         return len(self.study.arms()) * len(self.study.seeds)
+
+    @property
+    def threads(self) -> int:
+        return self.study.threads
 
     def config(self) -> dict[str, Any]:
         name = task_of(self.task).name

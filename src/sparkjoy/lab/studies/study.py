@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sparkjoy.lab.studies.runs import Run
-from sparkjoy.lab.studies.workers import StoppedError, Workers
+from sparkjoy.lab.studies.workers import StoppedError, Workers, available_cpus
 from sparkjoy.lab.training.console import LiveRuns, print_table, study_progress
 from sparkjoy.lab.training.folder import opened
 from sparkjoy.lab.training.loop import Record
@@ -45,6 +46,11 @@ class Study(ABC):
     def runs(self) -> int:
         """Training runs, if none is left out."""
         return 0
+
+    @property
+    def threads(self) -> int:
+        """Threads of torch in each run."""
+        return 1
 
     def config(self) -> dict[str, Any]:
         """What the results depend on, for config.json."""
@@ -148,6 +154,17 @@ def run_study(study: Study, out: Path, jobs: int = 1) -> Rows:
     return rows
 
 
+def _warn_of_waiting(jobs: int, threads: int) -> None:
+    """Say where runs have fewer CPUs than threads; their number is left alone, since last digits depend on it."""
+    there = available_cpus()
+    if jobs * threads > there:
+        each = f"{threads} thread{'s' * (threads > 1)} each"
+        said = (
+            f"{jobs} runs at once, of {each}, wait for one another on {there} CPUs; --jobs {max(1, there // threads)}"
+        )
+        print(f"sparkjoy: {said} fits. Records are the same, but for their seconds.", file=sys.stderr)
+
+
 @contextmanager
 def working(study: Study, out: Path, jobs: int = 1) -> Iterator[Work]:
     """A study's work, with progress shown and processes started."""
@@ -159,4 +176,5 @@ def working(study: Study, out: Path, jobs: int = 1) -> Iterator[Work]:
             yield Work(study, out, live)
         else:
             count = min(jobs, max(1, study.runs))
+            _warn_of_waiting(count, study.threads)
             yield Work(study, out, live, workers=stack.enter_context(Workers(count, out)), jobs=count)

@@ -140,6 +140,11 @@ def _outcome(pipe: Connection, run: Run, out: Path) -> Any:
         return error
 
 
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
     """Have processes start with SIGINT blocked for good: Ctrl-C goes to all that a terminal runs."""

@@ -25,7 +25,7 @@ class RunSettings:
     micro_batch_size: int | None = None
     """Rows per forward and backward pass; all at once by default."""
     threads: int = 1
-    """Threads of torch."""
+    """Threads of torch; the last digits of results depend on it."""
     compare_every: int | None = None
     """Steps between comparisons of the gated gradient with the dense one, computed besides; none by default."""
 
