@@ -98,7 +98,9 @@ def _with_folder(name: str) -> type:
     """A dataclass of the command's own flags, --out, and --jobs where it is made of runs."""
     module, _, of_module = COMMANDS[name][0].partition(":")
     asked = getattr(importlib.import_module(f"sparkjoy.lab.studies.{module}"), of_module)
-    out = Annotated[Path, tyro.conf.arg(help=asked.folder)]
+    longer = ", ".join(f"--{name.replace('_', '-')}" for name in getattr(asked, "extends", ()))
+    said = asked.folder + (f" Values may be added at the end of {longer}." if longer else "")
+    out = Annotated[Path, tyro.conf.arg(help=said)]
     flags: list[Any] = [("out", out, field(default=Path("out", name.replace(" ", "-"))))]
     if getattr(asked, "trains", False):
         flags.append(("jobs", Annotated[int, tyro.conf.arg(help=JOBS)], field(default=1)))

@@ -60,6 +60,16 @@ def test_a_run_leaves_tables_and_figures_and_is_not_run_twice(tmp_path, monkeypa
     assert run_study(study, tmp_path) == rows  # nothing is run again, so seconds are the same too
 
 
+def test_a_part_may_be_added(tmp_path, monkeypatch):
+    every = shortened(ScreeningStudy())
+    few = {part: [arm for arm in every if arm.part == part][:3] for part in ("noise", "unbiased")}
+    monkeypatch.setattr(screening, "arms", lambda study: [arm for part in study.parts for arm in few[part]])
+    alone = run_study(ScreeningStudy(parts=("noise",)), tmp_path)
+    both = run_study(ScreeningStudy(parts=("noise", "unbiased")), tmp_path)
+    assert both[: len(alone)] == alone  # with their seconds
+    assert {row["part"] for row in both[len(alone) :]} == {"unbiased"}
+
+
 def test_a_part_at_least():
     with pytest.raises(ValueError, match="--parts: expected at least one"):
         ScreeningStudy(parts=())

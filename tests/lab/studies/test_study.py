@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +15,13 @@ import pytest
 from command_line import sparkjoy
 from matplotlib.figure import Figure
 
-from sparkjoy.lab.studies import study
+from sparkjoy.lab.studies import budget, study
+from sparkjoy.lab.studies.budget import BudgetStudy
 from sparkjoy.lab.studies.frictions import FrictionsStudy
 from sparkjoy.lab.studies.pareto import ParetoConfig, ParetoReversal
 from sparkjoy.lab.studies.runs import Run
+from sparkjoy.lab.studies.scaling import ScalingStudy
+from sparkjoy.lab.studies.score_comparison import ScoresStudy
 from sparkjoy.lab.studies.study import Study, run_study
 from sparkjoy.lab.tasks.reversal import ReversalConfig
 from sparkjoy.lab.training.settings import Settings
@@ -110,6 +113,8 @@ def lines(path):
 
 def timeless(value):
     if isinstance(value, dict):
+        if value.get("budget") == "seconds":  # the scaling study's longest prompts
+            return None
         return {key: timeless(item) for key, item in value.items() if "seconds" not in key}
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
@@ -130,6 +135,55 @@ def test_runs_in_two_processes_leave_what_runs_in_one_leave(tmp_path, name, caps
     before = {path: path.read_bytes() for path in (tmp_path / "two").rglob("*.jsonl")}
     run_study(STUDIES[name], tmp_path / "two", jobs=2)
     assert {path: path.read_bytes() for path in (tmp_path / "two").rglob("*.jsonl")} == before  # nothing ran again
+
+
+PARETO = ParetoConfig(methods=("dg",), rates=(0.5,), seeds=(0,), steps=6)
+MORE = replace(PARETO, methods=("dg", "kondo"), rates=(0.5, 0.1), prices=(0.0,), noises=(0.3,), seeds=(0, 1))
+TUNED = {"arms": ("dg",), "learning_rates": (1e-3, 3e-3), "tuning_seeds": (9,), "seeds": (0,)}
+GROWN = {
+    "pareto": (ParetoReversal(PARETO, TINY), {"study": MORE}, {"study": replace(MORE, steps=7)}),
+    "scaling": (
+        ScalingStudy(prompt_lengths=(2,), width=8, answers=500, target_error=0.6, **TUNED),
+        {"prompt_lengths": (2, 3), "arms": ("dg", "pg"), "seeds": (0, 1)},
+        {"tuning_seeds": (9, 10)},
+    ),
+    "frictions": (
+        FrictionsStudy(
+            prompt_lengths=(2,), frictions=("none",), steps_per_token=1, **{**TUNED, "learning_rates": (1e-3,)}
+        ),
+        {"prompt_lengths": (2, 3), "frictions": ("none", "all"), "arms": ("dg", "noise 0.3"), "seeds": (0, 1)},
+        {"steps_per_token": 2},
+    ),
+    "budget": (
+        BudgetStudy(tasks=("reversal H=10 M=2",), reversal_steps=2, **TUNED),
+        {"tasks": ("reversal H=10 M=2", "reversal H=10 M=5"), "arms": ("dg", "hard 3%"), "seeds": (0, 1)},
+        {"reversal_steps": 3},
+    ),
+    "scores": (
+        ScoresStudy(scores=("delight",), seeds=(0,), steps=10, evaluate_every=5),
+        {"scores": ("delight", "uniform"), "seeds": (0, 1)},
+        {"rate": 0.1},
+    ),
+}
+"""Of each study one with few runs, what gives it more, and what makes other runs of them."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GROWN)
+def test_runs_that_are_added_leave_what_all_at_once_leave_and_the_others_alone(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(budget, "REVERSAL", {"reversal H=10 M=2": TINY, "reversal H=10 M=5": replace(TINY, answers=5)})
+    few, more, other = GROWN[name]
+    run_study(few, tmp_path / "grown")
+    trained = {path: path.read_bytes() for path in (tmp_path / "grown").rglob("checkpoint.pt")}
+    with pytest.raises(ValueError, match=r"other settings .*; give another folder"):
+        run_study(replace(few, **{**more, **other}), tmp_path / "grown")
+    run_study(replace(few, **more), tmp_path / "grown")
+    run_study(replace(few, **more), tmp_path / "fresh")
+    assert results(tmp_path / "grown") == results(tmp_path / "fresh")
+    assert {path: path.read_bytes() for path in trained} == trained  # seconds and all: they were not trained again
+    assert len(list((tmp_path / "fresh").rglob("checkpoint.pt"))) > len(trained) > 0
+    with pytest.raises(ValueError, match="begin with those there and then add others"):
+        run_study(few, tmp_path / "grown")
 
 
 @pytest.mark.slow

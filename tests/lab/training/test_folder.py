@@ -54,6 +54,44 @@ def test_a_config_alone_blocks_nobody_but_results_do(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 10
 
 
+def test_lists_of_runs_may_grow_and_nothing_else_may(tmp_path):
+    def reopened(**changes):
+        return opened(tmp_path, {**CONFIG, **changes}, extends=("rates", "seeds"))
+
+    with opened(tmp_path, CONFIG):
+        write_json(tmp_path / "summary.json", {})
+    cure = r"\(rates\); begin with those there and then add others, or give"
+    for fewer in ((0.1,), (0.3, 0.1, 0.2), ()):
+        with pytest.raises(ValueError, match=cure), reopened(rates=fewer):
+            pass
+    with pytest.raises(ValueError, match=r"\(rates, steps\); give another"), reopened(rates=(0.1, 0.3, 1.0), steps=20):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text())["rates"] == [0.1, 0.3]
+    with reopened(rates=(0.1, 0.3, 1.0)):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text())["rates"] == [0.1, 0.3, 1.0]
+
+
+def test_a_longer_list_that_came_to_nothing_leaves_the_shorter_one(tmp_path):
+    def fails_after(work):
+        with opened(tmp_path, {**CONFIG, "rates": (0.1, 0.3, 1.0)}, extends=("rates",)):
+            work()
+            raise KeyError
+
+    def save():
+        write_json(tmp_path / "summary.json", {})
+
+    with opened(tmp_path, CONFIG):
+        save()
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(KeyError):
+        fails_after(lambda: None)
+    assert (tmp_path / "config.json").read_bytes() == before
+    with pytest.raises(KeyError):
+        fails_after(save)
+    assert (tmp_path / "config.json").read_bytes() != before  # the summary may be of the new ones
+
+
 @pytest.mark.parametrize(
     "text", ["[]", "null", "3", '"x"', "{", "", "[" * 100_000, "1" * 10_000, "\ufeff{}", '{"a": 1}', '{"a\\nb": 1}']
 )

@@ -57,6 +57,8 @@ REVERSAL = {
 class BudgetStudy(Study):
     """One noise budget everywhere, against fixed rates and others that move, each at its best learning rate."""
 
+    extends = ("tasks", "arms", "seeds")
+
     tasks: tuple[str, ...] = (
         "mnist",
         "mnist, 30% wrong labels",

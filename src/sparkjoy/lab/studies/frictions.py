@@ -54,6 +54,8 @@ LAST = 3
 class FrictionsStudy(Study):
     """Actors that are late, broken, corrupted or lucky: which method stands what, on token reversal."""
 
+    extends = ("prompt_lengths", "frictions", "arms", "seeds")
+
     full: bool = False
     """Prompts of 5, 10 and 15 tokens, and all frictions at once at three strengths: hours."""
     prompt_lengths: tuple[int, ...] = (5,)

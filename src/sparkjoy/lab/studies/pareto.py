@@ -80,6 +80,7 @@ class Pareto(Study):
     study: ParetoConfig
     task: TaskConfig
     keeps_records = True
+    extends = ("methods", "rates", "uniform_rates", "prices", "noises", "seeds")
 
     @property
     def target(self) -> float:

@@ -38,6 +38,8 @@ ARMS: dict[str, dict[str, Any]] = {
 class ScalingStudy(Study):
     """The longest prompt each method learns to reverse within a budget, each at its best learning rate."""
 
+    extends = ("prompt_lengths", "arms", "seeds")
+
     prompt_lengths: tuple[int, ...] = (5, 10, 15, 20)
     """H, in rising order."""
     vocab_size: int = 2

@@ -30,6 +30,7 @@ class ScoresStudy(Study):
     """The same rate by delight and by every other score, under two baselines, on MNIST."""
 
     keeps_records = True
+    extends = ("scores", "seeds")
 
     data: str = "embedded"
     """embedded, openml, or a folder of IDX files."""

@@ -30,6 +30,7 @@ class ScreeningStudy(Study):
     """Cheaper screeners than a forward pass, noise on delight, and the gate that stays unbiased; in minutes."""
 
     keeps_records = True
+    extends = ("parts",)
 
     full: bool = False
     """The grid of the paper index, in hours; without it a small one, in minutes."""

@@ -39,6 +39,9 @@ class Study(ABC):
     """Whether it is made of training runs, which a stopped study keeps and which `--jobs` may train at once."""
     keeps_records: ClassVar[bool] = False
     """Whether the rows are what records.jsonl holds."""
+    extends: ClassVar[tuple[str, ...]] = ()
+    """Fields that only say which runs there are: a folder's results may be gone on from with longer ones, to what all
+    runs at once would have come to. Never what a run's own result, or the choice of a learning rate, depends on."""
     folder: ClassVar[str] = "Folder for the results; finished runs in it are not run again."
     """The help of --out."""
 
@@ -141,7 +144,7 @@ def run_study(study: Study, out: Path, jobs: int = 1) -> Rows:
     most = max(64, os.cpu_count() or 1)
     if not 1 <= jobs <= most:
         raise ValueError(f"--jobs {jobs}: expected a number from 1 to {most}.")
-    with opened(out, study.config()):
+    with opened(out, study.config(), extends=study.extends):
         with working(study, out, jobs) as work:
             rows = study.run(work)
         work.save(rows)

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{16}")
 
 
 @contextmanager
-def opened(out: Path, config: Mapping[str, Any], from_checkpoint: bool = False) -> Iterator[None]:
+def opened(
+    out: Path, config: Mapping[str, Any], from_checkpoint: bool = False, extends: Sequence[str] = ()
+) -> Iterator[None]:
     """Make `out` the folder of a run or study with this config, or go on with it if it is one already.
 
     The folder is locked while open; a process that was killed leaves no lock. Where an error ends the work before there
@@ -36,6 +38,7 @@ def opened(out: Path, config: Mapping[str, Any], from_checkpoint: bool = False) 
         out: the folder.
         config: what its results depend on, for config.json.
         from_checkpoint: whether a checkpoint there is gone on from; it says itself what it was made under.
+        extends: lists in the config that may be longer than those of the results there, which they begin with.
 
     Raises:
         ValueError: another process has it open, it cannot be written, or it holds results of another config.
@@ -44,13 +47,13 @@ def opened(out: Path, config: Mapping[str, Any], from_checkpoint: bool = False) 
     try:
         with _locked(out):
             _remove_temporaries(out)
-            before = _others(out)
-            new = _check(out, as_json(config), from_checkpoint)
+            before, given = _others(out), as_json(config)
+            earlier = _check(out, given, from_checkpoint, extends)
             try:
                 yield
             except BaseException:
-                if new and _others(out) == before:
-                    (out / "config.json").unlink(missing_ok=True)
+                if earlier != given and _others(out) == before:
+                    _put_back(out / "config.json", earlier)
                 raise
     except BaseException:
         with contextlib.suppress(OSError):  # a folder that is not empty stays
@@ -59,8 +62,8 @@ def opened(out: Path, config: Mapping[str, Any], from_checkpoint: bool = False) 
         raise
 
 
-def _check(out: Path, config: dict[str, Any], from_checkpoint: bool) -> bool:
-    """Whether this config is new here, and now written."""
+def _check(out: Path, config: dict[str, Any], from_checkpoint: bool, extends: Sequence[str]) -> Any:
+    """Write this config, unless what is there is of another; the one that was there, or None."""
     path = out / "config.json"
     found = sorted(result.name for pattern in RESULTS for result in out.glob(pattern))
     odd = [name for name in found if Path(name).suffix in (".json", ".jsonl", ".pt") and not (out / name).is_file()]
@@ -73,24 +76,39 @@ def _check(out: Path, config: dict[str, Any], from_checkpoint: bool) -> bool:
                 "another folder."
             )
         write_json(path, config)
-        return True
+        return None
     earlier = read_json(path)
     if not isinstance(earlier, dict):
         raise ValueError(f"{path} is no config of sparkjoy's, but a {type(earlier).__name__}; give another --out.")
     if earlier == config:
-        return False
+        return earlier
     if earlier.keys() != config.keys():
         raise ValueError(f"--out {out} holds results of another command, or of another version; give another folder.")
-    if _others(out):
-        differing = ", ".join(key for key in sorted(config) if earlier[key] != config[key])
-        raise ValueError(f"--out {out} holds results with other settings ({differing}); give another folder.")
-    write_json(path, config)  # an earlier start left its config, and nothing else
-    return True
+    differing = [key for key in sorted(config) if earlier[key] != config[key]]
+    if _others(out) and not all(key in extends and _begins(config[key], earlier[key]) for key in differing):
+        cure = "begin with those there and then add others, or " if set(differing) <= set(extends) else ""
+        raise ValueError(
+            f"--out {out} holds results with other settings ({', '.join(differing)}); {cure}give another folder."
+        )
+    write_json(path, config)  # over that of fewer runs, or of an earlier start that left nothing else
+    return earlier
 
 
-def _others(out: Path) -> list[str]:
-    """What there is beside the config and the lock."""
-    return sorted(path.name for path in out.iterdir() if path.name not in ("config.json", LOCK))
+def _begins(values: list[Any], first: Any) -> bool:
+    return isinstance(first, list) and values[: len(first)] == first
+
+
+def _put_back(path: Path, config: Any) -> None:
+    if config is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_json(path, config)
+
+
+def _others(out: Path) -> list[tuple[str, int]]:
+    """What there is beside the config and the lock, and when it was written."""
+    there = (path for path in out.iterdir() if path.name not in ("config.json", LOCK))
+    return sorted((path.name, path.lstat().st_mtime_ns) for path in there)
 
 
 def _remove_temporaries(out: Path) -> None:
