@@ -17,7 +17,7 @@ HELP = """usage: sparkjoy {usage} [flags]
 
 Each takes --help. Results are a folder: config.json, records.jsonl, summary.json and figures. train, pareto, study
 scores, budget, frictions, screening and scaling go on from the last checkpoint when started again with the same
---out."""
+--out. Those but train may be given more arms, seeds and the like after those they had, and train only the new runs."""
 
 NO_MEMORY = ("allocate memory", "std::bad_alloc", "out of memory", "calculation overflowed", "multiplication overflow")
 """What torch says of sizes that are beyond memory, or beyond numbers."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from tyro.conf import OmitArgPrefixes as Boxed  # flags without the field's name, in a box of that name
 
 from sparkjoy.lab.studies import run_tables
 from sparkjoy.lab.studies.pareto_figure import plot
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name before them
-BOX = tyro.conf.OmitArgPrefixes  # the same, in a box of that name
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ParetoMnist(Pareto):
     """Train every method at every rate on MNIST, and draw quality against cost."""
 
     study: Annotated[ParetoConfig, FLAT] = field(default_factory=ParetoConfig)
-    task: Annotated[MnistConfig, BOX] = field(default_factory=MnistConfig)
+    task: Boxed[MnistConfig] = field(default_factory=MnistConfig)
 
 
 @dataclass(frozen=True)
@@ -134,4 +134,4 @@ class ParetoReversal(Pareto):
     study: Annotated[ParetoConfig, FLAT] = field(
         default_factory=lambda: ParetoConfig(steps=400, evaluate_every=20, rates=(0.03, 0.1), prices=(0.0,))
     )
-    task: Annotated[ReversalConfig, BOX] = field(default_factory=ReversalConfig)
+    task: Boxed[ReversalConfig] = field(default_factory=ReversalConfig)

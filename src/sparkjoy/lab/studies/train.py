@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
 
-import tyro
+from tyro.conf import OmitArgPrefixes as Boxed  # flags without the field's name, in a box of that name
 
 from sparkjoy.lab.studies.runs import TaskConfig, default_target
 from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
@@ -20,7 +19,6 @@ from sparkjoy.lab.training.processes import WHOLE, Share, joined, share_of_this_
 from sparkjoy.lab.training.run_settings import RunSettings
 from sparkjoy.lab.training.settings import Settings
 
-BOX = tyro.conf.OmitArgPrefixes  # flags of a nested config without its name before them, in a box of that name
 FOLDER = "Folder for the results; a run that was stopped goes on from there."
 
 
@@ -28,9 +26,9 @@ FOLDER = "Folder for the results; a run that was stopped goes on from there."
 class Trained:
     """How to train, in parts: each is a box of the help."""
 
-    method: Annotated[MethodSettings, BOX] = field(default_factory=MethodSettings)
-    run: Annotated[RunSettings, BOX] = field(default_factory=RunSettings)
-    draft: Annotated[DraftSettings, BOX] = field(default_factory=DraftSettings)
+    method: Boxed[MethodSettings] = field(default_factory=MethodSettings)
+    run: Boxed[RunSettings] = field(default_factory=RunSettings)
+    draft: Boxed[DraftSettings] = field(default_factory=DraftSettings)
 
     def __post_init__(self) -> None:
         _ = self.settings  # raises on parts that do not go together
@@ -48,7 +46,7 @@ class TrainMnist(Trained):
     Start with --method, --rate or --noise, --steps, --seed, --until-error and --data; the others are for experiments.
     """
 
-    task: Annotated[MnistConfig, BOX] = field(default_factory=MnistConfig)
+    task: Boxed[MnistConfig] = field(default_factory=MnistConfig)
     folder = FOLDER
 
     def start(self, out: Path) -> None:
@@ -64,8 +62,8 @@ class TrainReversal(Trained):
     experiments.
     """
 
-    run: Annotated[RunSettings, BOX] = field(default_factory=lambda: RunSettings(steps=1_000, evaluate_every=20))
-    task: Annotated[ReversalConfig, BOX] = field(default_factory=ReversalConfig)
+    run: Boxed[RunSettings] = field(default_factory=lambda: RunSettings(steps=1_000, evaluate_every=20))
+    task: Boxed[ReversalConfig] = field(default_factory=ReversalConfig)
     folder = FOLDER
 
     def start(self, out: Path) -> None:
