@@ -177,10 +177,10 @@ def check_log_probs(log_probs: Any, inputs: Inputs, source: str = "the log-prob 
     if expected is None and _of_every_action(log_probs.detach()):
         actions = log_probs.shape[1]
         warnings.warn(
-            f"{source} returned {tuple(log_probs.shape)} numbers whose probabilities add up to 1 in every row, as those of "
-            f"all {actions} actions do; they count as the log-probs of {actions} tokens a row. Gather those of the actions "
-            "taken, log_probs.gather(1, actions.unsqueeze(1)).squeeze(1), which are (n,); or give a mask, if they are of "
-            "tokens.",
+            f"{source} returned {tuple(log_probs.shape)} numbers whose probabilities add up to 1 in every row, as "
+            f"those of all {actions} actions do; they count as the log-probs of {actions} tokens a row. Gather those "
+            "of the actions taken, log_probs.gather(1, actions.unsqueeze(1)).squeeze(1), which are (n,); or give a "
+            "mask, if they are of tokens.",
             stacklevel=2,
         )
     return log_probs
