@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,11 +34,13 @@ LARGEST = 2**48
 def described(value: Any) -> str:
     """What was given, in a few words.
 
-    >>> described(0.5), described(dict), described([0.5] * 1000), described(torch.ones(2))
-    ('0.5', 'the class dict', 'a list of 1000', 'a tensor of torch.float32 (2,)')
+    >>> described(0.5), described(dict), described([0.5] * 1000), described(torch.ones(2)), described(described)
+    ('0.5', 'the class dict', 'a list of 1000', 'a tensor of torch.float32 (2,)', 'the function described')
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if isinstance(value, FunctionType):
+        return f"the function {value.__name__}"
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} {'nested' if value.is_nested else tuple(value.shape)}"
     if isinstance(value, np.ndarray):

@@ -166,7 +166,7 @@ def test_a_mask_hides_what_does_not_count(rows):
         (lambda: LowerPrecision(TinyPolicy(2, 2), torch.float32), "expected torch.bfloat16 or torch.float16"),
         (lambda: EarlyExit(transformer(), 3), "layers is 3; expected at least 1 and fewer than the 3"),
         (lambda: EarlyExit(TinyPolicy(2, 2), 1), "policy is a TinyPolicy, which has no layers"),
-        (lambda: DistilledDraft(lambda rows: rows), "student is <function .* expected a torch module"),
+        (lambda: DistilledDraft(lambda rows: rows), "student is the function .* expected a torch module"),
         (lambda: DistilledDraft(TinyPolicy(2, 2), learning_rate=0), "learning_rate is 0"),
         (lambda: CachedLogProbs(len, len, 0, 0), "size is 0"),
     ],

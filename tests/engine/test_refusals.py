@@ -1,12 +1,14 @@
 """Wrong input is refused with a sentence, before any gradient is touched."""
 
 import math
+import warnings
 
 import pytest
 import torch
-from engine_cases import ROWS, make_case
+from engine_cases import ACTIONS, ROWS, make_case
 
 import sparkjoy as sj
+from sparkjoy.scores import advantage_score
 
 
 def wrong(name, value):
@@ -81,6 +83,35 @@ def test_a_wrong_log_prob_function_is_refused_before_any_gradient(log_prob_fn, m
     with pytest.raises(ValueError, match=message):
         sj.gated_backward(log_prob_fn(policy), batch, advantages, sj.KondoGate(rate=0.3), mask=mask)
     assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_log_probs_of_every_action_are_told_from_those_of_tokens():
+    policy, batch, advantages, _ = make_case("rows")
+    ungathered = lambda rows: policy(rows["state"])  # noqa: E731
+    with pytest.warns(UserWarning, match=r"add up to 1 in every row.*gather"):
+        sj.gated_backward(ungathered, batch, advantages, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sj.gated_backward(ungathered, batch, advantages, None, mask=torch.ones(ROWS, ACTIONS))
+        sj.gated_backward(lambda rows: ungathered(rows) * 1.01, batch, advantages, None)
+        alike = lambda rows: 0 * policy(rows["state"]) - math.log(ACTIONS)  # noqa: E731  # a fresh head of zeros
+        sj.gated_backward(alike, batch, advantages, None)
+
+
+def test_a_draft_of_the_wrong_shape_is_named():
+    policy, batch, advantages, _ = make_case("rows")
+    step = sj.GatedBackward(sj.KondoGate(rate=0.3), draft=sj.Draft(lambda rows: policy.log_probs(rows)[:-1], verify=2))
+    with pytest.raises(ValueError, match=r"^the draft returned shape"):
+        step(policy.log_probs, batch, advantages)
+    step = sj.GatedBackward(sj.KondoGate(rate=0.3), draft=sj.Draft(lambda rows: 2 * policy(rows["state"]), verify=2))
+    with pytest.raises(ValueError, match=r"^the log-prob function returned rows of"):
+        step(policy.log_probs, batch, advantages)
+
+
+def test_a_draft_of_what_no_score_reads_is_refused():
+    policy, *_ = make_case("rows")
+    with pytest.raises(ValueError, match="reads no log-probs, the function advantage_score"):
+        sj.GatedBackward(sj.KondoGate(rate=0.3), score=advantage_score, draft=sj.Draft(policy.log_probs))
 
 
 def test_a_later_nan_names_its_micro_batch():

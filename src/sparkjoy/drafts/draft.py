@@ -18,7 +18,7 @@ from torch import Tensor
 from sparkjoy import checks, states
 from sparkjoy.drafts.audit import Audit, AuditResult
 from sparkjoy.gates.decision import Gate, rule_of
-from sparkjoy.scores import SCORE, ScoreFunction
+from sparkjoy.scores import SCORE, ScoreFunction, reads_log_probs
 from sparkjoy.signs import Rule, rate_count
 
 
@@ -113,10 +113,15 @@ class Draft:
         """Whether the source is to be taught."""
         return isinstance(self.source, LearningSource) and not self.exact
 
-    def check_gate(self, gate: Gate | None) -> None:
-        """Raise a ValueError where there is no gate, or where proposals are to be verified for one that is not hard."""
+    def check(self, gate: Gate | None, score: ScoreFunction | None) -> None:
+        """Raise a ValueError where there is nothing to draft, or proposals cannot be verified: the gate is not hard."""
         if gate is None:
             raise ValueError("draft is given with the gate None, which keeps every row; expected a gate, or no draft.")
+        if score is not None and not reads_log_probs(score):
+            raise ValueError(
+                f"draft is given with a score that reads no log-probs, {checks.described(score)}: there are none to "
+                "draft; leave the draft out."
+            )
         if self.verify is not None:
             self.rule(gate)
 

@@ -122,7 +122,7 @@ class GatedBackward:
         if score is not None:
             checks.function("score", score, SCORE, ..., ...)
         if draft is not None:
-            checks.instance("draft", draft, Draft, "a Draft(source, ...), or None").check_gate(gate)
+            checks.instance("draft", draft, Draft, "a Draft(source, ...), or None").check(gate, score)
         checks.function("backward", backward, "a function of a loss, such as accelerator.backward", ...)
         normalizer = checked_normalizer(normalizer)
         packing = checked_packing(micro_batch_size, micro_batch_tokens, trim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from sparkjoy import checks
 from sparkjoy.checks import as_tensor, without_graph
 from sparkjoy.engine.batches import Rows, row_shapes, take
+
+SUM_TO_ONE = 1e-3
+"""How near 1 the probabilities of a row add up where they are those of all actions."""
 
 
 @dataclass(frozen=True)
@@ -145,19 +149,16 @@ def check_inputs(
     return inputs
 
 
-def check_log_probs(log_probs: Any, inputs: Inputs) -> Tensor:
-    """`log_probs` as a log-prob function returned them for the rows of `inputs`, if shaped as expected.
+def check_log_probs(log_probs: Any, inputs: Inputs, source: str = "the log-prob function") -> Tensor:
+    """`log_probs` as `source` returned them for the rows of `inputs`, if shaped as expected.
 
     Raises:
         ValueError: not a floating-point tensor of (n,) or (n, T), or not the shape that mask, advantages or known
             log-probs have.
     """
     if not isinstance(log_probs, Tensor):
-        raise ValueError(
-            f"the log-prob function returned a {type(log_probs).__name__}; expected a floating-point tensor."
-        )
-    what = "what the log-prob function returned"
-    checks.tensor(what, log_probs, kinds=checks.FLOATING, beside=inputs.advantages)
+        raise ValueError(f"{source} returned a {type(log_probs).__name__}; expected a floating-point tensor.")
+    checks.tensor(f"what {source} returned", log_probs, kinds=checks.FLOATING, beside=inputs.advantages)
     per_token = inputs.advantages if inputs.advantages.dim() == 2 else None
     others = {"the mask": inputs.mask, "the advantages": per_token, "log_probs": inputs.log_probs}
     like, expected = next(((name, tuple(t.shape)) for name, t in others.items() if t is not None), (None, None))
@@ -170,10 +171,27 @@ def check_log_probs(log_probs: Any, inputs: Inputs) -> Tensor:
             f"({inputs.total},) or ({inputs.total}, T)" if expected is None else f"{expected}, as {like} of these rows"
         )
         raise ValueError(
-            f"the log-prob function returned shape {tuple(log_probs.shape)} for {inputs.total} rows; expected "
+            f"{source} returned shape {tuple(log_probs.shape)} for {inputs.total} rows; expected "
             f"{wanted}: one log-prob per row, or one per token.{_one_column(log_probs, per_token)}"
         )
+    if expected is None and _of_every_action(log_probs.detach()):
+        actions = log_probs.shape[1]
+        warnings.warn(
+            f"{source} returned {tuple(log_probs.shape)} numbers whose probabilities add up to 1 in every row, as "
+            f"those of all {actions} actions do; they count as the log-probs of {actions} tokens a row. Gather those "
+            "of the actions taken, log_probs.gather(1, actions.unsqueeze(1)).squeeze(1), which are (n,); or give a "
+            "mask, if they are of tokens.",
+            stacklevel=2,
+        )
     return log_probs
+
+
+def _of_every_action(log_probs: Tensor) -> bool:
+    """Whether rows (n, T) look like distributions. Equal numbers do not tell: 1/T may be a token's probability."""
+    if log_probs.dim() == 1 or min(log_probs.shape) < 2:
+        return False
+    sums = log_probs.float().exp().sum(dim=1)
+    return bool(((sums - 1).abs().amax() < SUM_TO_ONE) & (log_probs.amax() - log_probs.amin() > SUM_TO_ONE))
 
 
 def _one_column(log_probs: Tensor, per_token: Tensor | None) -> str:

@@ -116,12 +116,13 @@ class Ledger:
     ) -> Tensor:
         log_probs, flops = self._measured(direction, part, lambda: uncached(source, part.batch), measure)
         self._counted["forward_flops"] += flops
-        checked = check_log_probs(log_probs, part)
+        whose = "the draft" if direction == "screen" else "the log-prob function"
+        checked = check_log_probs(log_probs, part, whose)
         if self._token_shape is None:
             self._token_shape = checked.shape[1:]
         if part.mask is None and checked.shape[1:] != self._token_shape:
             raise ValueError(
-                f"the log-prob function returned rows of {tuple(checked.shape[1:])} after rows of "
+                f"{whose} returned rows of {tuple(checked.shape[1:])} after rows of "
                 f"{tuple(self._token_shape)} in the same call; pad all rows to the same length, and give a mask."
             )
         return checked

@@ -26,6 +26,8 @@ class BackwardReport(Counts):
     >>> report = sj.gated_backward(lambda rows: logits.log_softmax(1)[rows, 0], torch.arange(4), advantages, None)
     >>> report.kept, report.forward_rows, report.backward_rows, report.plan
     (4, 4, 4, 'dense')
+    >>> print(report)
+    dense: 4 of 4 rows kept; 4 rows forward (0 to decide), 4 backward; loss 0.52
 
     Args:
         decision: the gate's, about all rows; rows of zero advantage are never kept below rate 1.
@@ -52,6 +54,15 @@ class BackwardReport(Counts):
     comparison: Comparison | None
     seconds: dict[str, float]
     choice: Choice = field(repr=False)
+
+    def __str__(self) -> str:
+        """One line; `repr` shows everything."""
+        noise = "" if self.noise is None else f"; noise {self.noise:.2g}"
+        draft = "" if self.drafting is None else f"; {self.drafting.proposed} proposed by a draft"
+        return (
+            f"{self.plan}: {self.kept} of {self.total} rows kept{draft}; {self.forward_rows} rows forward "
+            f"({self.screened_rows} to decide), {self.backward_rows} backward; loss {self.loss.item():.3g}{noise}"
+        )
 
     @property
     def plan(self) -> Plan:

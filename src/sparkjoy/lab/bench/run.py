@@ -230,10 +230,15 @@ def plot(result: Record, positive: float) -> Figure:
     axis.set(
         xscale="log",
         yscale="log",
-        xlabel="fraction of the rows that passed backward",
-        ylabel="dense seconds over the arm's",
+        xlabel="rows that passed backward, %",
+        ylabel="seconds of the dense loop over the arm's",
         title="one step without the optimizer, each arm at its best micro-batch size",
     )
-    axis.grid(alpha=0.3, which="both")
+    marks = [mark for mark in (1, 2, 3, 5, 10, 20, 30, 50, 100) if mark * rows >= 100]
+    axis.set_xticks([mark / 100 for mark in marks], [str(mark) for mark in marks])
+    axis.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+    axis.set_ylim(0.7, 1.2 * rows)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     return figure

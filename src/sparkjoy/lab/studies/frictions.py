@@ -33,6 +33,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "price 0": {"method": "kondo", "price": 0.0},
     "hard 10%": {"method": "kondo", "rate": 0.1},
     "hard 3%": {"method": "kondo", "rate": 0.03},
+    "uniform 10%": {"method": "uniform", "rate": 0.1},
     "pg": {"method": "pg"},
     "importance": {"method": "importance"},
     "ppo": {"method": "ppo"},
@@ -42,7 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "noise 0.3, recorded sizes": {"method": "unbiased", "noise": 0.3, "screen": "recorded"},
     "noise 0.3, recorded, floor": {"method": "unbiased", "noise": 0.3, "screen": "recorded", "floor": 0.05},
 }
-DEFAULT_ARMS = tuple(ARMS)[:9]
+DEFAULT_ARMS = tuple(ARMS)[:10]
 """The others answer single questions."""
 Friction = Literal["none", "delay", "bug", "corrupt", "discover", "all"]
 MIDDLE = 1

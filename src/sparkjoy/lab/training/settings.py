@@ -31,10 +31,10 @@ class Settings(RunSettings, DraftSettings, MethodSettings):
                 f"--compare-every {self.compare_every}: goes with a gate of whole samples (kondo, uniform, unbiased), "
                 "without a draft."
             )
-        if self.drafted and (not self.gated or self.unit == "token"):
-            raise ValueError(
-                "--screen and --verify go with a gate of whole samples: --method kondo, uniform, unbiased."
-            )
+        if self.drafted and (self.method not in ("kondo", "unbiased") or self.unit == "token"):
+            raise ValueError("--screen and --verify go with a gate of whole samples: --method kondo, unbiased.")
+        if self.drafted and self.score in ("advantage", "absolute-advantage", "uniform"):
+            raise ValueError(f"--score {self.score} reads no log-probs, so that --screen and --verify have no use.")
         ranks = self.method in ("kondo", "uniform") and self.price is None and self.temperature == 0
         if self.price_kind != "batch" and (not ranks or self.drafted):
             raise ValueError(
