@@ -11,8 +11,6 @@ from sparkjoy.lab.studies.drawing import legend, panels, styles
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FREE = 1e-3
-"""Where a cost of next to nothing stands on a logarithmic axis."""
 COLUMNS = 2
 
 
@@ -23,23 +21,20 @@ def plot(tables: dict[str, list[dict[str, Any]]]) -> dict[str, Figure]:
 
 
 def _screeners(found: pd.DataFrame) -> Figure:
-    """Recall, with and without verification, against what a screener costs."""
+    """Recall of every screener, and beside it what it costs."""
     drafts = found.dropna(subset=["recall", "seconds_over_forward"])
-    costs = drafts["seconds_over_forward"] + drafts["learn_over_forward"].astype(float).fillna(0.0)
-    drafts = drafts.assign(cost=costs.clip(lower=FREE))
-    style = styles(drafts["screener"], list(drafts["screener"]))
-    figure, axes = _grid(drafts["task"].unique(), 3.2)
+    cost = drafts["seconds_over_forward"] + drafts["learn_over_forward"].astype(float).fillna(0.0)
+    name = drafts["screener"].where(drafts["verify"].notna(), drafts["screener"] + ", alone")
+    drafts = drafts.assign(cost=cost, name=name)
+    figure, axes = _grid(drafts["task"].unique(), 2.4)
     for axis, (task, of_task) in zip(axes, drafts.groupby("task", sort=False), strict=False):
-        for row in of_task.itertuples():
-            color = style[row.screener]["color"] if "label" in style[row.screener] else "0.4"
-            axis.plot(row.cost, row.recall, "o", color=color, fillstyle="none" if pd.isna(row.verify) else "full")
-            axis.annotate(row.screener, (row.cost, row.recall), (5, 3), textcoords="offset points", color=color)
-        axis.axvline(1, color="0.7", linewidth=1, zorder=0)
-        axis.set(xscale="log", xlim=(FREE / 2, 20), ylim=(0, 1.12))
+        bars = axis.barh(of_task["name"], of_task["recall"], height=0.6)
+        axis.bar_label(bars, [f"{seconds:.2g}" for seconds in of_task["cost"]], padding=4)
+        axis.set_xlim(0, 1.15)
+        axis.invert_yaxis()
         axis.set_title(str(task), fontsize="medium")
-    open_dots = "; open: not verified" if drafts["verify"].isna().any() else ""
-    figure.supxlabel("seconds of drafting and learning over those of an exact forward pass", fontsize="medium")
-    figure.supylabel(f"recall of the true survivors, four times the rate proposed{open_dots}", fontsize="medium")
+    said = "recall of the rows to keep; at the bar: seconds of drafting and teaching, over those of an exact pass"
+    figure.supxlabel(said, fontsize="medium")
     return figure
 
 
