@@ -39,6 +39,7 @@ doctest: install  ## every example in the docstrings and the pages; the README's
 
 docs: install  ## the site, in out/site; a link or name that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	! grep -l '<blockquote>' out/site/*/index.html  # an example taken for a quotation
 
 dist: install  ## wheel and sdist, in dist; the README's code runs on the wheel, away from the source
 	rm -rf dist

@@ -1,6 +1,6 @@
 """What examples/01_your_own_loop.py learns with another gate, and how its gradient compares with the dense one.
 
-pip install sparkjoy gymnasium
+pip install -e . gymnasium
 python benchmarks/cartpole_gates.py                       # five seeds of three arms, in a few minutes
 python benchmarks/cartpole_gates.py --seeds 0 --arms "delight 3%"
 """

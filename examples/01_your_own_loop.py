@@ -1,6 +1,6 @@
 """REINFORCE on CartPole, with the three lines that make its backward passes cost what the kept steps cost.
 
-pip install sparkjoy gymnasium
+pip install -e . gymnasium
 python examples/01_your_own_loop.py                 # a noise budget of 0.3, which finds its own rate
 python examples/01_your_own_loop.py --noise 0       # the plain loop, to compare with
 """

@@ -101,7 +101,10 @@ def _from_weight(
         states, weight, bias = states.to(low), weight.to(low), None if bias is None else bias.to(low)
     chunk = chunk_tokens or max(1, CHUNK_LOGITS // weight.shape[0])
     with torch.autocast(kind, enabled=False):
-        return cast(Tensor, _TokenLogProbs.apply(states, weight, bias, taken, chunk, temperature))  # type: ignore[no-untyped-call]
+        of_taken = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch's apply is untyped
+            states, weight, bias, taken, chunk, temperature
+        )
+        return cast(Tensor, of_taken)
 
 
 class _TokenLogProbs(torch.autograd.Function):

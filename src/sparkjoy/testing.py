@@ -59,8 +59,10 @@ class TinyPolicy(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """(..., width) -> (..., K) log-probabilities."""
-        return self.layer(state).log_softmax(-1)  # type: ignore[no-any-return]
+        logits: Tensor = self.layer(state)
+        return logits.log_softmax(-1)
 
     def log_probs(self, rows: dict[str, Tensor]) -> Tensor:
         """Log-probs of `rows["action"]` in `rows["state"]`: (n,) or (n, T)."""
-        return self(rows["state"]).gather(-1, rows["action"].unsqueeze(-1)).squeeze(-1)  # type: ignore[no-any-return]
+        every: Tensor = self(rows["state"])
+        return every.gather(-1, rows["action"].unsqueeze(-1)).squeeze(-1)

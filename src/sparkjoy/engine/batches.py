@@ -119,7 +119,8 @@ def _parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
     if isinstance(batch, Mapping):
         yield from ((f"{name}[{key!r}]", value) for key, value in batch.items())
     elif isinstance(batch, tuple) and isinstance(getattr(batch, "_fields", None), tuple):
-        yield from ((f"{name}.{key}", value) for key, value in zip(batch._fields, batch, strict=True))  # type: ignore[attr-defined]
+        names = batch._fields  # type: ignore[attr-defined]  # a namedtuple
+        yield from ((f"{name}.{key}", value) for key, value in zip(names, batch, strict=True))
     elif is_dataclass(batch) and not isinstance(batch, type):
         yield from ((f"{name}.{field}", getattr(batch, field)) for field in _field_names(batch))
     else:
@@ -132,7 +133,7 @@ def _parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
 def _rebuild(batch: Any, change: Callable[[Any], Any]) -> Any:
     """`batch` with its parts changed, made without its class's own `__init__` or `__new__`: those have run already."""
     if isinstance(batch, tuple):
-        return batch._make(change(value) for value in batch)  # type: ignore[attr-defined]
+        return batch._make(change(value) for value in batch)  # type: ignore[attr-defined]  # a namedtuple
     if type(batch) is dict:
         return {key: change(value) for key, value in batch.items()}
     if isinstance(batch, MutableMapping):
@@ -141,7 +142,7 @@ def _rebuild(batch: Any, change: Callable[[Any], Any]) -> Any:
             changed[key] = change(value)
         return changed
     if isinstance(batch, Mapping):
-        return type(batch)({key: change(value) for key, value in batch.items()})  # type: ignore[call-arg]
+        return type(batch)({key: change(value) for key, value in batch.items()})  # type: ignore[call-arg]  # as dict's
     changed = object.__new__(type(batch))
     if hasattr(batch, "__dict__"):
         vars(changed).update(vars(batch))

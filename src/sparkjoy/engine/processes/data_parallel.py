@@ -145,7 +145,7 @@ class Replicated:
     def _through(self, tensor: Tensor) -> Tensor:
         """What the wrapper does around a forward pass, with nothing inside."""
         nothing = nn.Identity()
-        nothing.named_buffers = self._module.module.named_buffers  # type: ignore[method-assign]
+        nothing.named_buffers = self._module.module.named_buffers  # type: ignore[method-assign]  # on this object alone
         with _replaced(self._module._modules, "module", nothing):
             through: Tensor = self._module(tensor)
         return through

@@ -162,7 +162,8 @@ class KondoGRPOMixin(ComparingMixin):
         if "gate_keep" not in inputs:
             return inputs  # evaluation, no gate, or packed before
         self._buffered_inputs = self._pack(self._buffered_inputs)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]  # type: ignore[no-any-return]
+        place: int = self._step % self.args.steps_per_generation
+        return self._buffered_inputs[place]
 
     def _pack(self, buffer: list[Rows]) -> list[Rows]:
         """The micro-batches of a generation batch with kept rows packed, never across two optimizer steps."""

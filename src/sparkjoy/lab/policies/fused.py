@@ -46,7 +46,10 @@ def fused_log_probs(policy: Transformer, layers: list[Block], reading: Reading, 
         weights += [block.attention_norm.weight, block.qkv.weight, block.out.weight]
         weights += [block.feed_forward_norm.weight, block.up.weight, block.down.weight]
     weights += [policy.norm.weight, policy.head.weight]
-    return cast(Tensor, _LogProbs.apply(reading, answers, policy.norm.eps, *weights))  # type: ignore[no-untyped-call]
+    taken = _LogProbs.apply(  # type: ignore[no-untyped-call]  # torch's apply is untyped
+        reading, answers, policy.norm.eps, *weights
+    )
+    return cast(Tensor, taken)
 
 
 class _LogProbs(torch.autograd.Function):

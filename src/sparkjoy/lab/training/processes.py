@@ -148,9 +148,10 @@ def _is_first_to_say() -> bool:
 def _store() -> Any:
     """A connection of one's own to the store through which the processes have found each other."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
+    within = timedelta(seconds=10)
+    store = dist.TCPStore(address, port, timeout=within)  # type: ignore[attr-defined]  # torch has it, unlisted
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"sparkjoy/{start}", store)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"sparkjoy/{start}", store)  # type: ignore[attr-defined]  # torch has it, unlisted
 
 
 def _watch(share: Share, ended: threading.Event) -> None:
