@@ -7,7 +7,7 @@ import sys
 import pytest
 from command_line import sparkjoy
 
-from sparkjoy.lab import cli, commands
+from sparkjoy.lab import cli, command_names, commands
 from sparkjoy.lab.tasks import digits
 from sparkjoy.lab.tasks.mnist import MnistConfig
 from sparkjoy.lab.tasks.reversal import ReversalConfig
@@ -109,9 +109,7 @@ def test_help_names_every_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sparkjoy"])
     cli.main()
     shown = capsys.readouterr().out
-    from sparkjoy.lab.commands import COMMANDS
-
-    assert all(f"sparkjoy {name} " in shown for name in COMMANDS)
+    assert all(f"sparkjoy {name} " in shown for name in command_names.COMMANDS)
 
 
 @pytest.mark.parametrize("group", ["train", "pareto", "study"])
@@ -120,7 +118,7 @@ def test_help_of_a_group_names_its_commands_and_no_other(monkeypatch, capsys, gr
     monkeypatch.setattr(sys, "argv", ["sparkjoy", group, flag])
     cli.main()
     shown = capsys.readouterr().out
-    for name, (_, said) in commands.COMMANDS.items():
+    for name, (_, said) in command_names.COMMANDS.items():
         assert (f"sparkjoy {name} " in shown and said in shown) == (name.split()[0] == group)
 
 

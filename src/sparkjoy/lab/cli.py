@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import nullcontext
 
+from sparkjoy.lab.command_names import COMMANDS, GROUPS, listed
 from sparkjoy.lab.output import lasting_output
 from sparkjoy.lab.training.memory import within_machine_memory
 from sparkjoy.lab.training.stopping import Terminated, ending_on_sigterm
@@ -43,11 +44,9 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    from sparkjoy.lab import commands
-
-    group = arguments[0] if arguments and arguments[0] in commands.GROUPS else ""
+    group = arguments[0] if arguments and arguments[0] in GROUPS else ""
     if not arguments or arguments[bool(group) :][:1] in (["-h"], ["--help"]):
-        lines = (f"  sparkjoy {name:<15}  {commands.COMMANDS[name][1]}" for name in commands.listed(group))
+        lines = (f"  sparkjoy {name:<15}  {COMMANDS[name][1]}" for name in listed(group))
         print(HELP.format(usage=f"{group} NAME" if group else "COMMAND", commands="\n".join(lines)))
         return
     if arguments == ["--version"]:
@@ -55,6 +54,8 @@ def _run(arguments: list[str]) -> None:
 
         print(f"sparkjoy {__version__}")
         return
+    from sparkjoy.lab import commands
+
     ready()
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # torchrun has its own ways to end its processes
     with ending_on_sigterm() if alone else nullcontext():
