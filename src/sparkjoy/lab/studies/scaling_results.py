@@ -71,7 +71,7 @@ def plot(rows: list[Record]) -> Figure:
     figure, axes = panels(1, len(BUDGETS), 4.2)
     for axis, (kind, label) in zip(axes, BUDGETS.items(), strict=True):
         for arm, of_arm in frame.groupby("arm", sort=False):
-            means = of_arm.groupby("prompt_length")[kind].agg(lambda seeds: seeds.mean(skipna=False)).dropna()
+            means = of_arm.groupby("prompt_length")[kind].agg(lambda seeds: seeds.mean(skipna=False))
             draw(axis, means.index, means, style[str(arm)])
             axis.plot(of_arm["prompt_length"], of_arm[kind], ".", color=style[str(arm)]["color"], markersize=3)
         axis.set(xlabel="prompt length H")
