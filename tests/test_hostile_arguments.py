@@ -195,7 +195,7 @@ def test_more_scores_than_float32_can_count():
 
 
 @given(st.one_of(st.floats(), st.integers(), st.text(), st.booleans(), st.lists(st.floats()), st.none()))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_number_is_one_in_range_or_an_error_that_names_it(value):
     if not isinstance(value, bool) and isinstance(value, int | float) and 0 < value <= 1:
         assert checks.rate(value) == value

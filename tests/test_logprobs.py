@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +46,6 @@ def assert_same(own, reference, tolerance):
         torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
 
 
-@settings(deadline=None)  # a time is no test
 @given(chunk=st.integers(1, ROWS * TOKENS + 3), temperature=st.sampled_from([1.0, 0.7]), seed=st.integers(0, 10))
 def test_any_chunk_gives_the_values_and_gradients_of_full_logits(chunk, temperature, seed):
     leaves, targets, mask, upstream = case(seed=seed)

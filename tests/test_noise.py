@@ -20,7 +20,7 @@ def added(size, root_cost, price):
     return (size * (price * root_cost - size))[below].sum()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(sizes=SIZES, noise=st.floats(1e-3, 100), costs=st.lists(st.floats(0.5, 50), min_size=30, max_size=30))
 def test_the_price_spends_the_budget_exactly(sizes, noise, costs):
     size = torch.tensor(sizes, dtype=torch.float64)
@@ -33,7 +33,7 @@ def test_the_price_spends_the_budget_exactly(sizes, noise, costs):
         assert float(added(size, root_cost, price)) == pytest.approx(allowed, rel=1e-6, abs=1e-200)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(sizes=SIZES, noise=st.sampled_from([1e-9, 0.3, 1.0, 1e6]), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_every_kind_of_batch_gets_a_sound_decision(sizes, noise, dtype):
     score = torch.tensor(sizes, dtype=dtype) * torch.tensor([1.0, -1.0], dtype=dtype).repeat(len(sizes))[: len(sizes)]

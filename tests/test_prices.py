@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sparkjoy as sj
@@ -97,7 +97,6 @@ def test_a_budget_keeps_good_rows_not_just_enough(generator):
     seed=st.integers(0, 1000),
     growth=st.sampled_from([0.5, 1.0, 2.0]),
 )
-@settings(deadline=None)
 def test_a_budgets_debt_never_leaves_its_limit(rate, batches, seed, growth):
     generator = torch.Generator().manual_seed(seed)
     budget = gate = sj.BudgetGate(rate)

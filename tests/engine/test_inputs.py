@@ -110,7 +110,7 @@ FAULTS = {
 FORGIVEN = {"log-probs above 0": ("none",)}  # densities have a plain policy gradient
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(data=st.data())
 def test_a_call_is_right_or_refused(data):
     def pick(options):
@@ -189,7 +189,7 @@ def test_a_call_is_right_or_refused(data):
     assert (found - exact_weights.grad).abs().max().item() <= TOLERANCE[dtype] * max(scale, 1e-3) * 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_ragged_rows_are_right(data):
     lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))

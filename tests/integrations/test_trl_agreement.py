@@ -74,7 +74,7 @@ rates = st.sampled_from([None, 0.1, 0.3, 0.5, 0.9])
 prices = st.sampled_from([None, -0.5, 0.0, 0.4])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     batches(), rates | st.none(), st.sampled_from([None, -0.5, 0.0, 0.4]), st.sampled_from([0.0, 0.3]), st.booleans()
 )
@@ -104,7 +104,7 @@ class Seen(sj.UnbiasedGate):
         return self.last
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(batches(), st.sampled_from([0.1, 0.5, 3.0]), st.booleans())
 def test_a_noise_budget_has_the_same_probabilities(batch, noise, known):
     advantages, log_probs, mask = batch

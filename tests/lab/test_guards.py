@@ -10,7 +10,7 @@ from sparkjoy.lab.guards import GuardedDelight, RepeatedDraws
 
 
 @given(seed=st.integers(0, 1000), batches=st.lists(st.integers(0, 20), min_size=1, max_size=5))
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(derandomize=True, max_examples=50)
 def test_statistics_equal_those_of_all_draws_at_once(seed, batches):
     generator = torch.Generator().manual_seed(seed)
     draws = RepeatedDraws(keys=3)

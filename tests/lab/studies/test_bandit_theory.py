@@ -40,7 +40,7 @@ SMALL = bandit_theory.BanditStudy(
 
 
 @given(arms=st.integers(2, 6), p=st.floats(0.05, 0.9), baseline=st.floats(0.05, 0.95), size=st.integers(1, 40))
-@settings(derandomize=True, deadline=None, max_examples=15)
+@settings(derandomize=True, max_examples=15)
 def test_counts_stand_for_single_draws(arms, p, baseline, size):
     """The mean cosine from multinomial counts against batches drawn arm by arm and their gradients averaged."""
     bandit = SoftmaxBandit(arms, p)
@@ -89,7 +89,7 @@ def test_predicted_draws_under_constant_baselines():
 @given(
     arms=st.integers(2, 30), p=st.floats(0.01, 0.95), method=st.sampled_from([("pg", 1.0), ("dg", 0.3), ("kondo", 1.0)])
 )
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(derandomize=True, max_examples=50)
 def test_context_weights_are_the_enumerated_gradients(arms, p, method):
     bandit = SoftmaxBandit(arms, p)
     gradients, _ = arm_gradients(bandit, p, method_weight(*method))
@@ -116,7 +116,7 @@ def test_dg_is_closer_for_hard_contexts_and_further_for_easy_ones():
 
 
 @given(arms=st.integers(2, 1000), p=st.floats(0.01, 0.99))
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, max_examples=100)
 def test_a_sum_ranks_right_above_its_threshold_only(arms, p):
     if p * arms <= 1.01:
         with pytest.raises(ValueError, match="the threshold is for p above 1/K"):

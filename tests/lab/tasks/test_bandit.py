@@ -33,7 +33,7 @@ def projected_perpendicular_square(bandit, gradients):
 
 
 @given(arms=ARMS, p=CHANCE, baseline=BASELINE, method=METHOD)
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, max_examples=100)
 def test_closed_form_equals_enumeration(arms, p, baseline, method):
     bandit = SoftmaxBandit(arms, p)
     formula = closed_form(bandit, baseline, *method)
@@ -45,7 +45,7 @@ def test_closed_form_equals_enumeration(arms, p, baseline, method):
 
 
 @given(arms=ARMS, p=CHANCE, baseline=BASELINE, method=METHOD)
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, max_examples=40)
 def test_monte_carlo_through_the_gate_is_within_four_standard_errors(arms, p, baseline, method):
     bandit = SoftmaxBandit(arms, p)
     weight = method_weight(*method)
@@ -70,7 +70,7 @@ def test_monte_carlo_through_the_gate_is_within_four_standard_errors(arms, p, ba
 
 
 @given(arms=st.integers(3, 30), p=CHANCE, baseline=BASELINE)
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(derandomize=True, max_examples=50)
 def test_the_gate_has_exactly_no_perpendicular_variance_and_keeps_the_direction(arms, p, baseline):
     bandit = SoftmaxBandit(arms, p)
     weight = method_weight("kondo")
@@ -85,7 +85,7 @@ def test_the_gate_has_exactly_no_perpendicular_variance_and_keeps_the_direction(
 
 
 @given(arms=st.integers(3, 30), p=CHANCE)
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(derandomize=True, max_examples=50)
 def test_one_ungated_draw_has_the_variance_of_the_formula(arms, p):
     bandit = SoftmaxBandit(arms, p)
     expected = (1 - p) * p**2 * (arms - 2) / (arms - 1)
@@ -93,7 +93,7 @@ def test_one_ungated_draw_has_the_variance_of_the_formula(arms, p):
 
 
 @given(arms=ARMS, p=CHANCE, baseline=BASELINE, method=METHOD)
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(derandomize=True, max_examples=30)
 def test_differences_of_wrong_arms_are_what_a_projection_leaves(arms, p, baseline, method):
     bandit = SoftmaxBandit(arms, p)
     gradients, _ = arm_gradients(bandit, baseline, method_weight(*method))

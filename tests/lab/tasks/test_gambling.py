@@ -30,7 +30,7 @@ def drawn(task, p, seed):
 
 
 @given(sigma=SIGMA, gap=GAP, p=CHANCE, noise=NOISE)
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, max_examples=40)
 def test_the_gate_keeps_as_many_bad_draws_as_the_normal_tail_says(sigma, gap, p, noise):
     task = Gambling(sigma, gap, noise)
     actions, _, chi = drawn(task, p, seed=1)
@@ -48,7 +48,7 @@ def test_the_gate_keeps_as_many_bad_draws_as_the_normal_tail_says(sigma, gap, p,
     noise=NOISE,
     method=st.sampled_from([("pg", 1.0), ("dg", 0.5), ("dg", 1.0), ("kondo", 1.0)]),
 )
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, max_examples=60)
 def test_drift_is_the_mean_of_sampled_steps(sigma, gap, p, noise, method):
     task = Gambling(sigma, gap, noise)
     actions, advantages, chi = drawn(task, p, seed=2)
@@ -74,7 +74,7 @@ def test_noise_traps_the_gate_on_the_bad_arm_only_when_it_is_there():
 
 
 @given(p=CHANCE, gap=GAP, method=st.sampled_from(["dg", "kondo"]))
-@settings(derandomize=True, deadline=None, max_examples=5)
+@settings(derandomize=True, max_examples=5)
 def test_the_drift_turns_round_at_the_tipping_point(p, gap, method):
     sigma = tipping_sigma(p, gap, method)
     assert sigma is not None
