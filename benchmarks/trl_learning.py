@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from sparkjoy.integrations.trl import KondoGRPOTrainer
 from sparkjoy.lab.bench import timing
 from sparkjoy.lab.bench.timing import print_table
+from sparkjoy.lab.studies.drawing import legend, panels
 from sparkjoy.lab.training.tracking import read_json, save_figure, write_json
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -138,10 +139,7 @@ def table(runs: dict[str, list[list[dict[str, float]]]], target: float) -> list[
 
 def figure(runs: dict[str, list[list[dict[str, float]]]], target: float) -> Any:
     """Reward against steps, tokens differentiated and seconds: the mean over seeds, and each seed faintly."""
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = drawing.subplots(1, 3, sharey=True)
+    drawing, axes = panels(1, len(COSTS), 3.6, sharey=True)
     drawn = [name for name in DRAWN if name in runs] or list(runs)
     for number, (name, seeds) in enumerate((name, runs[name]) for name in drawn):
         color = f"C{number}"
@@ -157,7 +155,7 @@ def figure(runs: dict[str, list[list[dict[str, float]]]], target: float) -> Any:
         axis.axhline(target, color="grey", linewidth=0.7, linestyle=":")
     axes[1].set_xscale("log")
     axes[0].set_ylabel(f"reward, mean of {WINDOW} steps")
-    drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(drawn), frameon=False)
+    legend(drawing, axes[0])
     return drawing
 
 

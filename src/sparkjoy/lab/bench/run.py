@@ -210,35 +210,28 @@ def plot(result: Record, positive: float) -> Figure:
         result: of `run`.
         positive: fraction of the rows with a positive advantage: those that signs leave open to a rate below it.
     """
-    from matplotlib.figure import Figure
+    from sparkjoy.lab.studies.drawing import log_axes, panels
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = panels(1, 1, 5.6)
     rows = max(row["backward_rows"] for row in result["arms"])
     kept = np.geomspace(1 / rows, 1, 100)
     ratio = result["backward_over_forward"]["seconds"]
-    axis.plot(kept, 1 / kept, "k--", lw=1, label="at best, known log-probs: 1 / k")
+    axis.plot(100 * kept, 1 / kept, "k--", lw=1, label="at best, known log-probs: 1 / k")
     below = kept[kept <= positive]
     screened = (1 + ratio) / (positive + below * (1 + ratio))
     label = f"at best, screened: signs leave {positive:.0%} open, r = {ratio:.2g}"
-    axis.plot(below, screened, "k:", lw=1, label=label)
+    axis.plot(100 * below, screened, "k:", lw=1, label=label)
     for number, arm in enumerate(dict.fromkeys(row["arm"] for row in result["arms"])):
         of_arm = sorted((row for row in result["arms"] if row["arm"] == arm), key=lambda row: row["backward_rows"])
-        fractions, speedups = zip(*((row["backward_rows"] / rows, row["speedup"]) for row in of_arm), strict=True)
-        axis.plot(fractions, speedups, "o-" if len(of_arm) > 1 else "o", color=f"C{number}", label=arm)
+        percents, speedups = zip(*((100 * row["backward_rows"] / rows, row["speedup"]) for row in of_arm), strict=True)
+        axis.plot(percents, speedups, "o-" if len(of_arm) > 1 else "o", color=f"C{number}", label=arm)
     axis.axhline(1, color="0.7", lw=1)
     axis.set(
-        xscale="log",
-        yscale="log",
         xlabel="rows that passed backward, %",
         ylabel="seconds of the dense loop over the arm's",
         title="one step without the optimizer, each arm at its best micro-batch size",
     )
-    marks = [mark for mark in (1, 2, 3, 5, 10, 20, 30, 50, 100) if mark * rows >= 100]
-    axis.set_xticks([mark / 100 for mark in marks], [str(mark) for mark in marks])
-    axis.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
-    axis.set_ylim(0.7, 1.2 * rows)
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
+    axis.margins(0.03)
+    log_axes(axis)
     axis.legend(fontsize="small")
     return figure
