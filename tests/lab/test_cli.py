@@ -80,6 +80,7 @@ def test_study_scores_leaves_a_table_and_a_figure(monkeypatch, capsys, tmp_path)
         (("bench", "everything"), "everything"),
         (("study", "scaling", "--leraning-rate", "3"), "Did you mean --learning-rates? See sparkjoy study scaling --"),
         (("study", "scaling", "--leraning-rate", "3", "--arm", "dg"), "Did you mean --arms, --learning-rates?"),
+        (("train", "mnist", "--score", "advantage", "--screen", "stale"), "--score advantage reads no log-probs"),
         (("pareto", "mnist", "--rates", "3"), "rate is 3"),
         (("pareto", "mnist", "--seeds"), "seeds"),
         (("train", "mnist", "--data", "/no/such/folder"), "no such folder"),

@@ -24,6 +24,7 @@ from sparkjoy.scores import (
     advantage_score,
     delight,
     noisy_score,
+    reads_log_probs,
     surprisal_score,
     uniform_score,
 )
@@ -65,6 +66,8 @@ def build_step(
     noisy = _noisy(score, settings, generator) if gate is not None and score is not None else score
     draft = None
     if settings.drafted:
+        if score is not None and not reads_log_probs(score):
+            raise ValueError(f"--score {settings.score} reads no log-probs, so that --screen and --verify have no use.")
         audit = Audit(settings.audit_every, floor=settings.recall_floor)
         draft = Draft(source, verify=settings.verify, audit=audit, score=noisy)
     return GatedBackward(

@@ -33,8 +33,6 @@ class Settings(RunSettings, DraftSettings, MethodSettings):
             )
         if self.drafted and (self.method not in ("kondo", "unbiased") or self.unit == "token"):
             raise ValueError("--screen and --verify go with a gate of whole samples: --method kondo, unbiased.")
-        if self.drafted and self.score in ("advantage", "absolute-advantage", "uniform"):
-            raise ValueError(f"--score {self.score} reads no log-probs, so that --screen and --verify have no use.")
         ranks = self.method in ("kondo", "uniform") and self.price is None and self.temperature == 0
         if self.price_kind != "batch" and (not ranks or self.drafted):
             raise ValueError(
