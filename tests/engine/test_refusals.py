@@ -87,15 +87,20 @@ def test_a_wrong_log_prob_function_is_refused_before_any_gradient(log_prob_fn, m
 
 def test_log_probs_of_every_action_are_told_from_those_of_tokens():
     policy, batch, advantages, _ = make_case("rows")
-    ungathered = lambda rows: policy(rows["state"])  # noqa: E731
+
+    def ungathered(rows):
+        return policy(rows["state"])
+
+    def of_a_fresh_head(rows):
+        return 0 * policy(rows["state"]) - math.log(ACTIONS)
+
     with pytest.warns(UserWarning, match=r"add up to 1 in every row.*gather"):
         sj.gated_backward(ungathered, batch, advantages, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sj.gated_backward(ungathered, batch, advantages, None, mask=torch.ones(ROWS, ACTIONS))
         sj.gated_backward(lambda rows: ungathered(rows) * 1.01, batch, advantages, None)
-        alike = lambda rows: 0 * policy(rows["state"]) - math.log(ACTIONS)  # noqa: E731  # a fresh head of zeros
-        sj.gated_backward(alike, batch, advantages, None)
+        sj.gated_backward(of_a_fresh_head, batch, advantages, None)
 
 
 def test_a_draft_of_the_wrong_shape_is_named():

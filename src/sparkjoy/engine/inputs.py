@@ -149,7 +149,7 @@ def check_inputs(
     return inputs
 
 
-def check_log_probs(log_probs: Any, inputs: Inputs, source: str = "the log-prob function") -> Tensor:
+def check_log_probs(log_probs: Any, inputs: Inputs, source: str) -> Tensor:
     """`log_probs` as `source` returned them for the rows of `inputs`, if shaped as expected.
 
     Raises:

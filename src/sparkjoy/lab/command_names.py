@@ -49,7 +49,7 @@ def named(arguments: list[str]) -> list[str]:
         if " ".join(arguments[:count]) in COMMANDS:
             return arguments[:count]
     group = arguments[0] if arguments[0] in GROUPS else ""
-    there = f"there are: {', '.join(listed(group))}. See {' '.join(['sparkjoy', *group.split()])} --help."
+    there = f"there are: {', '.join(listed(group))}. See {f'sparkjoy {group}'.strip()} --help."
     asked = " ".join(word for word in arguments[:2] if not word.startswith("-")) or arguments[0]
     if asked == group:
         raise ValueError(f"{group} needs a second word; {there}")
