@@ -25,3 +25,37 @@ def masked_gradient(log_prob_fn, loss, batch, advantages, mask, keep, weight, de
     if mask is not None:
         terms = terms * mask
     return list(torch.autograd.grad(terms.sum() / denominator, parameters))
+
+
+class CausalModel:
+    """A transformer of two layers in float64, told who attends to whom."""
+
+    def __init__(self, vocabulary=5, columns=10, width=6):
+        drawn = torch.Generator().manual_seed(0)
+
+        def weights(*shape):
+            return torch.randn(*shape, generator=drawn, dtype=torch.float64)
+
+        self.tokens, self.columns, self.head = (
+            weights(vocabulary, width),
+            weights(columns, width),
+            weights(width, vocabulary),
+        )
+        self.layers = [[weights(width, width) for _ in range(3)] for _ in range(2)]
+
+    def __call__(self, ids, positions, sees):
+        """(R, N, V) log-probs of what follows each of `ids` (R, N), of which `sees` (R, N, N) others."""
+        states = self.tokens[ids] + self.columns[positions]
+        for query, key, value in self.layers:
+            scores = (states @ query) @ (states @ key).mT
+            states = states + scores.masked_fill(~sees, -torch.inf).softmax(-1) @ (states @ value)
+        return (states @ self.head).log_softmax(-1)
+
+    def of_rows(self, ids, mask, window=None):
+        """(n, T) log-probs of each token after those before it in its row, by a mask of padding; 0 for the first."""
+        columns = torch.arange(ids.shape[1])
+        distance = columns[:, None] - columns[None, :]
+        sees = (distance >= 0) & (distance < (window or len(columns))) & mask.bool()[:, None, :]
+        sees = sees | (~sees.any(-1, keepdim=True) & (distance == 0))
+        log_probs = self(ids, columns.expand_as(ids), sees)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+        return torch.nn.functional.pad(log_probs, (1, 0))
