@@ -52,11 +52,13 @@ class Counting(KondoGRPOTrainer):
     backward_tokens = 0
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, ids: Any, attention: Any, *args: Any, **kwargs: Any
+        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
         if torch.is_grad_enabled():
-            self.backward_tokens += int(attention.sum())
-        return super()._get_per_token_logps_and_entropies(model, ids, attention, *args, **kwargs)
+            self.backward_tokens += int(attention_mask.sum())
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
 
 
 class Record(TrainerCallback):  # type: ignore[misc]  # transformers' is untyped

@@ -1,12 +1,8 @@
-import copy
-import warnings
-
 import pytest
 import torch
 import transformers
 from torch.nn.utils import parameters_to_vector
 
-import sparkjoy as sj
 from sparkjoy.integrations.transformers import SharedTokens
 
 SIZE = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "eos_token_id": None}
@@ -34,7 +30,7 @@ def model_of(family, attention="sdpa"):
 
 
 def answered(prompts=3, answers=4, prompt=7, answer=6, seed=0):
-    """Prompts of several lengths, padded on the left, and answers of several, padded on the right: ids, mask, scored."""
+    """Prompts of several lengths, padded on the left, and answers, padded on the right: ids, mask, scored."""
     drawn = torch.Generator().manual_seed(seed)
     first = torch.randint(3, 23, (prompts, prompt), generator=drawn).repeat_interleave(answers, dim=0)
     then = torch.randint(3, 6, (prompts * answers, answer), generator=drawn)  # of few tokens, so they begin alike
@@ -84,7 +80,10 @@ def test_the_same_draws_give_the_same_answers(family):
     ids, mask, _ = (tensor[:, :7] for tensor in answered())
     passes, answers = [], []
     model.get_input_embeddings().register_forward_hook(lambda _, given, __: passes.append(given[0].numel()))
-    for generate in (SharedTokens(model).generate, lambda ids, mask, **options: model.generate(ids, attention_mask=mask, **options)):
+    for generate in (
+        SharedTokens(model).generate,
+        lambda ids, mask, **options: model.generate(ids, attention_mask=mask, **options),
+    ):
         torch.manual_seed(1)
         answers.append(generate(ids, mask, do_sample=True, max_new_tokens=9, pad_token_id=0))
         passes.append(None)

@@ -102,7 +102,8 @@ def test_noise_so_small_that_all_are_kept_is_trls_own_step_to_the_bit(tmp_path, 
 def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
     changes = {"gate_noise": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "top_p": 0.9}
     whole, _ = trained(tmp_path / "whole", cls=Stale, **changes)
-    state = json.loads((tmp_path / "whole" / "checkpoint-2" / "gate_state.json").read_text())
+    saved = json.loads((tmp_path / "whole" / "checkpoint-2" / "gate_state.json").read_text())
+    state = json.loads(saved["state"])
     fresh = sj.UnbiasedGate(noise=0.5).state_dict()
     assert all(state[name] != value for name, value in fresh.items())  # it remembers, and has learnt
     resumed, _ = trainer(tmp_path / "resumed", cls=Stale, **changes)

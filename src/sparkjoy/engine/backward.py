@@ -82,6 +82,8 @@ class GatedBackward:
         micro_batch_tokens: columns of the mask per forward and backward pass, padding included; None: no limit.
         trim: `(batch, mask) -> (batch, columns)`, which cuts padding off a micro-batch and says which columns of the
             mask are left, such as `sj.TrimRight("tokens")`; rows then go by length, the longest first.
+        group_by: entry of the batch, such as the prompts' tokens: rows of equal values go into one micro-batch where it
+            holds them, so that a `log_prob_fn` that shares tokens finds them together.
         module: under several processes, the `DistributedDataParallel` or `fully_shard` module that `log_prob_fn` calls:
             then one decision is made about the rows of all processes; kept rows stay where they are, and a process with
             fewer runs rows of weight 0. "local": this process decides for itself.
@@ -110,6 +112,7 @@ class GatedBackward:
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
         trim: Trim | None = None,
+        group_by: str | None = None,
         module: nn.Module | Literal["local"] | None = None,
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
         count_flops: bool = False,
@@ -125,7 +128,7 @@ class GatedBackward:
             checks.instance("draft", draft, Draft, "a Draft(source, ...), or None").check(gate, score)
         checks.function("backward", backward, "a function of a loss, such as accelerator.backward", ...)
         normalizer = checked_normalizer(normalizer)
-        packing = checked_packing(micro_batch_size, micro_batch_tokens, trim)
+        packing = checked_packing(micro_batch_size, micro_batch_tokens, trim, group_by)
         count_flops = checks.flag("count_flops", count_flops)
         if backward_over_forward is not None:
             backward_over_forward = checks.number(
@@ -309,6 +312,7 @@ class GatedBackward:
                 "micro_batch_size": packing.rows,
                 "micro_batch_tokens": packing.tokens,
                 "trim": packing.trim,
+                "group_by": packing.group_by,
                 "compare_every": None if self._comparisons is None else self._comparisons.every,
             }
         )

@@ -20,6 +20,8 @@ FEW = 0.01
 """Lost parts among all that may be chance."""
 MEMORY = 0.99
 """What a step still counts one step later in the gate's rate: a mean over about a hundred steps."""
+MOST = 10_000
+"""Parts that are remembered: the last seen. A part not seen for so long is forgotten."""
 CURE = "A noise budget gives every row a chance: UnbiasedGate(noise=0.3), --method unbiased, or TRL's gate_noise=0.3."
 
 
@@ -47,7 +49,7 @@ class Coverage:
             raise ValueError(f"patience is {patience}; expected at least 1 row.")
         self.patience = patience
         self._skipped: dict[Hashable, tuple[int, float]] = {}  # rows and |advantage| since the last kept row
-        self._lost: list[Hashable] = []
+        self._lost: dict[Hashable, None] = {}  # in the order in which they were lost
         self._kept = self._weight = 0.0
 
     @property
@@ -73,15 +75,22 @@ class Coverage:
         self._kept = MEMORY * self._kept + sum(kept)
         self._weight = MEMORY * self._weight + sum(sizes)
         for part, size, is_kept in zip(parts, sizes, kept, strict=True):
-            rows, weight = self._skipped.get(part, (0, 0.0))
-            self._skipped[part] = (0, 0.0) if is_kept else (rows + (size > 0), weight + size)
+            rows, weight = self._skipped.pop(part, (0, 0.0))
+            self._skipped[part] = (0, 0.0) if is_kept else (rows + (size > 0), weight + size)  # last, as seen last
         rate = self._kept / self._weight if self._weight else 0.0
-        before = self._lost
-        self._lost = [
-            part for part, (rows, weight) in self._skipped.items() if rows >= self.patience and rate * weight >= MISSED
-        ]
-        few = len(self._lost) <= FEW * len(self._skipped)
-        return [] if few else [part for part in self._lost if part not in before]
+        lost = []
+        for part in dict.fromkeys(parts):
+            rows, weight = self._skipped[part]
+            if rows < self.patience or rate * weight < MISSED:
+                self._lost.pop(part, None)
+            elif part not in self._lost:
+                lost.append(part)
+                self._lost[part] = None
+        while len(self._skipped) > MOST:
+            forgotten = next(iter(self._skipped))
+            del self._skipped[forgotten]
+            self._lost.pop(forgotten, None)
+        return [] if len(self._lost) <= FEW * len(self._skipped) else lost
 
     def warning(self, lost: Sequence[Hashable]) -> str:
         """What to say of parts that are lost, and what to do about it."""
@@ -98,5 +107,5 @@ class Coverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         self._skipped = dict(state["skipped"])
-        self._lost = list(state["lost"])
+        self._lost = dict.fromkeys(state["lost"])
         self._kept, self._weight = float(state["kept"]), float(state["weight"])

@@ -82,11 +82,13 @@ class Packing:
         rows: at most so many in one; None: no limit.
         tokens: at most so many columns of the mask, padding included; a single longer row goes alone. None: no limit.
         trim: cuts off padding; rows are then sorted by length, the longest first.
+        group_by: entry of the batch; rows of equal values go together, and a micro-batch ends with its last group.
     """
 
     rows: int | None = None
     tokens: int | None = None
     trim: Trim | None = None
+    group_by: str | None = None
 
     def holds(self, inputs: Inputs, rows: int) -> bool:
         """Whether that many rows fit one micro-batch."""
@@ -97,6 +99,10 @@ class Packing:
         total = inputs.total if rows is None else rows.shape[0]
         if total == 0:
             return []
+        if self.group_by is not None:
+            return self._by_group(
+                inputs, torch.arange(total, device=inputs.advantages.device) if rows is None else rows
+            )
         if self.trim is None or inputs.mask is None:
             size = self._limit(inputs) or total
             parts = [slice(start, min(start + size, total)) for start in range(0, total, size)]
@@ -114,6 +120,23 @@ class Packing:
             parts.append(slice(start, start + size))
             start += size
         return [rows[part] for part in parts]
+
+    def _by_group(self, inputs: Inputs, rows: Tensor) -> list[Rows]:
+        if not hasattr(inputs.batch, "keys") or self.group_by not in inputs.batch.keys():  # noqa: SIM118  # TensorDict
+            raise ValueError(
+                f"group_by={self.group_by!r} names nothing in a {type(inputs.batch).__name__}; expected an entry of a "
+                "Mapping or TensorDict, such as the prompts."
+            )
+        _, group = inputs.batch[self.group_by][rows].unique(dim=0, return_inverse=True)
+        most, room, sizes = self._limit(inputs) or len(rows), 0, []
+        for size in group.bincount().tolist():
+            if size > room:  # a new micro-batch, and for large groups full ones before it
+                sizes += [most] * (size // most) + [size % most]
+                room = most - size % most
+            else:
+                sizes[-1] += size
+                room -= size
+        return list(rows[group.argsort(stable=True)].split([size for size in sizes if size]))
 
     def trimmed(self, part: Inputs) -> tuple[Inputs, slice]:
         """`part` without needless padding, and the columns that are left."""
@@ -147,7 +170,7 @@ def _spans(mask: Tensor) -> Tensor:
     return (last - first + 1).clamp(min=0)
 
 
-def checked_packing(micro_batch_size: Any, micro_batch_tokens: Any, trim: Any) -> Packing:
+def checked_packing(micro_batch_size: Any, micro_batch_tokens: Any, trim: Any, group_by: Any) -> Packing:
     """The options of these names together, each as `GatedBackward` takes it, or a ValueError."""
     expected = "a whole number of at least 1, or None for all at once"
     rows, tokens = (
@@ -156,4 +179,6 @@ def checked_packing(micro_batch_size: Any, micro_batch_tokens: Any, trim: Any) -
     )
     if trim is not None:
         checks.function("trim", trim, "a function (batch, mask) -> (batch, columns), or None", ..., ...)
-    return Packing(rows, tokens, trim)
+    if group_by is not None:
+        checks.instance("group_by", group_by, str, "the name of an entry of the batch, or None")
+    return Packing(rows, tokens, trim, group_by)

@@ -32,7 +32,8 @@ def pretrained(name: str | None = None) -> tuple[PreTrainedModel, PreTrainedToke
         ValueError: there is no such model, no network to get it by, or no `gguf` to read the packaged one with.
     """
     if name is None:
-        name = str(_converted()) if importlib.util.find_spec(PACKAGE) is not None else ON_THE_HUB
+        packaged = importlib.util.find_spec(PACKAGE) is not None or _folder().exists()
+        name = str(_converted()) if packaged else ON_THE_HUB
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
@@ -51,9 +52,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparkjoy"
 
 
+def _folder() -> Path:
+    return cache_folder() / "SmolLM2-135M-Instruct"
+
+
 def _converted() -> Path:
     """The folder of the packaged model as safetensors, made if it is not there yet."""
-    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    folder = _folder()
     if folder.exists():
         return folder
     if importlib.util.find_spec("gguf") is None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.parallel import DistributedDataParallel
-from transformers.utils import is_peft_available
 
 from sparkjoy import checks
+from sparkjoy.integrations.sampling import base_of, prompts_read_once
 from sparkjoy.prefix_tree import UNSCORED, PrefixTree, fold, scorable, work
 
 BALANCE = 4
@@ -31,9 +31,6 @@ WORTH = 0.95
 """The tree runs where its work is at most this part of the padded rows'."""
 
 SLIDING = "sliding_attention"
-
-Score = Callable[[dict[str, Any], Tensor], tuple[Tensor, ...]]
-"""`(arguments of the model, labels (R, N)) -> values (R, N) of each label`, 0 where there is none."""
 
 
 class SharedTokens:
@@ -87,11 +84,11 @@ class SharedTokens:
             mask: (n, T), 0 for padding, on either side.
             scored: (n, T), nonzero for the tokens wanted, an answer's. The first token of a row has no log-prob.
         """
-        return self._values(ids, mask, scored, self._log_probs)[0]
+        return self._values(ids, mask, scored, entropies=False)[0]
 
     def log_probs_and_entropies(self, ids: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
         """As `log_probs`; and the entropies of the distributions that the scored tokens are drawn from, (n, T)."""
-        log_probs, entropies = self._values(ids, mask, scored, self._log_probs_and_entropies)
+        log_probs, entropies = self._values(ids, mask, scored, entropies=True)
         return log_probs, entropies
 
     def generate(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
@@ -108,22 +105,26 @@ class SharedTokens:
 
     # The pass
 
-    def _values(self, ids: Tensor, mask: Tensor, scored: Tensor, score: Score) -> tuple[Tensor, ...]:
+    def _values(self, ids: Tensor, mask: Tensor, scored: Tensor, entropies: bool) -> tuple[Tensor, ...]:
         scored = scorable(mask, scored)
         if self.agrees is None:
             with torch.no_grad(), evaluating(self.model):
-                self.compare(
-                    self._of_rows(ids, mask, scored, score)[0], self._of_tree(fold(ids, mask, scored), score)[0]
+                of_rows, of_tree = (
+                    self._of_rows(ids, mask, scored, False),
+                    self._of_tree(fold(ids, mask, scored), False),
                 )
+            self.compare(of_rows[0], of_tree[0])
         tree = self.fold(ids, mask, scored)
-        return self._of_rows(ids, mask, scored, score) if tree is None else self._of_tree(tree, score)
+        return self._of_rows(ids, mask, scored, entropies) if tree is None else self._of_tree(tree, entropies)
 
-    def _of_tree(self, tree: PrefixTree, score: Score) -> tuple[Tensor, ...]:
-        return tuple(tree.unfold(values) for values in score(self.inputs(tree), tree.labels))
+    def _of_tree(self, tree: PrefixTree, entropies: bool) -> tuple[Tensor, ...]:
+        found = label_scores(self.model, self.inputs(tree), tree.labels, self.temperature, entropies)
+        return tuple(tree.unfold(values) for values in found)
 
-    def _of_rows(self, ids: Tensor, mask: Tensor, scored: Tensor, score: Score) -> tuple[Tensor, ...]:
+    def _of_rows(self, ids: Tensor, mask: Tensor, scored: Tensor, entropies: bool) -> tuple[Tensor, ...]:
         labels = pad(ids.where(scored, UNSCORED)[:, 1:], (0, 1), value=UNSCORED)
-        found = score({"input_ids": ids, "attention_mask": mask, "use_cache": False}, labels)
+        given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        found = label_scores(self.model, given, labels, self.temperature, entropies)
         return tuple(pad(values[:, :-1], (1, 0)) for values in found)
 
     def fold(self, ids: Tensor, mask: Tensor, scored: Tensor) -> PrefixTree | None:
@@ -171,31 +172,28 @@ class SharedTokens:
                 stacklevel=2,
             )
 
-    def _log_probs(self, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor]:
-        logits, columns = self._logits(inputs, labels)
-        losses = cross_entropy(logits.flatten(0, 1), labels[:, columns].flatten(), reduction="none")
-        return (_in_columns(-losses.view(logits.shape[:2]), columns, labels),)
 
-    def _log_probs_and_entropies(self, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits, columns = self._logits(inputs, labels)
+def label_scores(
+    model: nn.Module, inputs: dict[str, Any], labels: Tensor, temperature: float, entropies: bool
+) -> tuple[Tensor, ...]:
+    """Log-probs of labels (R, N), each at the token before it, and maybe entropies; (R, N), 0 where there is no label.
+
+    Logits are made of the columns that have a label only.
+    """
+    columns = (labels != UNSCORED).any(dim=0).nonzero().flatten()
+    if len(columns) == 0:
+        columns = columns.new_zeros(1)  # zeros with a graph, for whoever differentiates on all processes
+    logits = model(**inputs, logits_to_keep=columns).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    wanted = labels[:, columns]
+    if entropies:
         of_all = logits.log_softmax(dim=-1)
-        log_probs = of_all.gather(2, labels[:, columns].clamp(min=0).unsqueeze(2)).squeeze(2)
-        entropies = -(of_all.exp() * of_all).sum(dim=2)
-        return _in_columns(log_probs, columns, labels), _in_columns(entropies, columns, labels)
-
-    def _logits(self, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, n, V) in float32 at least, of the n columns with a label."""
-        columns = (labels != UNSCORED).any(dim=0).nonzero().flatten()
-        if len(columns) == 0:
-            columns = columns.new_zeros(1)  # zeros with a graph, for whoever differentiates on all processes
-        logits = self.model(**inputs, logits_to_keep=columns).logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature, columns
-
-
-def _in_columns(values: Tensor, columns: Tensor, labels: Tensor) -> Tensor:
-    """`values` (R, n) of some columns in all of them, (R, N), 0 where there is no label."""
-    full = torch.zeros(labels.shape, dtype=values.dtype, device=values.device)
-    return full.index_copy(1, columns, values).where(labels != UNSCORED, 0)
+        found = [of_all.gather(2, wanted.clamp(min=0).unsqueeze(2)).squeeze(2), -(of_all.exp() * of_all).sum(dim=2)]
+    else:
+        losses = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=UNSCORED)
+        found = [-losses.view(wanted.shape)]
+    blank = torch.zeros(labels.shape, dtype=logits.dtype, device=logits.device)
+    return tuple(blank.index_copy(1, columns, values.where(wanted != UNSCORED, 0)) for values in found)
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -203,13 +201,8 @@ def refusal(model: nn.Module) -> str | None:
     base = base_of(model)
     config, name = base.config.get_text_config(), type(base).__name__
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", SLIDING}
-    if is_peft_available():
-        from peft import PeftModel
-
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            return (
-                "tokens cannot be shared under prompt or prefix tuning, which puts tokens of its own before each row."
-            )
+    if prepends_tokens(model):
+        return "tokens cannot be shared under prompt or prefix tuning, which puts tokens of its own before each row."
     if base.config.is_encoder_decoder:
         return f"tokens cannot be shared in {name}: an encoder's states depend on all its tokens."
     if others or base._is_stateful:
@@ -227,14 +220,21 @@ def refusal(model: nn.Module) -> str | None:
     return None
 
 
-def base_of(model: nn.Module) -> Any:
-    """The model of transformers inside PEFT's adapters."""
-    if is_peft_available():
-        from peft import PeftModel
+def longest_with_fixed_rotations(config: Any) -> float:
+    """Tokens of a row beyond which a model's rotations depend on the longest row of its batch; for most, infinite."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    longest = torch.inf
+    for kind in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one for each kind of layer
+        if kind.get("rope_type") == "longrope":
+            longest = min(longest, kind.get("original_max_position_embeddings", config.max_position_embeddings))
+        elif kind.get("rope_type") == "dynamic":
+            longest = min(longest, config.max_position_embeddings)
+    return longest
 
-        if isinstance(model, PeftModel):
-            return model.get_base_model()
-    return model
+
+def prepends_tokens(model: nn.Module) -> bool:
+    """Whether an adapter (prompt, prefix or p-tuning) puts tokens of its own left of a row and its padding."""
+    return base_of(model) is not model and bool(model.active_peft_config.is_prompt_learning)  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -247,50 +247,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-# Sampling
-
-WITH_A_CACHE = {
-    "num_beams": (1,),
-    "use_cache": (True,),
-    "cache_implementation": ("dynamic",),
-    "guidance_scale": (1,),
-    "prompt_lookup_num_tokens": (),
-    "prefill_chunk_size": (),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-}
-"""Options of generation that a cache made before goes with, if they are unset or have these values."""
-
-ARGUMENTS = ("input_ids", "attention_mask", "generation_config", "logits_processor", "stopping_criteria", "streamer")
-"""Other arguments of `generate` that it goes with."""
-
-
-@torch.no_grad()
-def prompts_read_once(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """What to give `generate` besides: a cache in which each distinct prompt was read once, but for its last token.
-
-    Args:
-        model: what `generate` is a method of.
-        given: its other arguments, by name. Where they do not go with a cache there is nothing to give.
-    """
-    base = base_of(model)
-    configs = [config for config in (given.get("generation_config"), base.generation_config) if config is not None]
-    for name, allowed in WITH_A_CACHE.items():
-        values = (given.get(name), *(getattr(config, name, None) for config in configs))
-        if next((value for value in values if value is not None), None) not in (None, *allowed):
-            return {}
-    if any(name not in ARGUMENTS and not hasattr(base.generation_config, name) for name in given):
-        return {}
-    ids, mask = given["input_ids"], given["attention_mask"]
-    if ids.shape[1] < 2 or base._is_stateful or base.config.is_encoder_decoder:
-        return {}
-    rows, of_row = torch.cat([ids, mask.to(ids)], dim=1).unique(dim=0, return_inverse=True)
-    ids, mask = rows.split(ids.shape[1], dim=1)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # as `generate` has them
-    read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    output = model(**{name: value[:, :-1] for name, value in read.items()}, use_cache=True, logits_to_keep=1)
-    name = "cache" if "cache" in output else "past_key_values"  # the older name
-    output[name].batch_select_indices(of_row)
-    return {name: output[name]}

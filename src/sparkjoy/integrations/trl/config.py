@@ -16,7 +16,7 @@ UNCLIPPED_LOSSES = ("cispo", "sapo", "vespo")
 
 @dataclass
 class KondoGRPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig` with the gate's options; with none of them set it is exactly TRL's.
+    """TRL's `GRPOConfig` with the gate's options and `share_tokens`; with none of them set it is exactly TRL's.
 
     >>> config = KondoGRPOConfig(gate_noise=0.3, report_to="none", use_cpu=True, bf16=False)
     >>> config.gated
@@ -26,6 +26,14 @@ class KondoGRPOConfig(GRPOConfig):
         ValueError: an option outside its range, or one of TRL's that the gate does not go with.
     """
 
+    share_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute tokens that rows have in common once: a prompt's in all its completions, and equal "
+            "completions', in every pass over rows and while transformers samples. Log-probs and gradients are TRL's "
+            "up to rounding. With or without a gate."
+        },
+    )
     gate_noise: float | None = field(
         default=None,
         metadata={
@@ -160,6 +168,8 @@ class KondoGRPOConfig(GRPOConfig):
             )
         if self.gated:
             self._refuse_what_needs_every_row()
+        if self.gated or self.share_tokens:
+            self._refuse_what_looks_at_micro_batches()
 
     def gate(self) -> Gate | None:
         """The gate these options describe; None when none is asked for."""
@@ -188,13 +198,20 @@ class KondoGRPOConfig(GRPOConfig):
                 "the entropy bonus needs the gradient of every completion, and the gate skips most. Set "
                 f"entropy_coef=0, or train with {instead}."
             )
+
+    def _refuse_what_looks_at_micro_batches(self) -> None:
+        why, without = (
+            ("the gate skips most completions", "without a gate")
+            if self.gated
+            else ("share_tokens=True makes other micro-batches", "with share_tokens=False")
+        )
         if self.use_adaptive_entropy:
             raise ValueError(
-                "use_adaptive_entropy follows the entropy of every completion, and the gate skips most. Set "
-                "use_adaptive_entropy=False, or train without a gate."
+                f"use_adaptive_entropy follows the entropy of each micro-batch's completions, and {why}. Set "
+                f"use_adaptive_entropy=False, or train {without}."
             )
         if self.top_entropy_quantile < 1:
             raise ValueError(
                 f"top_entropy_quantile={self.top_entropy_quantile}: its threshold is a quantile over the tokens of "
-                "every completion, and the gate skips most. Set top_entropy_quantile=1, or train without a gate."
+                f"each micro-batch's completions, and {why}. Set top_entropy_quantile=1, or train {without}."
             )

@@ -87,11 +87,13 @@ def kept_rates(worth: Tensor, keep: Tensor) -> dict[str, float]:
 def part_of(example: dict[str, Any], column: str | None) -> str:
     """The part of the data that an example belongs to: what `column` says, or its prompt, shortened but told apart.
 
+    An environment's example may have no prompt, but then names the environment.
+
     Raises:
         ValueError: there is no such column.
     """
     if column is None:
-        prompt = repr(example["prompt"])
+        prompt = repr(example.get("prompt", example.get("environment")))
         short = len(prompt) <= PROMPT_LETTERS
         return prompt if short else f"{prompt[:PROMPT_LETTERS]}... ({zlib.crc32(prompt.encode())})"
     if column not in example:

@@ -8,27 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
 
 from sparkjoy.engine.coverage import Coverage
 from sparkjoy.gates import Gate
 from sparkjoy.gates.decision import rule_of, weighted
+from sparkjoy.integrations.sampling import base_of
+from sparkjoy.integrations.transformers import prepends_tokens
 from sparkjoy.integrations.trl.advantages import of_the_gate
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
 from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score, part_of, sized_figures, worth
-from sparkjoy.integrations.trl.packing import Rows, loss_mask
+from sparkjoy.integrations.trl.packing import Rows, loss_mask, whole
+from sparkjoy.integrations.trl.sharing import SharingMixin
 from sparkjoy.integrations.trl.sizes import DIVIDES_BY_LENGTH, RowSize
 from sparkjoy.noise import NoiseSums, expected_noise
+from sparkjoy.prefix_tree import fold
 from sparkjoy.signs import undecided
 
 PATIENCE = 4
 """Groups of completions of a part, all skipped, before it may be called lost."""
 
 
-class DecidingMixin(GRPOTrainer):
+class DecidingMixin(SharingMixin):
     """What decides in `KondoGRPOMixin`, which see."""
-
-    args: KondoGRPOConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,7 +50,10 @@ class DecidingMixin(GRPOTrainer):
         # The seed is of the optimizer step and the micro-step in it, so that a resumed run draws the same.
         place = (self.args.seed, self.state.global_step, self._step % self.args.gradient_accumulation_steps)
         mask = loss_mask(output)
-        cost = output["prompt_mask"].sum(dim=1) + output["completion_mask"].sum(dim=1)
+        if self._shared is not None and self._shared.agrees:
+            cost = fold(*whole(output)).shares
+        else:
+            cost = output["prompt_mask"].sum(dim=1) + output["completion_mask"].sum(dim=1)
         tokens, costs = self._of_all(torch.stack([mask.sum(dim=1), cost], dim=1).float()).unbind(dim=1)
         if weighted(gate):
             gate.generator = draws(*place)  # type: ignore[attr-defined]  # it draws, so it has one
@@ -66,6 +70,8 @@ class DecidingMixin(GRPOTrainer):
 
     def _watch(self, inputs: list[Rows], output: Rows, keep: Tensor) -> None:
         """Log how many parts of the data are lost, and warn when some are."""
+        if len(inputs) != len(keep):  # a trainer has made other rows of them
+            return
         parts = [part_of(example, self.args.gate_parts) for example in inputs]
         advantages = output["advantages"]
         advantages = advantages * loss_mask(output) if advantages.dim() == 2 else advantages
@@ -84,12 +90,6 @@ class DecidingMixin(GRPOTrainer):
         """This process's part of what is known of the rows of all."""
         first = self.accelerator.process_index * len(local)
         return of_all[first : first + len(local)].to(local.device)
-
-    def _everywhere(self, true: bool) -> bool:
-        """Whether it is so on every process."""
-        if self.accelerator.num_processes == 1:
-            return true
-        return bool(self._of_all(torch.tensor([true], device=self.accelerator.device)).all())
 
     # A hard gate
 
@@ -222,13 +222,12 @@ class DecidingMixin(GRPOTrainer):
     @torch.no_grad()
     def _screen(self, output: Rows, rows: Tensor) -> Tensor:
         """(n, T) log-probs of `rows`, exact and without a graph; in eval mode, so without dropout or other draws."""
-        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        ids, mask, _ = whole(output)
         prompt = output["prompt_ids"].shape[1]
         log_probs = torch.zeros(len(mask), mask.shape[1] - prompt, device=ids.device)
         tokens = mask.sum(dim=1)
-        by_length = rows[tokens[rows].argsort()]
-        parts = [part for part in by_length.split(self.args.per_device_train_batch_size) if len(part)]
+        ordered = rows[tokens[rows].argsort()] if self._shared is None else rows  # or prompt by prompt
+        parts = [part for part in ordered.split(self.args.per_device_train_batch_size) if len(part)]
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # weights are gathered in a pass: all run as many
             passes = int(self._of_all(torch.tensor([len(parts)], device=ids.device)).max())
             parts += [tokens.argmin(dim=0, keepdim=True)] * (passes - len(parts))
@@ -247,6 +246,8 @@ class DecidingMixin(GRPOTrainer):
 
     @property
     def _trims_prompts(self) -> bool:
-        """Whether the model's positions are relative, so that padding left of a prompt can be cut or added."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "rope_parameters", None) is not None or getattr(config, "rope_theta", None) is not None
+        """Whether the padding left of a prompt can be cut or added: positions are relative, and it is leftmost."""
+        model = self.accelerator.unwrap_model(self.model)
+        config = base_of(model).config.get_text_config()
+        rotates = any(getattr(config, name, None) is not None for name in ("rope_parameters", "rope_theta"))
+        return rotates and not prepends_tokens(model)

@@ -2,19 +2,22 @@
 
 TRL divides a micro-batch's loss by something of that micro-batch. A kept row remembers what its own was divided by, and
 is scaled by what the packed one divides by over that, times its weight where the gate gave one. The scale goes on its
-advantage, which every policy loss of TRL is proportional to. A filler is a copy of a row at scale and weight 0.
+advantage, which every policy loss of TRL is proportional to. A dummy row is a copy of a row at scale and weight 0.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from sparkjoy.prefix_tree import fold
 
 Normalizer = Literal["constant", "rows", "tokens"]
 Rows = dict[str, Any]
@@ -31,18 +34,16 @@ LOSS_NORMALIZERS: dict[str, Normalizer] = {
     "bnpo": "tokens",
 }
 PROMPT = ("prompt_ids", "prompt_mask")
-COMPLETION = (
-    "advantages",  # where a trainer has them for each token
-    "completion_ids",
-    "completion_mask",
-    "tool_mask",
-    "old_per_token_logps",
-    "sampling_per_token_logps",
-    "ref_per_token_logps",
-    "importance_sampling_ratio",
-)
 OWN = ("gate_keep", "gate_idle")
 NUMBERS = ("gate_weight", "gate_divisor", "gate_entropy_divisor")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows that stay in one micro-batch, and the tokens that a pass over them computes."""
+
+    rows: list[Rows]
+    tokens: int
 
 
 def loss_mask(rows: Rows) -> Tensor:
@@ -51,40 +52,84 @@ def loss_mask(rows: Rows) -> Tensor:
     return mask if rows.get("tool_mask") is None else mask * rows["tool_mask"]
 
 
+def whole(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts and completions side by side: ids, mask, and which tokens are a completion's; each (n, P + T)."""
+    ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
+    mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
+    scored = torch.cat([torch.zeros_like(rows["prompt_mask"]), rows["completion_mask"]], dim=1)
+    return ids, mask, scored
+
+
 def pack(
     window: Sequence[Rows],
     normalizer: Normalizer,
     pad_token_id: int,
     *,
     trim_prompts: bool,
-    share_out: Callable[[list[Rows]], tuple[list[Rows], list[int]]],
+    share_out: Callable[[list[Unit]], tuple[list[Unit], list[tuple[int, int]]]],
     spread: bool = False,
+    share_tokens: bool = False,
 ) -> list[Rows]:
     """The micro-batches of a window, which one optimizer step sees together, with their kept rows packed.
 
-    Those left without rows come first and hold one filler, with `gate_idle` set: they need not run.
+    Those left without rows come first and hold one dummy row, with `gate_idle` set: they need not run.
 
     Args:
         window: micro-batches of equal size, with `gate_keep` (B,) bool.
         normalizer: what TRL divides the loss of a micro-batch by.
         pad_token_id: fills ids.
         trim_prompts: cut the padding left of prompts, which shifts absolute positions.
-        share_out: `rows -> (rows of this process, lengths)`: every process is to have a row for each length, of which
-            its own of that rank, ascending, is no longer.
+        share_out: `units -> (units of this process, places)`: each process is to have a unit for each place, given as
+            tokens and rows, tokens ascending, of which its own of that rank has no more.
         spread: have the largest micro-batch as small as can be, instead of as few as hold the rows.
+        share_tokens: rows of a prompt stay together, and a micro-batch holds as many distinct tokens as those of the
+            window have with padding, instead of as many rows.
     """
-    size = len(window[0]["gate_keep"])
-    kept, lengths = share_out([row for rows in window for row in _kept_rows(rows, normalizer, trim_prompts)])
-    each = len(lengths)
-    filler = min(kept, key=length) if kept else _any_row(window[0], trim_prompts)
-    filler = {**filler, "gate_weight": 0.0}
-    kept = sorted(kept + [filler] * (each - len(kept)), key=length)
-    cuts = least_memory(lengths, len(window), size) if spread else _fewest(each, size)
-    batches = len(cuts) - 1
+    size, room = len(window[0]["gate_keep"]), whole(window[0])[0].numel()
+    kept = [row for rows in window for row in _kept_rows(rows, normalizer, trim_prompts)]
+    shortest = min(kept, key=length) if kept else _any_row(window[0], trim_prompts)
+    dummy = {**shortest, "gate_weight": 0.0}
+    units, places = share_out(by_prompt(kept, room) if share_tokens else [Unit([row], length(row)) for row in kept])
+    filled = [Unit([dummy], 0)] * (len(places) - len(units)) + sorted(units, key=lambda unit: unit.tokens)
+    tokens = [tokens for tokens, _ in places]
+    if not share_tokens:
+        cuts = least_memory(tokens, len(window), size) if spread else _fewest(len(tokens), size)
+    else:
+        batches = len(window) if spread else min(len(window), len(_cuts(tokens, len(tokens), room)) - 1)
+        cuts = least_memory(tokens, batches, len(tokens))
     shared = {name: value for name, value in window[0].items() if isinstance(value, Tensor) and value.dim() == 0}
-    packed = [_micro_batch(kept[first:stop], normalizer, pad_token_id) | shared for first, stop in pairwise(cuts)]
-    idle = _micro_batch([filler], normalizer, pad_token_id) | shared | {"gate_idle": True}
-    return [idle] * (len(window) - batches) + packed
+    packed = []
+    for first, stop in pairwise(cuts):
+        rows = []
+        for unit, (_, count) in zip(filled[first:stop], places[first:stop], strict=True):
+            rows += unit.rows + [{**unit.rows[0], "gate_weight": 0.0}] * (count - len(unit.rows))
+        packed.append(_micro_batch(rows, normalizer, pad_token_id) | shared)
+    idle = _micro_batch([dummy], normalizer, pad_token_id) | shared | {"gate_idle": True}
+    return [idle] * (len(window) - len(packed)) + packed
+
+
+def by_prompt(rows: Sequence[Rows], most: int) -> list[Unit]:
+    """The rows of each prompt together, in parts where they have more than `most` distinct tokens."""
+    groups: dict[tuple[int, ...], list[Rows]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row["prompt_ids"].tolist()), []).append(row)
+    pending = [sorted(group, key=lambda row: row["completion_ids"].tolist()) for group in groups.values()]
+    units = []
+    while pending:
+        group = pending.pop()
+        tokens, half = distinct_tokens(group), len(group) // 2
+        if tokens > most and half:
+            pending += [group[:half], group[half:]]
+        else:
+            units.append(Unit(group, tokens))
+    return units
+
+
+def distinct_tokens(rows: Sequence[Rows]) -> int:
+    """Nodes of the prefix tree of one prompt's rows."""
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    batch = {name: pad_sequence([row[name] for row in rows], True) for name in names}
+    return round(float(fold(*whole(batch)).shares.sum()))
 
 
 def _fewest(rows: int, size: int) -> list[int]:
@@ -106,17 +151,20 @@ def least_memory(lengths: Sequence[int], batches: int, size: int) -> list[int]:
     >>> least_memory([1, 1, 1, 1, 8, 8], batches=4, size=4)
     [0, 4, 5, 6]
     """
+    longest = max(lengths, default=0)
+    costs = range(longest, longest * size + 1)
+    fits = bisect_left(costs, True, key=lambda most: len(_cuts(lengths, size, most)) <= batches + 1)
+    return _cuts(lengths, size, costs[fits])
 
-    def filled(most: int) -> list[int]:
-        cuts = [0]
-        for row, length in enumerate(lengths):
-            rows = row + 1 - cuts[-1]
-            if rows > size or rows * length > most:
-                cuts.append(row)
-        return [*cuts, len(lengths)] if lengths else cuts
 
-    costs = range(max(lengths, default=0), max(lengths, default=0) * size + 1)
-    return filled(costs[bisect_left(costs, True, key=lambda most: len(filled(most)) <= batches + 1)])
+def _cuts(lengths: Sequence[int], size: int, most: int) -> list[int]:
+    """Where to cut for micro-batches that are full: at most `size` rows and `most` padded tokens, or a single row."""
+    cuts = [0]
+    for row, length in enumerate(lengths):
+        rows = row + 1 - cuts[-1]
+        if rows > 1 and (rows > size or rows * length > most):
+            cuts.append(row)
+    return [*cuts, len(lengths)] if lengths else cuts
 
 
 def _kept_rows(rows: Rows, normalizer: Normalizer, trim_prompts: bool) -> list[Rows]:
@@ -155,7 +203,7 @@ def _row(rows: Rows, index: int, trim_prompts: bool) -> Rows:
         of_row = value[index]
         if name in PROMPT:
             of_row = of_row[start:]
-        elif name in COMPLETION and of_row.dim() and len(of_row) == width:  # a ratio may be of the whole row, (B, 1)
+        elif isinstance(of_row, Tensor) and of_row.dim() and len(of_row) == width:  # of each token, whoever added it
             of_row = of_row[:length]
         row[name] = of_row
     return row
@@ -168,11 +216,12 @@ def length(row: Rows) -> int:
 
 def _micro_batch(rows: Sequence[Rows], normalizer: Normalizer, pad_token_id: int) -> Rows:
     batch: Rows = {}
+    lengths = [len(row["completion_ids"]) for row in rows]
     for name in rows[0]:
         values = [row[name] for row in rows]
         if name in PROMPT:
             batch[name] = pad_sequence(values, True, pad_token_id if name == "prompt_ids" else 0, padding_side="left")
-        elif name in COMPLETION and values[0].dim():
+        elif isinstance(values[0], Tensor) and values[0].dim() and list(map(len, values)) == lengths:
             batch[name] = pad_sequence(values, True, pad_token_id if name == "completion_ids" else 0)
         elif name in NUMBERS:
             batch[name] = torch.tensor(values, device=rows[0]["advantages"].device)

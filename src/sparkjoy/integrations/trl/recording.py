@@ -22,10 +22,20 @@ class Recorder:
         self._tokens: list[Tensor] = []
         self._log_probs: list[Tensor] = []
         self._logits: Tensor | None = None
+        self._watches = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, passes are not taken."""
+        self._watches = False
+        yield
+        self._watches = True
 
     @torch.no_grad()
     def see(self, ids: Tensor, logits: Tensor) -> None:
         """Take a forward pass on `ids` (B, n), the last of them just chosen, that gave `logits` (B, m, V)."""
+        if not self._watches:
+            return
         if self._logits is not None and len(ids) == len(self._logits):
             self._choose(ids[:, -1])
         self._logits = logits[:, -1]

@@ -1,18 +1,24 @@
 """TRL's GRPOTrainer with the gate: decide where the whole generation batch is known, pack, and let TRL do the loss.
 
-_generate_single_turn             TRL's, watched for the log-probs of what it samples
+_generate_single_turn             TRL's, watched for the log-probs of what it samples; prompts may be read once
 _generate_and_score_completions   TRL's, then one decision over all processes (`decision.py`): a column `gate_keep`
 _prepare_inputs                   TRL's, then: the kept rows of an optimizer step in micro-batches, few or small
 _compute_loss                     TRL's on a packed micro-batch; nothing on one left without rows
+_get_per_token_logps_and_entropies   TRL's, or those of a prefix tree (`sharing.py`); the weights go on here
 training_step                     TRL's, then at times a comparison with TRL's own gradient (`comparing.py`)
 """
 
 from __future__ import annotations
 
-import json
+import inspect
 import math
+import sys
+from collections.abc import Sequence, Sized
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,19 +27,32 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from sparkjoy.gates.decision import load_state, state_of
+from sparkjoy.integrations.transformers import longest_with_fixed_rotations
 from sparkjoy.integrations.trl.comparing import ComparingMixin
 from sparkjoy.integrations.trl.decision import DecidingMixin
-from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, length, loss_mask, pack
+from sparkjoy.integrations.trl.gate_state import load_gate, save_gate
+from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, Unit, loss_mask, pack, whole
 from sparkjoy.integrations.trl.recording import recording
+from sparkjoy.integrations.trl.sharing import SharingMixin, reading_prompts_once
 from sparkjoy.losses import delightful_weight
 from sparkjoy.noise import noise_sums
 from sparkjoy.scores import per_row
 
-GATE_STATE = "gate_state.json"
 TEXT_ONLY = (
-    "the gate packs text only, and these prompts come with images. Train without the gate, or leave the images out."
+    "the gate and share_tokens pack text only, and these prompts come with images. Train without the gate and "
+    "share_tokens, or leave the images out."
 )
+OURS = (ComparingMixin, DecidingMixin, SharingMixin)
+
+
+@dataclass
+class Running:
+    """A micro-batch in TRL's loss: what that was given, the advantages before they were scaled, and after."""
+
+    inputs: Rows
+    own: Tensor
+    scaled: Tensor
+    measured: bool = False
 
 
 class KondoGRPOMixin(ComparingMixin):
@@ -52,10 +71,11 @@ class KondoGRPOMixin(ComparingMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._gate_running: tuple[Rows, Tensor] | None = None  # the micro-batch in TRL's loss, its own advantages
+        self._gate_running: Running | None = None
         self._gate_postpones = False  # whether the old log-probs wait until it is decided whose are needed
         self._gate_micro_steps = 0  # run since the last optimizer step
-        if self._gate is not None:
+        self._packs = self._gate is not None or self._shared is not None
+        if self._packs:
             self._refuse_unproven_setups()
 
     def _refuse_unproven_setups(self) -> None:
@@ -69,7 +89,7 @@ class KondoGRPOMixin(ComparingMixin):
                 "the gate is not proven with version 1 of FSDP. Set version=2 in fsdp_config (fsdp_version: 2 in "
                 "accelerate's), or train without the gate."
             )
-        if self.is_deepspeed_enabled and self.args.gate_empty_step != "momentum":
+        if self.is_deepspeed_enabled and self._gate is not None and self.args.gate_empty_step != "momentum":
             raise ValueError(
                 "DeepSpeed steps its optimizer itself, so a step without any kept completion cannot leave the weights. "
                 "Set gate_empty_step='momentum', or train without the gate."
@@ -82,24 +102,34 @@ class KondoGRPOMixin(ComparingMixin):
             )
         if self.aux_loss_enabled:
             raise ValueError(
-                "the router's auxiliary loss needs every completion, and the gate skips most. Set "
-                "router_aux_loss_coef=0, or train without the gate."
+                "the router's auxiliary loss counts every token of every completion, which neither the gate nor "
+                "share_tokens runs. Set router_aux_loss_coef=0, or train without the gate and share_tokens."
             )
         self._refuse_unproven_comparisons()
         self._refuse_images()
-        known = (KondoGRPOMixin, ComparingMixin, DecidingMixin, GRPOTrainer)
-        own = [cls.__name__ for cls in type(self).__mro__ if "_compute_loss" in vars(cls) and cls not in known]
+        own = self._overriding("_compute_loss", type(self).__mro__)
         if own and self.gate_normalizer is None:
             raise ValueError(
-                f"{own[0]} has a _compute_loss of its own; say what it divides a micro-batch's loss by with a class "
+                f"{own} has a _compute_loss of its own; say what it divides a micro-batch's loss by with a class "
                 "attribute gate_normalizer: 'constant', 'rows' or 'tokens'."
             )
+        under = type(self).__mro__[type(self).__mro__.index(KondoGRPOMixin) :]
+        own = self._overriding("_get_per_token_logps_and_entropies", under)
+        if own and self._shared is not None:
+            raise ValueError(
+                f"{own} has a _get_per_token_logps_and_entropies of its own, which share_tokens=True would go around. "
+                "Leave one of them out."
+            )
+
+    def _overriding(self, method: str, classes: Sequence[type]) -> str | None:
+        """A class that has a method of TRL's and ours of its own, if one of these does."""
+        known = (KondoGRPOMixin, *OURS, GRPOTrainer)
+        return next((cls.__name__ for cls in classes if method in vars(cls) and cls not in known), None)
 
     def _refuse_images(self) -> None:
-        """Look at the first training example; what has images only later is refused when it comes."""
-        if self.train_dataset is None or not hasattr(self.train_dataset, "__getitem__") or len(self.train_dataset) == 0:
-            return
-        example = self.train_dataset[0]
+        """Look at the first training example; what is streamed, or has images only later, is refused when it comes."""
+        dataset: Any = self.train_dataset
+        example = dataset[0] if isinstance(dataset, Sized) and len(dataset) else {}  # type: ignore[index]  # has both
         prompt = example.get("prompt")
         turns = prompt if isinstance(prompt, list) else []
         parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
@@ -118,11 +148,14 @@ class KondoGRPOMixin(ComparingMixin):
         return self.args.gate_score == "delight" and self.args.gate_log_probs == "auto" and not by_sign
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
-        if not self._reads_generation:
-            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[no-any-return]  # TRL is untyped
-        with recording(self.accelerator.unwrap_model(self.model_wrapped), self.temperature) as recorder:
+        model, recorder = self.accelerator.unwrap_model(self.model_wrapped), None
+        with ExitStack() as stack:
+            if self._reads_generation:
+                recorder = stack.enter_context(recording(model, self.temperature))
+            if self._shared is not None:
+                stack.enter_context(reading_prompts_once(model, recorder))
             completions, log_probs = super()._generate_single_turn(*args, **kwargs)
-        if log_probs is None:
+        if recorder is not None and log_probs is None:
             log_probs = recorder.log_probs(completions)
             self._gate_recorded = log_probs is not None
         return completions, log_probs
@@ -132,10 +165,11 @@ class KondoGRPOMixin(ComparingMixin):
         return self._gate_rewards
 
     def _generate_and_score_completions(self, inputs: list[Rows]) -> Rows:
-        if self._gate is None or not self.model.training:
+        if not self._packs or not self.model.training:
             return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]  # TRL is untyped
         # Not where TRL reads those of all rows, nor where it computes the reference's in the same way.
-        postpones = not (self.use_vllm and self.vllm_importance_sampling_correction) and self.beta == 0
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        postpones = self._gate is not None and not corrects and self.beta == 0
         self._gate_postpones, self._gate_recorded = postpones, False
         try:
             output: Rows = super()._generate_and_score_completions(inputs)
@@ -143,6 +177,11 @@ class KondoGRPOMixin(ComparingMixin):
             self._gate_postpones = False
         if output.get("num_images") is not None or output.get("pixel_values") is not None:
             raise ValueError(TEXT_ONLY)
+        self._refuse_long_rows(whole(output)[0].shape[1])
+        self._compare_sharing(output)
+        if self._gate is None:
+            keep = torch.ones(len(output["advantages"]), dtype=torch.bool, device=output["advantages"].device)
+            return {**output, "gate_keep": keep}
         old = output.pop("old_per_token_logps", None) if postpones else None
         keep = self._decide(self._gate, output)
         self._watch(inputs, output, keep)
@@ -151,9 +190,19 @@ class KondoGRPOMixin(ComparingMixin):
             rows = keep.nonzero().flatten()
             output["old_per_token_logps"] = old.index_copy(0, rows, self._screen(output, rows))
             self._keep_old_log_probs(output, ~keep)
-        if self._everywhere(bool(keep.all()) and (weight is None or bool((weight == 1).all()))):
+        whole_batch = self._everywhere(bool(keep.all()) and (weight is None or bool((weight == 1).all())))
+        if whole_batch and self._shared is None:
             return {name: value for name, value in output.items() if not name.startswith("gate_")}  # TRL's own step
         return {**output, "gate_keep": keep}
+
+    def _refuse_long_rows(self, width: int) -> None:
+        longest = longest_with_fixed_rotations(self.model.config.get_text_config())
+        if width > longest:
+            raise ValueError(
+                f"rows of {width} tokens: beyond {longest} this model's rotations depend on the longest row of a "
+                "micro-batch, and the gate and share_tokens make other micro-batches. Keep prompts and completions "
+                "together within that, or train without."
+            )
 
     # Packing
 
@@ -177,45 +226,45 @@ class KondoGRPOMixin(ComparingMixin):
                 trim_prompts=self._trims_prompts,
                 share_out=self._share_out,
                 spread=self.args.gate_pack_for == "memory",
+                share_tokens=self._shared is not None and bool(self._shared.agrees),
             )
         return packed
 
-    def _share_out(self, rows: list[Rows]) -> tuple[list[Rows], list[int]]:
-        """This process's share of the kept rows of all; of every rank in length, the longest of any process."""
+    def _share_out(self, units: list[Unit]) -> tuple[list[Unit], list[tuple[int, int]]]:
+        """This process's share of the units of all, and what the largest of each rank has, in tokens and in rows."""
         processes, device = self.accelerator.num_processes, self.accelerator.device
-        if processes == 1:
-            return rows, sorted(map(length, rows))
-        if not self._trims_prompts:  # rows cannot move to a process that pads prompts to another length
-            of_each = gather_object([sorted(map(length, rows), reverse=True)])
-            return rows, [max(of_rank) for of_rank in zip_longest(*of_each, fillvalue=0)][::-1]
-        on_cpu = [
-            {name: value.cpu() if isinstance(value, Tensor) else value for name, value in row.items()} for row in rows
-        ]
-        everyone: list[Rows] = sorted(gather_object(on_cpu), key=length)
-        share = everyone[self.accelerator.process_index :: processes]
-        share = [
-            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in row.items()}
-            for row in share
-        ]
-        return share, [length(row) for row in everyone[::-processes]][::-1]
+        if processes == 1 or not self._trims_prompts:  # or else prompts are padded to another length there
+            own = sorted(((unit.tokens, len(unit.rows)) for unit in units), reverse=True)
+            of_each = [own] if processes == 1 else gather_object([own])
+            of_ranks = [list(rank) for rank in zip_longest(*of_each, fillvalue=(0, 0))][::-1]
+        else:
+            moved = gather_object([_moved(unit, "cpu") for unit in units])
+            everyone: list[Unit] = sorted(moved, key=lambda unit: unit.tokens)
+            units = [_moved(unit, device) for unit in everyone[self.accelerator.process_index :: processes]]
+            sizes = [(unit.tokens, len(unit.rows)) for unit in everyone]
+            of_ranks = [sizes[max(0, stop - processes) : stop] for stop in range(len(sizes), 0, -processes)][::-1]
+        return units, [(max(tokens), max(rows)) for tokens, rows in (zip(*rank, strict=True) for rank in of_ranks)]
 
     # The loss
 
     def _compute_loss(self, model: nn.Module, inputs: Rows) -> Tensor:
-        if not self.model.training:
+        if not (self._packs or self._gate_dg) or not torch.is_grad_enabled():
             return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]  # TRL is untyped
         sync = self.accelerator.sync_gradients
         if inputs.get("gate_idle", False) and not self._owes_a_pass(sync):
             loss = torch.zeros((), device=inputs["advantages"].device, requires_grad=True)
         else:
-            own = inputs["advantages"]
-            scaled = dict(inputs)
+            own = scaled = inputs["advantages"]
             if "gate_scale" in inputs and not self._gate_scales_gradients:
-                scaled["advantages"] = own * inputs["gate_scale"].to(own).reshape(-1, *[1] * (own.dim() - 1))
-            self._gate_running = (scaled, own) if self._gate_dg or "gate_scale" in inputs else None
-            loss = super()._compute_loss(model, scaled)
+                scaled = own * inputs["gate_scale"].to(own).reshape(-1, *[1] * (own.dim() - 1))
+            given = {**inputs, "advantages": scaled}
+            self._gate_running = Running(given, own, scaled)
+            try:
+                loss = super()._compute_loss(model, given)
+            finally:
+                self._gate_running = None
             self._gate_micro_steps += 1
-        if sync and self._gate is not None:
+        if sync:
             self._finish_step()
         return loss
 
@@ -232,6 +281,7 @@ class KondoGRPOMixin(ComparingMixin):
         self._metrics["train"]["gate/micro_steps"].append(float(self._gate_micro_steps))
         self._gate_micro_steps = 0
         self._learn_noise()
+        self._log_tokens()
 
     def _owes_a_pass(self, sync: bool) -> bool:
         """Whether a micro-step must run although it has no rows; `sync`: it is the last of an optimizer step.
@@ -249,19 +299,21 @@ class KondoGRPOMixin(ComparingMixin):
         return self.args.gate_empty_step == "momentum" or bool(self.accelerator.mixed_precision == "fp16")
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if self._gate_postpones:  # of all rows; those of the kept ones are computed when these are known
+        if self._gate_postpones and _asked_by_trl():  # of all rows: those of the kept ones are computed once known
             ids, logits_to_keep = args[1], args[3]
             return torch.zeros(len(ids), logits_to_keep, device=ids.device), None, None
         log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._gate_running is None:
+        running = self._gate_running
+        if running is None or not log_probs.requires_grad or log_probs.shape != running.inputs["completion_ids"].shape:
             return log_probs, entropies, aux_loss
         # TRL's loss reads its inputs after this, so what depends on the log-probs can be put into them here.
-        (inputs, own), self._gate_running = self._gate_running, None
-        if "gate_size" in inputs:
+        inputs, own = running.inputs, running.own
+        if "gate_size" in inputs and not running.measured:
+            running.measured = True
             self._gate_sums += self._measured(inputs, log_probs.detach(), own)
         if self._gate_dg is not None:
             weight = delightful_weight(log_probs, own, loss_mask(inputs), self.args.gate_dg_temperature, self._gate_dg)
-            inputs["advantages"] = per_row(inputs["advantages"], log_probs) * weight
+            inputs["advantages"] = per_row(running.scaled, log_probs) * weight
         if "gate_scale" in inputs and self._gate_scales_gradients:
             log_probs = scale_gradient(log_probs, inputs["gate_scale"])
             entropies = scale_gradient(entropies, inputs["gate_entropy_scale"])
@@ -277,16 +329,36 @@ class KondoGRPOMixin(ComparingMixin):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        state = state_of(self._gate)
-        if state and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / GATE_STATE).write_text(json.dumps(state))
+        if self._gate is not None and self.args.should_save:
+            save_gate(
+                self._gate,
+                Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}",
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        saved = None if checkpoint is None else Path(checkpoint) / GATE_STATE
-        if self._gate is not None and saved is not None and saved.exists():
-            load_state(self._gate, json.loads(saved.read_text()))
+        if checkpoint is not None:
+            load_gate(self._gate, Path(checkpoint))
+
+
+def _asked_by_trl() -> bool:
+    """Whether the caller of the method that asks is TRL's own, which wants old log-probs, and not a user's class."""
+    method = GRPOTrainer._get_per_token_logps_and_entropies.__name__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name == method:  # classes that call their parent's
+        frame = frame.f_back
+    return frame is not None and frame.f_code is inspect.unwrap(GRPOTrainer._generate_and_score_completions).__code__
+
+
+def _moved(unit: Unit, device: Any) -> Unit:
+    """The same on another device."""
+    return Unit(
+        [
+            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in row.items()}
+            for row in unit.rows
+        ],
+        unit.tokens,
+    )
 
 
 def scale_gradient(values: Tensor, scale: Tensor) -> Tensor:

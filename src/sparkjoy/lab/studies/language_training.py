@@ -62,14 +62,16 @@ class Timed(KondoGRPOTrainer):
             return super()._decide(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, ids: Tensor, attention: Tensor, answer_width: int, *args: Any, **kwargs: Any
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
         if torch.is_grad_enabled():
-            prompts = ((ids + 1) * attention)[:, :-answer_width]
-            self.tokens["backward_tokens"] += int(attention.sum())
-            once = attention[:, -answer_width:].sum() + (prompts.unique(dim=0) != 0).sum()
+            prompts = ((input_ids + 1) * attention_mask)[:, :-logits_to_keep]
+            self.tokens["backward_tokens"] += int(attention_mask.sum())
+            once = attention_mask[:, -logits_to_keep:].sum() + (prompts.unique(dim=0) != 0).sum()
             self.tokens["of_shared_prompts"] += int(once)
-        return super()._get_per_token_logps_and_entropies(model, ids, attention, answer_width, *args, **kwargs)
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
 
 
 class MaxVariance(Timed):

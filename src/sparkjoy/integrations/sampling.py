@@ -1,0 +1,103 @@
+"""Sampling with `generate` of transformers, each distinct prompt read once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import is_peft_available
+
+ROOM = 64
+"""Tokens that a layer of the cache has room for before it is copied to a larger place."""
+
+WITH_A_CACHE = {
+    "num_beams": (1,),
+    "use_cache": (True,),
+    "cache_implementation": ("dynamic",),
+    "guidance_scale": (1,),
+    "prompt_lookup_num_tokens": (),
+    "prefill_chunk_size": (),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+}
+"""Options of generation that a cache made before goes with, if they are unset or have these values."""
+
+ARGUMENTS = ("input_ids", "attention_mask", "generation_config", "logits_processor", "stopping_criteria", "streamer")
+"""Other arguments of `generate` that it goes with."""
+
+
+@torch.no_grad()
+def prompts_read_once(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """What to give `generate` besides: a cache in which each distinct prompt was read once, but for its last token.
+
+    Args:
+        model: what `generate` is a method of.
+        given: its other arguments, by name. Where they do not go with a cache there is nothing to give.
+    """
+    base = base_of(model)
+    configs = [config for config in (given.get("generation_config"), base.generation_config) if config is not None]
+    for name, allowed in WITH_A_CACHE.items():
+        values = (given.get(name), *(getattr(config, name, None) for config in configs))
+        if next((value for value in values if value is not None), None) not in (None, *allowed):
+            return {}
+    if any(name not in ARGUMENTS and not hasattr(base.generation_config, name) for name in given):
+        return {}
+    ids, mask = given["input_ids"], given["attention_mask"]
+    if ids.shape[1] < 2 or base._is_stateful or base.config.is_encoder_decoder:
+        return {}
+    rows, of_row = torch.cat([ids, mask.to(ids)], dim=1).unique(dim=0, return_inverse=True)
+    ids, mask = rows.split(ids.shape[1], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # as `generate` has them
+    read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    output = model(**{name: value[:, :-1] for name, value in read.items()}, use_cache=True, logits_to_keep=1)
+    name = "cache" if "cache" in output else "past_key_values"  # the older name
+    cache = output[name]
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = RoomyLayer(layer, of_row)
+        else:
+            layer.batch_select_indices(of_row)
+    return {name: cache}
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' is untyped
+    """A layer of a cache with room for tokens to come, where the one it replaces is copied for each token.
+
+    Args:
+        layer: of the rows that were read.
+        rows: (n,), which of these each of n rows goes on from.
+    """
+
+    def __init__(self, layer: DynamicLayer, rows: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self._hold(layer.keys[rows], layer.values[rows])
+
+    def _hold(self, *states: Tensor) -> None:
+        """Copy keys and values, (n, heads, T, size), to where there is room for `ROOM` tokens more."""
+        self._room = [pad(held, (0, 0, 0, ROOM)) for held in states]
+        self.keys, self.values = (room[:, :, : states[0].shape[2]] for room in self._room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values of new tokens; all there are."""
+        length, stop = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if stop > self._room[0].shape[2]:
+            self._hold(torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2))
+        else:
+            for room, new in zip(self._room, (key_states, value_states), strict=True):
+                room[:, :, length:stop] = new
+            self.keys, self.values = (room[:, :, :stop] for room in self._room)
+        return self.keys, self.values
+
+
+def base_of(model: nn.Module) -> Any:
+    """The model of transformers inside PEFT's adapters."""
+    if is_peft_available():
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            return model.get_base_model()
+    return model
