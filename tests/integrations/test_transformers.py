@@ -1,8 +1,11 @@
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.utils import parameters_to_vector
 
+import sparkjoy as sj
+from sparkjoy.integrations import sampling
 from sparkjoy.integrations.transformers import SharedTokens
 
 SIZE = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "eos_token_id": None}
@@ -53,7 +56,7 @@ def plain(model, ids, mask, scored, temperature=1.0):
 def gradient(model, value):
     model.zero_grad()
     value.backward()
-    return parameters_to_vector([p.grad for p in model.parameters()])
+    return parameters_to_vector([p.grad for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -74,8 +77,10 @@ def test_log_probs_entropies_and_gradients_are_those_of_the_plain_pass(family, a
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
 
+@pytest.mark.parametrize("room", [3, 64])
 @pytest.mark.parametrize("family", MODELS)
-def test_the_same_draws_give_the_same_answers(family):
+def test_the_same_draws_give_the_same_answers(family, room, monkeypatch):
+    monkeypatch.setattr(sampling, "ROOM", room)
     model = model_of(family, "eager" if family == "Gemma2" else "sdpa").float()
     ids, mask, _ = (tensor[:, :7] for tensor in answered())
     passes, answers = [], []
@@ -88,6 +93,81 @@ def test_the_same_draws_give_the_same_answers(family):
         answers.append(generate(ids, mask, do_sample=True, max_new_tokens=9, pad_token_id=0))
         passes.append(None)
     assert torch.equal(*answers)
-    shared, as_before = passes[: passes.index(None)], passes[passes.index(None) + 1 : -1]
+    shared, plainly = passes[: passes.index(None)], passes[passes.index(None) + 1 : -1]
     assert sum(shared) == 3 * 6 + 12 * 9
-    assert sum(as_before) == 12 * 7 + 12 * 8
+    assert sum(plainly) == 12 * 7 + 12 * 8
+
+
+@pytest.mark.parametrize("wrap", ["LoRA", "checkpointing", "reentrant checkpointing", "compile"])
+def test_it_goes_with_what_wraps_a_model(wrap):
+    model, (ids, mask, scored) = model_of("Llama"), answered()
+    if wrap == "LoRA":
+        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False)).double()
+    elif "checkpointing" in wrap:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": wrap.startswith("reentrant")})
+        model.enable_input_require_grads()
+    weights = torch.linspace(-1, 1, ids.numel()).view_as(ids)
+    shared = SharedTokens(model)
+    values = shared.log_probs(ids, mask, scored), plain(model, ids, mask, scored)[0]
+    assert shared.agrees
+    found, expected = (gradient(model, (weights * value).sum()) for value in values)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_gate_and_the_tree_together_have_the_masked_gradient():
+    model, (ids, mask, scored) = model_of("Qwen2"), answered()
+    advantages = torch.linspace(-1, 1, len(ids), dtype=torch.float64)
+    shared, sizes = SharedTokens(model), []
+
+    def log_prob_fn(rows):
+        sizes.append(rows["prompt"].tolist())
+        return shared.log_probs(rows["ids"], rows["mask"], rows["scored"])
+
+    rows = {"ids": ids, "mask": mask, "scored": scored, "prompt": torch.arange(3).repeat_interleave(4)}
+    shuffled = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    rows = {name: value[shuffled] for name, value in rows.items()}
+    step = sj.GatedBackward(sj.KondoGate(rate=0.6), micro_batch_size=5, group_by="prompt")
+    model.zero_grad()
+    report = step(log_prob_fn, rows, advantages[shuffled], mask=rows["scored"])
+    found = parameters_to_vector([p.grad for p in model.parameters()])
+    kept = torch.zeros(len(ids), dtype=torch.bool).index_put((shuffled,), report.decision.keep)
+    terms = -advantages[:, None] * plain(model, ids, mask, scored)[0] * kept[:, None]
+    expected = gradient(model, terms.sum() / scored.sum())
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert shared.distinct_tokens < shared.padded_tokens
+    assert sum(map(len, sizes[-2:])) == report.kept == 8
+    assert not set(sizes[-2]) & set(sizes[-1])  # a prompt's rows in one micro-batch
+
+
+def test_long_answers_to_short_prompts_run_as_they_are():
+    model = model_of("Llama")
+    ids = torch.randint(3, 23, (4, 40), generator=torch.Generator().manual_seed(0))
+    ids[:, :2] = 5
+    shared = SharedTokens(model)
+    shared.log_probs(ids, torch.ones_like(ids), (torch.arange(40) >= 2).expand_as(ids))
+    assert shared.agrees
+    assert shared.distinct_tokens == shared.padded_tokens == ids.numel()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("Llama", {"_attn_implementation": "flash_attention_2"}, "Load the model with attn_implementation='sdpa'"),
+        ("Llama", {"model_type": "bloom"}, "ALiBi"),
+        ("Llama", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ("Llama", {"is_encoder_decoder": True}, "an encoder's states"),
+    ],
+)
+def test_what_cannot_share_is_refused(family, changes, said):
+    model = model_of(family)
+    for name, value in changes.items():
+        object.__setattr__(model.config, name, value)
+    with pytest.raises(ValueError, match=said):
+        SharedTokens(model)
+
+
+def test_tokens_that_an_adapter_puts_before_rows_are_refused():
+    adapter = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="prompt or prefix tuning"):
+        SharedTokens(get_peft_model(model_of("Llama"), adapter))

@@ -48,7 +48,7 @@ def launch(folder, processes, only, limit, worker="trl_worker.py"):
 def test_two_processes_pack_to_the_masked_gradient(tmp_path):
     (first, logs), (second, _) = launch(tmp_path, 2, "all", limit=240)
     names = sorted({name.split(": ")[0] for name in first})
-    assert len(names) == 14
+    assert len(names) == 17
     for name in names:
         packed, masked = first[f"{name}: packed"], first[f"{name}: masked"]
         assert len(packed) == len(masked) > 0
@@ -59,6 +59,9 @@ def test_two_processes_pack_to_the_masked_gradient(tmp_path):
             else:
                 assert relative_error(ours, theirs) < 1e-5, name
     assert all(step.norm() == 0 for step in first["none: packed"])
+    for name in ("shared", "shared, gated", "shared, absolute positions"):
+        log = logs[f"{name}: packed"]
+        assert log["shared/distinct_tokens"] < 0.9 * log["shared/padded_tokens"], name
     assert logs["none: packed"]["gate/micro_steps"] == 0
     assert logs["one row: packed"]["gate/micro_steps"] == 1
     # Two packed micro-steps of the first generation's rows, and the one pass that averages them over the processes.

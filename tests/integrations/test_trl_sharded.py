@@ -19,7 +19,7 @@ def test_sharded_steps_of_kept_rows_are_those_of_all_masked(tmp_path, kind):
     assert logs["kind"] == f"DistributedType.{'FSDP' if kind == 'fsdp2' else 'DEEPSPEED'}"
     start = torch.cat([parameter.detach().flatten() for parameter in trl_task.model().parameters()])
     names = sorted({name.split(": ")[0] for name in first})
-    assert len(names) == 8
+    assert len(names) == 10
     for name in names:
         packed, masked = (first[f"{name}: {side}"] - start for side in ("packed", "masked"))
         assert torch.equal(first[f"{name}: packed"], second[f"{name}: packed"]), name

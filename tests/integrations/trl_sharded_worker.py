@@ -26,6 +26,8 @@ CASES = {
     "grpo, screened": ({"loss_type": "grpo", "gate_log_probs": "exact", "max_steps": 2}, None),
     "bnpo, two iterations": ({"loss_type": "bnpo", "num_iterations": 2, "max_steps": 2}, None),
     "weighted": ({"gate_noise": 0.5, "gate_rate": None, "max_steps": 2}, None),
+    "shared": ({"gate_rate": None, "share_tokens": True, "max_steps": 2, "gradient_checkpointing": True}, None),
+    "shared, gated": ({"share_tokens": True, "loss_type": "grpo", "gate_log_probs": "exact", "max_steps": 2}, None),
     "packed for memory, checkpointing": ({"gate_pack_for": "memory", "gradient_checkpointing": True}, None),
 } | {name: FORCED[name] for name in ("one rank only", "none", "none in the last generation of a step")}
 
@@ -61,13 +63,11 @@ def main(folder, kind):
     tensors, logs = {}, {}
     for name, (changes, wanted) in CASES.items():
         for side, cls in (("packed", KondoGRPOTrainer), ("masked", Masked)):
-            made, _ = trained(
-                folder / "out",
-                cls=cls if wanted is None else forced(cls, wanted),
-                use_cpu=False,
-                record=False,
-                **{"gate_rate": 0.3} | sharding(kind) | changes,
-            )
+            options = {"gate_rate": 0.3} | sharding(kind) | changes
+            if side == "masked":
+                options.pop("share_tokens", None)
+            cls = cls if wanted is None else forced(cls, wanted)
+            made, _ = trained(folder / "out", cls=cls, use_cpu=False, record=False, **options)
             tensors[f"{name}: {side}"] = weights(made, kind)
             logs[f"{name}: {side}"] = made.state.log_history[0]
             logs["kind"] = str(made.accelerator.distributed_type)

@@ -77,6 +77,15 @@ GATED = {
     "gated, more generations a step": {"gate_rate": 0.3, "steps_per_generation": 2, "loss_type": "grpo"},
     "weighted": {"gate_noise": 0.5, "gate_rate": None, "max_steps": 2, "loss_type": "bnpo"},
     "gated, absolute positions": {"gate_rate": 0.3, "loss_type": "bnpo", "model": absolute, "disable_dropout": True},
+    "shared": {"gate_rate": None, "share_tokens": True, "loss_type": "bnpo", "max_steps": 2, "num_iterations": 2},
+    "shared, gated": {"gate_rate": 0.4, "share_tokens": True, "loss_type": "grpo", "gate_log_probs": "exact"},
+    "shared, absolute positions": {
+        "gate_rate": 0.4,
+        "share_tokens": True,
+        "loss_type": "bnpo",
+        "model": absolute,
+        "disable_dropout": True,
+    },
     "packed for memory": {"gate_rate": 0.4, "loss_type": "grpo", "gate_pack_for": "memory"},
     "packed for memory, absolute positions": {
         "gate_noise": 0.5,
@@ -124,6 +133,8 @@ def main(folder, only):
                 cls = forced(cls, wanted)
             if "model" in options:
                 options["model"] = options["model"]()
+            if side == "masked":
+                options.pop("share_tokens", None)
             made, steps = trained(folder / "out", cls=cls, **options)
             tensors[f"{name}: {side}"] = steps
             results[f"{name}: {side}"] = made.state.log_history[0]

@@ -68,7 +68,7 @@ def pack(
     trim_prompts: bool,
     share_out: Callable[[list[Unit]], tuple[list[Unit], list[tuple[int, int]]]],
     spread: bool = False,
-    share_tokens: bool = False,
+    room: int | None = None,
 ) -> list[Rows]:
     """The micro-batches of a window, which one optimizer step sees together, with their kept rows packed.
 
@@ -82,17 +82,17 @@ def pack(
         share_out: `units -> (units of this process, places)`: each process is to have a unit for each place, given as
             tokens and rows, tokens ascending, of which its own of that rank has no more.
         spread: have the largest micro-batch as small as can be, instead of as few as hold the rows.
-        share_tokens: rows of a prompt stay together, and a micro-batch holds as many distinct tokens as those of the
-            window have with padding, instead of as many rows.
+        room: where rows share tokens, the distinct ones that a micro-batch holds, of the same number on all processes:
+            rows of a prompt stay together then, and their number is not limited.
     """
-    size, room = len(window[0]["gate_keep"]), whole(window[0])[0].numel()
+    size = len(window[0]["gate_keep"])
     kept = [row for rows in window for row in _kept_rows(rows, normalizer, trim_prompts)]
     shortest = min(kept, key=length) if kept else _any_row(window[0], trim_prompts)
     dummy = {**shortest, "gate_weight": 0.0}
-    units, places = share_out(by_prompt(kept, room) if share_tokens else [Unit([row], length(row)) for row in kept])
+    units, places = share_out([Unit([row], length(row)) for row in kept] if room is None else by_prompt(kept, room))
     filled = [Unit([dummy], 0)] * (len(places) - len(units)) + sorted(units, key=lambda unit: unit.tokens)
     tokens = [tokens for tokens, _ in places]
-    if not share_tokens:
+    if room is None:
         cuts = least_memory(tokens, len(window), size) if spread else _fewest(len(tokens), size)
     else:
         batches = len(window) if spread else min(len(window), len(_cuts(tokens, len(tokens), room)) - 1)

@@ -226,9 +226,15 @@ class KondoGRPOMixin(ComparingMixin):
                 trim_prompts=self._trims_prompts,
                 share_out=self._share_out,
                 spread=self.args.gate_pack_for == "memory",
-                share_tokens=self._shared is not None and bool(self._shared.agrees),
+                room=self._room(buffer[first]),
             )
         return packed
+
+    def _room(self, rows: Rows) -> int | None:
+        """Tokens of a micro-batch of TRL's, padding included; the most of any process. None: tokens are not shared."""
+        if self._shared is None or not self._shared.agrees:
+            return None
+        return int(self._of_all(torch.tensor([whole(rows)[0].numel()], device=rows["advantages"].device)).max())
 
     def _share_out(self, units: list[Unit]) -> tuple[list[Unit], list[tuple[int, int]]]:
         """This process's share of the units of all, and what the largest of each rank has, in tokens and in rows."""
