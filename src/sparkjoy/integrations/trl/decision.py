@@ -50,7 +50,7 @@ class DecidingMixin(SharingMixin):
         # The seed is of the optimizer step and the micro-step in it, so that a resumed run draws the same.
         place = (self.args.seed, self.state.global_step, self._step % self.args.gradient_accumulation_steps)
         mask = loss_mask(output)
-        if self._shared is not None and self._shared.agrees:
+        if self._shares:
             cost = fold(*whole(output)).shares
         else:
             cost = output["prompt_mask"].sum(dim=1) + output["completion_mask"].sum(dim=1)
@@ -226,7 +226,7 @@ class DecidingMixin(SharingMixin):
         prompt = output["prompt_ids"].shape[1]
         log_probs = torch.zeros(len(mask), mask.shape[1] - prompt, device=ids.device)
         tokens = mask.sum(dim=1)
-        ordered = rows[tokens[rows].argsort()] if self._shared is None else rows  # or prompt by prompt
+        ordered = rows[tokens[rows].argsort()] if not self._shares else rows  # or prompt by prompt
         parts = [part for part in ordered.split(self.args.per_device_train_batch_size) if len(part)]
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # weights are gathered in a pass: all run as many
             passes = int(self._of_all(torch.tensor([len(parts)], device=ids.device)).max())

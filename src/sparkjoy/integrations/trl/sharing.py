@@ -36,6 +36,11 @@ class SharingMixin(GRPOTrainer):
             except ValueError as error:
                 raise ValueError(f"share_tokens=True: {error}") from None
 
+    @property
+    def _shares(self) -> bool:
+        """Whether tokens are shared: asked for, and found to be right."""
+        return self._shared is not None and bool(self._shared.agrees)
+
     def _get_per_token_logps_and_entropies(
         self,
         model: nn.Module,
@@ -47,7 +52,7 @@ class SharingMixin(GRPOTrainer):
         **others: Any,
     ) -> Any:
         as_ever = super()._get_per_token_logps_and_entropies
-        if self._shared is None or not self._shared.agrees:
+        if self._shared is None or not self._shares:
             return as_ever(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others)
         found = []
         size = batch_size or len(input_ids)

@@ -179,6 +179,8 @@ class KondoGRPOMixin(ComparingMixin):
             raise ValueError(TEXT_ONLY)
         self._refuse_long_rows(whole(output)[0].shape[1])
         self._compare_sharing(output)
+        if self._gate is None and not self._shares:
+            return output
         if self._gate is None:
             keep = torch.ones(len(output["advantages"]), dtype=torch.bool, device=output["advantages"].device)
             return {**output, "gate_keep": keep}
@@ -191,7 +193,7 @@ class KondoGRPOMixin(ComparingMixin):
             output["old_per_token_logps"] = old.index_copy(0, rows, self._screen(output, rows))
             self._keep_old_log_probs(output, ~keep)
         whole_batch = self._everywhere(bool(keep.all()) and (weight is None or bool((weight == 1).all())))
-        if whole_batch and self._shared is None:
+        if whole_batch and not self._shares:
             return {name: value for name, value in output.items() if not name.startswith("gate_")}  # TRL's own step
         return {**output, "gate_keep": keep}
 
@@ -232,7 +234,7 @@ class KondoGRPOMixin(ComparingMixin):
 
     def _room(self, rows: Rows) -> int | None:
         """Tokens of a micro-batch of TRL's, padding included; the most of any process. None: tokens are not shared."""
-        if self._shared is None or not self._shared.agrees:
+        if not self._shares:
             return None
         return int(self._of_all(torch.tensor([whole(rows)[0].numel()], device=rows["advantages"].device)).max())
 
