@@ -5,6 +5,7 @@
 
 SmolLM2-135M-Instruct learns sums as in `sparkjoy study language`, or answers prompts of so many tokens with so many.
 All arms take turns within one process on one thread. The learning rate is 0, so that all sample the same answers.
+"MB": the most that autograd kept at a time for a backward pass, in the step that warms up.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from sparkjoy.frontier.cost import SavedBytes
 from sparkjoy.integrations.language_model import pretrained
 from sparkjoy.integrations.trl import KondoGRPOConfig
 from sparkjoy.lab.bench import timing
@@ -40,20 +42,27 @@ ARMS: dict[str, dict[str, Any]] = {
 ARMS |= {f"{name}, shared": {**options, "share_tokens": True} for name, options in ARMS.items()}
 PARTS = ("sampling", "update", "whole")
 COLUMNS = {"sampling": "9.2f", "update": "9.2f", "whole": "9.2f", "of own sampling": "16.2f"}
-COLUMNS |= {"of own update": "14.2f", "of own whole": "13.3f", "kept": "6.0%", "tokens": "8.0f"}
+COLUMNS |= {"of own update": "14.2f", "of own whole": "13.3f", "kept": "6.0%", "tokens": "8.0f", "MB": "7.0f"}
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]  # transformers' is untyped
-    """CPU seconds of every step: of sampling, of the rest, of all."""
+    """CPU seconds of every step: of sampling, of the rest, of all; and the bytes that autograd kept in the first."""
 
     def __init__(self) -> None:
         self.trainer: Any = None
         self.steps: list[dict[str, float]] = []
+        self.kept: SavedBytes | None = None
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if self.kept is None:
+            self.kept = SavedBytes(self.trainer.model.parameters())
+            self.kept.__enter__()
         self.start, self.before = time.process_time(), dict(self.trainer.seconds)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        assert self.kept is not None
+        if not self.steps:
+            self.kept.__exit__(None, None, None)
         whole = time.process_time() - self.start
         sampling = self.trainer.seconds["sampling"] - self.before["sampling"]
         metrics = self.trainer._metrics["train"]
@@ -62,6 +71,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # transformers' is untyped
                 "sampling": sampling,
                 "update": whole - sampling,
                 "whole": whole,
+                "MB": self.kept.peak / 1e6,
                 "kept": metrics["gate/kept_rate"][-1] if metrics.get("gate/kept_rate") else 1.0,
                 "tokens": metrics["shared/distinct_tokens"][-1] if metrics.get("shared/distinct_tokens") else np.nan,
             }

@@ -85,6 +85,7 @@ class Watching(KondoGRPOTrainer):
         ({"lora": True}, True),
         ({"top_k": 3, "top_p": 0.8, "repetition_penalty": 1.2, "temperature": 0.7}, True),
         ({"gradient_checkpointing": True}, True),
+        ({"bf16": True}, True),
         ({"generation_kwargs": {"num_beams": 2}}, False),
         ({"generation_kwargs": {"cache_implementation": "static"}}, False),
         ({"generation_kwargs": {"use_cache": False}}, False),

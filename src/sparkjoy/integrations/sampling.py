@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import is_peft_available
 
-ROOM = 64
-"""Tokens that a layer of the cache has room for before it is copied to a larger place."""
+ROOM = 16
+"""Tokens that a layer of the cache has room for, and a quarter of those it holds, before it is copied once more."""
 
 WITH_A_CACHE = {
     "num_beams": (1,),
@@ -77,19 +76,22 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' is untype
         self._hold(layer.keys[rows], layer.values[rows])
 
     def _hold(self, *states: Tensor) -> None:
-        """Copy keys and values, (n, heads, T, size), to where there is room for `ROOM` tokens more."""
-        self._room = [pad(held, (0, 0, 0, ROOM)) for held in states]
-        self.keys, self.values = (room[:, :, : states[0].shape[2]] for room in self._room)
+        """Copy keys and values, (n, heads, T, size), to where there is room for more tokens."""
+        rows, heads, length, _ = states[0].shape
+        self._room = [held.new_empty(rows, heads, length + length // 4 + ROOM, held.shape[3]) for held in states]
+        self._write(0, *states)
+
+    def _write(self, start: int, *states: Tensor) -> None:
+        for room, new in zip(self._room, states, strict=True):
+            room[:, :, start : start + new.shape[2]] = new
+        self.keys, self.values = (room[:, :, : start + states[0].shape[2]] for room in self._room)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values of new tokens; all there are."""
-        length, stop = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if stop > self._room[0].shape[2]:
+        if self.keys.shape[2] + key_states.shape[2] > self._room[0].shape[2]:
             self._hold(torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2))
         else:
-            for room, new in zip(self._room, (key_states, value_states), strict=True):
-                room[:, :, length:stop] = new
-            self.keys, self.values = (room[:, :, :stop] for room in self._room)
+            self._write(self.keys.shape[2], key_states, value_states)
         return self.keys, self.values
 
 

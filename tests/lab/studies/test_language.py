@@ -83,10 +83,9 @@ def test_every_arm_runs_and_its_seconds_add_up(arm, model, tmp_path):
     last = records[-1]
     assert sum(last["seconds"][part] for part in PARTS) == pytest.approx(last["seconds"]["total"])
     assert last["seconds"]["sampling"] > 0
-    assert last["of_shared_prompts"] <= last["backward_tokens"]
-    if arm == DENSE:
+    if arm.startswith(DENSE):
         rows, longest = 2 * 2 * 4, len("12 + 35 = 47\n48 + 19 =") + task.max_tokens
-        assert 0 < last["backward_tokens"] <= rows * longest
+        assert 0 < last["backward_tokens"] <= rows * longest * (0.6 if "shared" in arm else 1)
     assert train_one(ARMS[arm], task, tmp_path / "run", **small(model)) == records  # read, not run
 
 
@@ -150,7 +149,7 @@ def test_max_variance_keeps_the_ends_of_each_group_that_has_any():
 
 
 def row(step, score, seconds):
-    tokens = {"backward_tokens": 10 * step, "of_shared_prompts": 5 * step}
+    tokens = {"backward_tokens": 10 * step}
     return {"step": step, "score": score, "seconds": dict.fromkeys((*PARTS, "total"), seconds), **tokens}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -106,14 +106,21 @@ class SharingMixin(GRPOTrainer):
 
 
 @contextmanager
-def reading_prompts_once(model: Any, recorder: Recorder | None) -> Iterator[None]:
-    """Inside, `model.generate` reads each distinct prompt once; a recorder is to see the passes after that only."""
+def reading_prompts_once(model: Any, recorder: Recorder | None, autocast: Callable[[], Any]) -> Iterator[None]:
+    """Inside, `model.generate` reads each distinct prompt once, and casts the weights once and not in each pass.
+
+    Args:
+        model: what TRL generates with.
+        recorder: is to see the passes after the prompts alone.
+        autocast: of the accelerator, whose context is that of every pass of the model.
+    """
     generate, own = model.generate, vars(model).get("generate")
 
     def sharing(**given: Any) -> Any:
-        with nullcontext() if recorder is None else recorder.paused():
-            read = prompts_read_once(model, given)
-        return generate(**given, **read)
+        with autocast():
+            with nullcontext() if recorder is None else recorder.paused():
+                read = prompts_read_once(model, given)
+            return generate(**given, **read)
 
     model.generate = sharing
     try:

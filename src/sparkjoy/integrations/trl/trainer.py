@@ -153,7 +153,7 @@ class KondoGRPOMixin(ComparingMixin):
             if self._reads_generation:
                 recorder = stack.enter_context(recording(model, self.temperature))
             if self._shared is not None:
-                stack.enter_context(reading_prompts_once(model, recorder))
+                stack.enter_context(reading_prompts_once(model, recorder, self.accelerator.autocast))
             completions, log_probs = super()._generate_single_turn(*args, **kwargs)
         if recorder is not None and log_probs is None:
             log_probs = recorder.log_probs(completions)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ARMS: dict[str, dict[str, Any]] = {
     DENSE: {},
+    f"{DENSE}, shared": {"share_tokens": True},
     "noise 0.3": {"gate_noise": 0.3},
     "delight 15%": {"gate_rate": 0.15},
     "|advantage| 15%": {"gate_rate": 0.15, "gate_score": "absolute-advantage"},
@@ -48,6 +49,8 @@ class LanguageStudy(Study):
     """What is learnt: sums, sentences (without the letter e; partial credit, 40 tokens) or gym (of reasoning-gym)."""
     arms: tuple[str, ...] = tuple(ARMS)
     """What is compared, by name; TRL's own is always among them."""
+    share_tokens: bool = False
+    """Every arm but TRL's own computes what its rows have in common once."""
     model: str | None = None
     """A causal language model's folder or name on the hub; without it SmolLM2-135M-Instruct."""
     steps: int = 24

@@ -53,7 +53,7 @@ def curves(rows: list[Record], target: float) -> Figure:
 
 
 def bars(found: list[Record]) -> Figure:
-    """Where a step's seconds go, by arm of a table; hatched, what of the update is prompts that a pass reads again."""
+    """Where a step's seconds go, by arm of a table."""
     figure = Figure(figsize=(WIDTH, 1 + 0.35 * len(found)), layout="constrained")
     axis = figure.subplots()
     for place, row in enumerate(found):
@@ -61,18 +61,6 @@ def bars(found: list[Record]) -> Figure:
         for part in PARTS:
             seconds = row["seconds_a_step"][part]
             axis.barh(place, seconds, left=left, color=COLORS[part], label=part if place == 0 else None)
-            if part == "update":
-                shared = seconds * (1 - row["of_shared_prompts"] / max(1, row["backward_tokens"]))
-                axis.barh(
-                    place,
-                    shared,
-                    left=left + seconds - shared,
-                    facecolor=COLORS[part],
-                    edgecolor="white",
-                    hatch="///",
-                    linewidth=0,
-                    label="update: prompts a pass reads again" if place == 0 else None,
-                )
             left += seconds
         axis.text(left, place, f" {left:.1f} s", va="center")
     axis.set_yticks(range(len(found)), [row["arm"] for row in found])

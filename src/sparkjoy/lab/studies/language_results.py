@@ -38,7 +38,7 @@ def _of_run(run: list[Record], target: float) -> Record:
     last = run[-1]
     reached = crossing(run, target) or dict.fromkeys(COSTS)
     return {
-        **{name: last[name] for name in ("arm", "learning_rate", "score", "backward_tokens", "of_shared_prompts")},
+        **{name: last[name] for name in ("arm", "learning_rate", "score", "backward_tokens")},
         "steps": last["step"],
         **{f"a_step.{part}": last["seconds"][part] / last["step"] for part in (*PARTS, "total")},
         **{f"{name}_to_target": value for name, value in reached.items()},

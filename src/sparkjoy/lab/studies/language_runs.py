@@ -58,8 +58,9 @@ class _Runs:
 
     def one(self, arm: str, rate: float, seed: int, until_seconds: float = math.inf) -> list[Record]:
         study = self.study
-        long = until_seconds < math.inf
-        name = f"{arm.replace(' ', '-').replace('%', 'pct').replace('|', '')}-{rate:g}-{seed}" + "-long" * long
+        long, shares = until_seconds < math.inf, study.share_tokens and arm != DENSE
+        name = f"{arm.replace(' ', '-').replace('%', 'pct').replace('|', '')}-{rate:g}-{seed}"
+        name += "-long" * long + "-shared" * shares
         steps, every = study.steps * (LONGEST if long else 1), study.evaluate_every * (3 if long else 1)
 
         def on_step(row: Record) -> None:
@@ -69,7 +70,7 @@ class _Runs:
             self.work.progress(min(1.0, (self.done + part) / study.runs), said)
 
         records = train_one(
-            ARMS[arm],
+            ARMS[arm] | ({"share_tokens": True} if shares else {}),
             TASKS[study.task],
             self.work.out / "runs" / name,
             model=study.model,

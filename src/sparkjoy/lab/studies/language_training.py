@@ -40,12 +40,12 @@ MOST_PROBLEMS = 4_000
 
 
 class Timed(KondoGRPOTrainer):
-    """Counts CPU seconds by part, and tokens: of rows that are differentiated, and as if each prompt were read once."""
+    """Counts CPU seconds by part, and the tokens that are differentiated: where they are shared, the distinct ones."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seconds = dict.fromkeys((*PARTS, "total"), 0.0)
-        self.tokens = {"backward_tokens": 0, "of_shared_prompts": 0}
+        self.tokens = {"backward_tokens": 0}
 
     @contextmanager
     def lap(self, part: str) -> Iterator[None]:
@@ -64,14 +64,14 @@ class Timed(KondoGRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
-        if torch.is_grad_enabled():
-            prompts = ((input_ids + 1) * attention_mask)[:, :-logits_to_keep]
-            self.tokens["backward_tokens"] += int(attention_mask.sum())
-            once = attention_mask[:, -logits_to_keep:].sum() + (prompts.unique(dim=0) != 0).sum()
-            self.tokens["of_shared_prompts"] += int(once)
-        return super()._get_per_token_logps_and_entropies(
+        before = 0 if self._shared is None else self._shared.distinct_tokens
+        found = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
+        if torch.is_grad_enabled():
+            shared = 0 if self._shared is None else self._shared.distinct_tokens - before
+            self.tokens["backward_tokens"] += shared or int(attention_mask.sum())
+        return found
 
 
 class MaxVariance(Timed):
