@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -98,6 +99,48 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(monkeypatch, capsys, t
     assert not out.exists()
 
 
+IDLE = """
+train mnist --method dg --temperature 1
+train mnist --method dg --score surprisal
+train mnist --method uniform --score surprisal
+train mnist --alpha 0.7
+train mnist --clip 0.1
+train mnist --dg-unit sample
+train mnist --score-noise-kind additive
+train mnist --method dg --score-noise 0.5
+train mnist --temperature 1 --negative-share 0.5
+train mnist --price-kind budget --negative-share 0.5
+train mnist --method pg --screen recorded
+train mnist --audit-every 5
+train mnist --verify 2 --refresh-every 5
+train mnist --screen stale --max-age 5
+train reversal --unit token --screen exact
+train reversal --delay-kind oldest
+pareto mnist --methods pg --rates 0.5
+pareto reversal --methods pg --prices 1
+study budget --tasks mnist --target-error 0.1
+study frictions --full --prompt-lengths 5 10
+study scores --scores uniform --alpha 0.7
+bench --arms known --noises 0.5
+bench --no-memory --memory-rates 0.2
+frontier --temperature 0.5
+train mnist --rate 0.1 --rate 0.2
+frontier --known-only --no-known-only
+pareto mnist --prices
+pareto mnist --noises --seeds 0
+bench --memory-rates
+study gain --widths
+"""
+
+
+@pytest.mark.parametrize("line", IDLE.strip().splitlines())
+def test_a_flag_that_would_be_dropped_is_refused_by_name(monkeypatch, capsys, tmp_path, line):
+    status, said = sparkjoy(monkeypatch, capsys, *line.split(), "--out", tmp_path / "out")
+    assert status == 2
+    assert re.search(r"^sparkjoy: --(unit|[\w-]+ .*(goes? with|given twice|no value|give --dg-unit))", said), said
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unwritable_out_is_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
     status, said = sparkjoy(monkeypatch, capsys, "train", "mnist", "--steps", "10", "--out", tmp_path / "file" / "run")
@@ -111,6 +154,13 @@ def test_help_names_every_command(monkeypatch, capsys):
     cli.main()
     shown = capsys.readouterr().out
     assert all(f"sparkjoy {name} " in shown for name in command_names.COMMANDS)
+
+
+def test_figures_are_files_whatever_a_notebook_s_shell_says(tmp_path):
+    flags = ["--methods", "kondo", "--rates", "0.5", "--seeds", "0", "--steps", "5", "--evaluate-every", "5"]
+    command = [sys.executable, "-m", "sparkjoy", "pareto", "mnist", *flags, "--out", str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "MPLBACKEND": "not installed here"})
+    assert list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("group", ["train", "pareto", "study"])

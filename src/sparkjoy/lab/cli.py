@@ -26,6 +26,7 @@ NO_MEMORY = ("allocate memory", "std::bad_alloc", "out of memory", "calculation 
 
 def main() -> None:
     """Run one command; exit status 2 and one line for what the user got wrong or the machine could not do."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its shell has too, is of no use here, and may be missing
     with lasting_output(), within_machine_memory():
         try:
             _run(sys.argv[1:])
