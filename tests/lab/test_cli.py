@@ -9,6 +9,8 @@ import pytest
 from command_line import sparkjoy
 
 from sparkjoy.lab import cli, command_names, commands
+from sparkjoy.lab.studies.pareto import ParetoConfig
+from sparkjoy.lab.studies.pareto_figure import SHOWN
 from sparkjoy.lab.tasks import digits
 from sparkjoy.lab.tasks.mnist import MnistConfig
 from sparkjoy.lab.tasks.reversal import ReversalConfig
@@ -42,7 +44,14 @@ def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_pa
         20,
     )
     arguments = ("pareto", "mnist", *flags, "--evaluate-every", 10, "--out", tmp_path)
-    assert sparkjoy(monkeypatch, capsys, *arguments)[0] == 0
+    monkeypatch.setattr(sys, "argv", ["sparkjoy", *map(str, arguments)])
+    cli.main()
+    shown = capsys.readouterr().out.splitlines()  # without a terminal a line a run, the table, and where results are
+    assert [line.partition(": error")[0] for line in shown[:8]] == [
+        f"{arm}, seed {seed}" for arm in ("dg", "kondo 10%", "uniform 10%", "unbiased noise 0.3") for seed in (0, 1)
+    ]
+    assert shown[8].strip().startswith("mean ± sd over 2 seeds")
+    assert not any("all runs" in line for line in shown)
     runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
     assert [(run["arm"], run["seed"]) for run in runs] == [
         (arm, seed) for arm in ("dg", "kondo 10%", "uniform 10%", "unbiased noise 0.3") for seed in (0, 1)
@@ -51,6 +60,17 @@ def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_pa
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 16
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     assert (tmp_path / "pareto.svg").exists()
+
+
+def test_pareto_has_the_recommended_noise_budget_among_its_arms():
+    def arms(**given):
+        return [arm.label for arm in ParetoConfig(**given).arms()]
+
+    assert arms() == ["pg", "dg", "kondo 1%", "kondo 3%", "kondo 10%", "unbiased noise 0.3", "uniform 3%"]
+    assert set(SHOWN) <= set(arms())
+    assert arms(methods=("unbiased", "dg"), noises=(0.1, 1.0)) == ["unbiased noise 0.1", "unbiased noise 1", "dg"]
+    assert arms(methods=("dg",), noises=(0.3,)) == ["dg", "unbiased noise 0.3"]
+    assert arms(methods=("dg",)) == ["dg"]
 
 
 def test_study_scores_leaves_a_table_and_a_figure(monkeypatch, capsys, tmp_path):

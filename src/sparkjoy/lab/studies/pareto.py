@@ -28,16 +28,16 @@ FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name befor
 class ParetoConfig:
     """Which runs to compare: one after another on the same threads, so that their seconds compare."""
 
-    methods: tuple[Method, ...] = ("pg", "dg", "kondo", "uniform")
+    methods: tuple[Method, ...] = ("pg", "dg", "kondo", "unbiased", "uniform")
     """Methods to train."""
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     """Fractions of samples that kondo keeps."""
     uniform_rates: tuple[float, ...] = (0.03,)
     """Fractions that uniform keeps, rows at random: what any choice has to beat."""
     prices: tuple[float, ...] = ()
     """Fixed prices at which to train kondo too, such as 0."""
     noises: tuple[float, ...] = ()
-    """Noise budgets at which to train unbiased too, such as 0.3 and 1."""
+    """Noise budgets at which to train unbiased too, such as 0.3 and 1; 0.3 where it is among the methods alone."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every arm for each."""
     steps: int = 4_000
@@ -73,8 +73,11 @@ class ParetoConfig:
                 choices = [{"rate": rate} for rate in self.uniform_rates]
             if method == "kondo":
                 choices = [{"rate": rate} for rate in self.rates] + [{"price": price} for price in self.prices]
+            if method == "unbiased" and self.noises:
+                choices = [{"noise": noise} for noise in self.noises]
             arms += [Settings(method=method, seed=self.seeds[0], **choice, **shared) for choice in choices]
-        arms += [Settings("unbiased", noise=noise, seed=self.seeds[0], **shared) for noise in self.noises]
+        if "unbiased" not in self.methods:
+            arms += [Settings("unbiased", noise=noise, seed=self.seeds[0], **shared) for noise in self.noises]
         return arms
 
 
