@@ -53,9 +53,10 @@ class TinyPolicy(nn.Module):
 
     def __init__(self, width: int, actions: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            self.layer = nn.Linear(width, actions, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        self.layer = nn.utils.skip_init(nn.Linear, width, actions, dtype=dtype)
+        for parameter in self.layer.parameters():
+            nn.init.uniform_(parameter, -(width**-0.5), width**-0.5, generator)
 
     def forward(self, state: Tensor) -> Tensor:
         """(..., width) -> (..., K) log-probabilities."""

@@ -11,6 +11,7 @@ from reference import masked_gradient
 
 import sparkjoy as sj
 from sparkjoy import scores
+from sparkjoy.drafts.audit import Audit
 from sparkjoy.testing import TinyPolicy, assert_backward_rows
 
 GATES = {
@@ -147,20 +148,24 @@ def test_a_draft_decides_but_is_not_differentiated():
     assert all(parameter.grad is None for parameter in draft.parameters())
 
 
-def test_screening_leaves_the_random_stream_alone():
+@pytest.mark.parametrize(
+    "options", [{}, {"compare_every": 1}, {"draft": True}, {"micro_batch_size": 5}], ids=lambda options: str(options)
+)
+def test_no_random_number_is_drawn_twice(options):
+    """Threads that draw meanwhile would draw it again too, so the random state is never put back."""
     policy, batch, advantages, _ = make_case("rows")
-    dropout = torch.nn.Dropout(0.5)
+    drawn = []
 
-    def noisy(rows):
-        return policy.log_probs({**rows, "state": dropout(rows["state"])})
+    def drawing(rows):
+        drawn.extend(torch.randint(2**62, (4,)).tolist())
+        return policy.log_probs(rows)
 
-    keep = sj.KondoGate(rate=0.3)
-    torch.manual_seed(0)
-    sj.gated_backward(noisy, batch, advantages, keep)
-    after_screening = torch.rand(1)
-    torch.manual_seed(0)
-    sj.gated_backward(noisy, batch, advantages, keep, log_probs=policy.log_probs(batch).detach())
-    assert torch.equal(after_screening, torch.rand(1))
+    draft = sj.Draft(drawing, verify=2, audit=Audit(every=1)) if options.pop("draft", False) else None
+    report = sj.GatedBackward(sj.KondoGate(rate=0.3), draft=draft, **options)(drawing, batch, advantages)
+    assert report.plan in ("screen", "draft")
+    drawing(batch)
+    assert len(drawn) >= 12
+    assert len(set(drawn)) == len(drawn)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 4])

@@ -33,6 +33,16 @@ def test_no_such_model_is_one_sentence(tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_code_that_comes_with_a_model_is_not_run(monkeypatch, tmp_path):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    trl_task.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "new", "auto_map": {"AutoConfig": "own.Config"}}')
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="custom code"):
+        pretrained(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_was_marked_as_quantised_can_be_saved_with_the_same_weights(tmp_path):
     config = LlamaConfig(
         vocab_size=16, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=3

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import pytest
 from command_line import sparkjoy
 
 from sparkjoy.lab import cli, command_names, commands
+from sparkjoy.lab.studies.pareto import ParetoConfig
+from sparkjoy.lab.studies.pareto_figure import SHOWN
 from sparkjoy.lab.tasks import digits
 from sparkjoy.lab.tasks.mnist import MnistConfig
 from sparkjoy.lab.tasks.reversal import ReversalConfig
@@ -41,7 +44,14 @@ def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_pa
         20,
     )
     arguments = ("pareto", "mnist", *flags, "--evaluate-every", 10, "--out", tmp_path)
-    assert sparkjoy(monkeypatch, capsys, *arguments)[0] == 0
+    monkeypatch.setattr(sys, "argv", ["sparkjoy", *map(str, arguments)])
+    cli.main()
+    shown = capsys.readouterr().out.splitlines()  # without a terminal a line a run, the table, and where results are
+    assert [line.partition(": error")[0] for line in shown[:8]] == [
+        f"{arm}, seed {seed}" for arm in ("dg", "kondo 10%", "uniform 10%", "unbiased noise 0.3") for seed in (0, 1)
+    ]
+    assert shown[8].strip().startswith("mean ± sd over 2 seeds")
+    assert not any("all runs" in line for line in shown)
     runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
     assert [(run["arm"], run["seed"]) for run in runs] == [
         (arm, seed) for arm in ("dg", "kondo 10%", "uniform 10%", "unbiased noise 0.3") for seed in (0, 1)
@@ -50,6 +60,17 @@ def test_pareto_leaves_records_a_summary_and_figures(monkeypatch, capsys, tmp_pa
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 16
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     assert (tmp_path / "pareto.svg").exists()
+
+
+def test_pareto_has_the_recommended_noise_budget_among_its_arms():
+    def arms(**given):
+        return [arm.label for arm in ParetoConfig(**given).arms()]
+
+    assert arms() == ["pg", "dg", "kondo 1%", "kondo 3%", "kondo 10%", "unbiased noise 0.3", "uniform 3%"]
+    assert set(SHOWN) <= set(arms())
+    assert arms(methods=("unbiased", "dg"), noises=(0.1, 1.0)) == ["unbiased noise 0.1", "unbiased noise 1", "dg"]
+    assert arms(methods=("dg",), noises=(0.3,)) == ["dg", "unbiased noise 0.3"]
+    assert arms(methods=("dg",)) == ["dg"]
 
 
 def test_study_scores_leaves_a_table_and_a_figure(monkeypatch, capsys, tmp_path):
@@ -98,6 +119,48 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(monkeypatch, capsys, t
     assert not out.exists()
 
 
+IDLE = """
+train mnist --method dg --temperature 1
+train mnist --method dg --score surprisal
+train mnist --method uniform --score surprisal
+train mnist --alpha 0.7
+train mnist --clip 0.1
+train mnist --dg-unit sample
+train mnist --score-noise-kind additive
+train mnist --method dg --score-noise 0.5
+train mnist --temperature 1 --negative-share 0.5
+train mnist --price-kind budget --negative-share 0.5
+train mnist --method pg --screen recorded
+train mnist --audit-every 5
+train mnist --verify 2 --refresh-every 5
+train mnist --screen stale --max-age 5
+train reversal --unit token --screen exact
+train reversal --delay-kind oldest
+pareto mnist --methods pg --rates 0.5
+pareto reversal --methods pg --prices 1
+study budget --tasks mnist --target-error 0.1
+study frictions --full --prompt-lengths 5 10
+study scores --scores uniform --alpha 0.7
+bench --arms known --noises 0.5
+bench --no-memory --memory-rates 0.2
+frontier --temperature 0.5
+train mnist --rate 0.1 --rate 0.2
+frontier --known-only --no-known-only
+pareto mnist --prices
+pareto mnist --noises --seeds 0
+bench --memory-rates
+study gain --widths
+"""
+
+
+@pytest.mark.parametrize("line", IDLE.strip().splitlines())
+def test_a_flag_that_would_be_dropped_is_refused_by_name(monkeypatch, capsys, tmp_path, line):
+    status, said = sparkjoy(monkeypatch, capsys, *line.split(), "--out", tmp_path / "out")
+    assert status == 2
+    assert re.search(r"^sparkjoy: --(unit|[\w-]+ .*(goes? with|given twice|no value|give --dg-unit))", said), said
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unwritable_out_is_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
     status, said = sparkjoy(monkeypatch, capsys, "train", "mnist", "--steps", "10", "--out", tmp_path / "file" / "run")
@@ -111,6 +174,13 @@ def test_help_names_every_command(monkeypatch, capsys):
     cli.main()
     shown = capsys.readouterr().out
     assert all(f"sparkjoy {name} " in shown for name in command_names.COMMANDS)
+
+
+def test_figures_are_files_whatever_a_notebook_s_shell_says(tmp_path):
+    flags = ["--methods", "kondo", "--rates", "0.5", "--seeds", "0", "--steps", "5", "--evaluate-every", "5"]
+    command = [sys.executable, "-m", "sparkjoy", "pareto", "mnist", *flags, "--out", str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "MPLBACKEND": "not installed here"})
+    assert list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("group", ["train", "pareto", "study"])

@@ -3,8 +3,13 @@
 import os
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
+
+import sparkjoy
+from sparkjoy.lab.output import warnings_in_a_line
 
 RUN = (
     "import sys; sys.argv = ['sparkjoy']\n"
@@ -68,3 +73,17 @@ def test_an_output_of_ascii_only_replaces_what_it_lacks():
     finished = run(subprocess.PIPE, PYTHONIOENCODING="ascii")
     assert finished.stdout.startswith(b"? 0\n? 1\n")
     assert finished.returncode == 0
+
+
+def test_a_warning_of_ours_is_a_line_said_once_and_that_of_others_is_theirs(monkeypatch, capsys):
+    others = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *given: others.append(given))
+    ours = str(Path(sparkjoy.__file__).parent / "lab" / "training" / "loop.py")
+    with warnings.catch_warnings(), warnings_in_a_line():
+        warnings.simplefilter("always")
+        for number in range(3):
+            warnings.warn_explicit(f"run {number} has lost a part", UserWarning, ours, 98)
+        warnings.warn_explicit("another of ours", UserWarning, ours, 99)
+        warnings.warn_explicit("of others", UserWarning, "/elsewhere/torch.py", 7)
+    assert capsys.readouterr().err == "sparkjoy: run 0 has lost a part\nsparkjoy: another of ours\n"
+    assert [str(message) for message, *_ in others] == ["of others"]

@@ -94,8 +94,8 @@ class GatedBackward:
         backward_over_forward: r, what a backward pass costs in forward passes, for the choice of a plan; None: 2, or
             where FLOPs are counted that of the last call with a backward pass.
         compare_every: every so many steps the dense gradient of the same batch is computed too, for
-            `report.comparison`: forward and backward passes over all rows more. `.grad`, gate and random state are what
-            they would be without. Warns, once, if the last 20 comparisons say that the gate hurts. None: never.
+            `report.comparison`: forward and backward passes over all rows more. `.grad` and gate are what they would be
+            without. Warns, once, if the last 20 comparisons say that the gate hurts. None: never.
 
     Raises:
         ValueError: an option outside its range.

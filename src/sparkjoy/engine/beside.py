@@ -13,7 +13,6 @@ from sparkjoy.engine.hooks import leaves
 
 WIDTH = 4096
 CHUNK = 1 << 20
-CPU = torch.device("cpu")
 
 
 class Beside:
@@ -58,18 +57,13 @@ class Beside:
         return watched
 
     @contextmanager
-    def dense(self, device: torch.device = CPU) -> Iterator[None]:
-        """Around the dense passes on a device: `.grad` begins at 0, and in the end it is what it was, to the bit.
-
-        So is torch's random state, of the CPU and of the device.
-        """
+    def dense(self) -> Iterator[None]:
+        """Around the dense passes: `.grad` begins at 0, and in the end it is what it was, to the bit."""
         self._after = {}
         for leaf, _ in self._known.values():
             self._put_aside(leaf)
-        devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
         try:
-            with torch.random.fork_rng(devices, device_type=kind):
-                yield
+            yield
         finally:
             for key, after in self._after.items():
                 leaf = self._known[key][0]

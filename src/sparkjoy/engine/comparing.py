@@ -131,7 +131,7 @@ def compared(
     """The gradient of the passes that have run beside that of all rows at weight 1, which is taken away again."""
     began, ranks, ledger, device = time.perf_counter(), how.ranks, Ledger(None), inputs.advantages.device
     passes = Passes(log_prob_fn, inputs, ledger, how)
-    with beside.dense(device):
+    with beside.dense():
         everything = torch.ones(inputs.total, dtype=torch.bool, device=device)
         passes.differentiate(everything, None, ranks.total(inputs.total))
         passes.close()

@@ -89,14 +89,14 @@ class Passes:
     def screen(self, rows: Tensor | None, draft: LogProbFunction | None = None) -> Tensor | None:
         """The log-probs of `rows` (None: all) without a graph, 0 elsewhere; None where there are no rows.
 
-        From `draft`, or from the log-prob function itself. The training stream's random state is left alone.
+        From `draft`, or from the log-prob function itself.
         """
         packing, ranks = self._how.packing, self._how.ranks
         source, own = (self.log_prob_fn, True) if draft is None else (draft, False)
         parts = packing.divide(self._inputs, rows)
         rounds = ranks.most(len(parts))  # passes may be meetings, a draft's too where it runs a sharded policy
         found, seen = [], None
-        with screening(self._inputs.advantages.device), ranks.screening():
+        with screening(), ranks.screening():
             for number in range(rounds):
                 part_rows: Rows = parts[number] if number < len(parts) else slice(0, 1)  # a filler, for the others
                 part, columns = packing.trimmed(self._inputs.take(part_rows))

@@ -17,16 +17,17 @@ LogProbFunction = Callable[[Any], Tensor]
 
 
 @contextmanager
-def screening(device: torch.device) -> Iterator[None]:
-    """No graph inside; the training stream's random state, and weights that autocast caches, are left alone.
+def screening() -> Iterator[None]:
+    """No graph inside, and weights that autocast caches are left alone.
 
-    >>> with screening(torch.device("cpu")):
+    What is drawn inside stays drawn: whoever puts torch's random state back makes a thread that draws meanwhile, such
+    as a sampler's, draw the same numbers again.
+
+    >>> with screening():
     ...     (torch.ones(2, requires_grad=True) * torch.rand(2)).requires_grad
     False
     """
-    devices = [] if device.type == "cpu" else [device]
-    device_type = "cuda" if device.type == "cpu" else device.type
-    with torch.no_grad(), torch.random.fork_rng(devices, device_type=device_type):
+    with torch.no_grad():
         try:
             yield
         finally:
@@ -41,7 +42,7 @@ def uncached(source: LogProbFunction, rows: Any) -> Tensor:
 
     >>> layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1))
     >>> with parametrize.cached():
-    ...     with screening(torch.device("cpu")):
+    ...     with screening():
     ...         _ = uncached(layer, torch.ones(1, 2))
     ...     layer.weight.requires_grad
     True

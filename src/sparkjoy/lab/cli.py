@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 
 from sparkjoy.lab.command_names import COMMANDS, GROUPS, listed
-from sparkjoy.lab.output import lasting_output
+from sparkjoy.lab.output import lasting_output, warnings_in_a_line
 from sparkjoy.lab.training.memory import within_machine_memory
 from sparkjoy.lab.training.stopping import Terminated, ending_on_sigterm
 from sparkjoy.starting import ready
@@ -26,7 +26,8 @@ NO_MEMORY = ("allocate memory", "std::bad_alloc", "out of memory", "calculation 
 
 def main() -> None:
     """Run one command; exit status 2 and one line for what the user got wrong or the machine could not do."""
-    with lasting_output(), within_machine_memory():
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its shell has too, is of no use here, and may be missing
+    with lasting_output(), warnings_in_a_line(), within_machine_memory():
         try:
             _run(sys.argv[1:])
         except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:

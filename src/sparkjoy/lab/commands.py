@@ -11,7 +11,7 @@ import tyro
 
 from sparkjoy.lab.command_names import COMMANDS, named
 from sparkjoy.lab.parsing import parse
-from sparkjoy.lab.training.flags import checked, need, refuse_empty
+from sparkjoy.lab.training.flags import checked, named_once, need
 from sparkjoy.lab.training.processes import refuse_several_processes
 
 JOBS = (
@@ -29,9 +29,9 @@ def run(arguments: list[str]) -> None:
     words = named(arguments)
     name, flags = " ".join(words), arguments[len(words) :]
     program = f"sparkjoy {name}"
-    refuse_empty(flags)
+    given = named_once(flags)
     need("cli", "pandas", *([] if words[0] == "train" else ["matplotlib"]))
-    parsed = checked(parse(_with_folder(name), flags, program))
+    parsed = checked(parse(_with_folder(name), flags, program), given)
     if name != "train reversal":
         refuse_several_processes(program)
     from sparkjoy.lab.studies.study import Study, run_study

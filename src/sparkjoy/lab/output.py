@@ -6,8 +6,10 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -47,6 +49,33 @@ class Output:
                 os.close(nowhere)
             said = f"sparkjoy: nobody takes the output any more ({error.strerror}); the work goes on"
             print(said, file=sys.stderr)  # which may be this very stream
+
+
+@contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """Have a warning of ours be a line without its place in the code, and one that many runs give be said once."""
+    package, default = str(Path(__file__).parent.parent), warnings.showwarning
+    said: set[tuple[str, int]] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not filename.startswith(package):
+            default(message, category, filename, lineno, file, line)
+        elif (filename, lineno) not in said:
+            said.add((filename, lineno))
+            print(f"sparkjoy: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = default
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import re
 from typing import Any
 
 import tyro
@@ -26,6 +27,7 @@ def parse(command: type, flags: list[str], program: str) -> Any:
         lines = [line.strip(" │|") for line in said.getvalue().splitlines()]
         words = itertools.dropwhile(_is_rule, lines[1:])  # after the box's own upper edge
         sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), words))
+        sentence = re.sub(r"^Error parsing [\w.]+: ", "", sentence)  # a name of ours, of a part of the flags
         raise ValueError(f"{sentence.rstrip('.')}. {_meant(lines)}See {program} --help.") from None
 
 

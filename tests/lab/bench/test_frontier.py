@@ -1,17 +1,25 @@
 """`sparkjoy frontier` on a model made on the spot, with prompts and a reward of the user's own."""
 
 import json
+import math
+import os
+import re
+import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import trl_task
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 from sparkjoy.frontier import Frontier, Setting
+from sparkjoy.lab.bench import own_model
 from sparkjoy.lab.bench.frontier import FrontierConfig, plot, run
-from sparkjoy.lab.bench.own_model import OwnModel, sample
+from sparkjoy.lab.bench.own_model import OwnModel, read_prompts, sample
 from sparkjoy.lab.cli import main
+from sparkjoy.lab.training.stopping import Terminated
 
 PROMPTS = ["12>", "345>", "6>", "7890>"]
 REWARD = """
@@ -161,13 +169,13 @@ def test_a_decoder_of_bench_needs_neither_prompts_nor_reward():
         ({"prompts": "no_prompt.jsonl"}, 'an object with a "prompt"'),
         ({"prompts": "odd.jsonl"}, "line 2: other columns"),
         ({"prompts_per_step": 9}, "holds 4"),
-        ({"prompts": "plain.txt"}, "raised TypeError"),
+        ({"prompts": "plain.txt"}, "failed (TypeError"),
         ({"reward": "reward.py"}, "expected FILE.py:FUNCTION"),
         ({"reward": "reward.py:none"}, "no function 'none'"),
         ({"reward": "reward.py:constant"}, "no function 'constant'"),
         ({"reward": "plain.txt:copied"}, "no Python file"),
         ({"reward": "wrong.py:copied"}, "does not run"),
-        ({"reward": "reward.py:broken"}, "raised KeyError"),
+        ({"reward": "reward.py:broken"}, "failed (KeyError"),
         ({"reward": "reward.py:few"}, "returned 1 numbers"),
         ({"reward": "reward.py:nothing"}, "expected a list of numbers"),
         ({"reward": "reward.py:same"}, "the same reward"),
@@ -196,3 +204,179 @@ def test_a_model_without_prompts_or_with_both_weights_and_prompts_is_refused(mon
         with pytest.raises(SystemExit):
             frontier(monkeypatch, tmp_path, **flags)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "found"),
+    [
+        ("a.jsonl", '{"prompt": "1\u20282"}\n{"prompt": "3\x854"}\n', ["1\u20282", "3\x854"]),
+        ("a.jsonl", '\ufeff{"prompt": "1>"}\r\n\r\n{"prompt": "2>"}\r\n', ["1>", "2>"]),
+        ("a.txt", "\ufeff1>\n2\u20283\n4\f5\x0b6\x1c7\n", ["1>", "2\u20283", "4\f5\x0b6\x1c7"]),
+        ("a.jsonl", '\n{"prompt": "1>"}\noops', "line 3: no JSON"),
+        ("a.jsonl", "[" * 100_000, "line 1: no JSON"),
+        ("a.jsonl", '{"prompt": []}', 'line 1: expected an object with a "prompt"'),
+        ("a.jsonl", '{"prompt": ["1>"]}', 'line 1: expected an object with a "prompt"'),
+        ("a.jsonl", '{"prompt": "1>", "completions": 1}', "rename the column"),
+        ("a.txt", b"\xff\xfe1\0>\0", "cannot be read as UTF-8"),
+    ],
+)
+def test_prompt_files_as_other_programs_write_them(tmp_path, name, data, found):
+    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    if isinstance(found, list):
+        assert [row["prompt"] for row in read_prompts(tmp_path / name)] == found
+    else:
+        with pytest.raises(ValueError, match=found):
+            read_prompts(tmp_path / name)
+
+
+RIGHT = "def f(completions, **_): return [len(text) for text in completions]\n"
+REWARDS = {
+    RIGHT: None,
+    "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A: x: int\n" + RIGHT: None,
+    "import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))\n" + RIGHT: None,
+    "import words_beside\n" + RIGHT: None,
+    "def f(completions, **_):\n import more_beside\n return [len(text) for text in completions]\n": None,
+    "import os\nos.chdir('/')\n" + RIGHT: None,
+    "async " + RIGHT: None,
+    "import numpy\ndef f(completions, **_): return numpy.array([len(text) for text in completions])\n": None,
+    "def f(prompts, completions, **_):\n n = [*map(len, completions)]\n prompts.clear()\n return n\n": None,
+    "import sys\nsys.exit(0)\n": "does not run (SystemExit: 0)",
+    "import sys\ndef f(**_): sys.exit(0)\n": "failed (SystemExit: 0)",
+    "class Own(BaseException): pass\ndef f(**_): raise Own\n": "failed (Own: )",
+    "def __getattr__(name): raise KeyError(name)\n": "no function 'f'",
+    "def f(completions, **_): return '0123456789'[:len(completions)]\n": "expected a list of numbers",
+    "def f(completions, **_): return ['1'] * len(completions)\n": "expected a list of numbers",
+    "def f(completions, **_): return dict(enumerate(completions))\n": "expected a list of numbers",
+    "def f(completions, **_): return set(range(len(completions)))\n": "expected a list of numbers",
+    "def f(completions, **_): return [10**400] * len(completions)\n": "expected a list of numbers",
+    "def f(completions, **_):\n yield 1.0\n raise KeyError\n": "expected a list of numbers",
+}
+
+
+@pytest.mark.parametrize("text", REWARDS)
+def test_a_reward_is_any_file_that_python_runs_and_never_ends_the_command(monkeypatch, own, tmp_path, text):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", sys.path[:])
+    for name in ("words_beside", "more_beside"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "json.py").write_text(text)  # of a name that is taken
+    config = OwnModel(**{**options(own, prompts="plain.txt"), "reward": "json.py:f"})
+    if REWARDS[text] is None:
+        assert len(sample(config).answers) == 12
+    else:
+        with pytest.raises(ValueError, match=re.escape(REWARDS[text])):
+            sample(config)
+    assert json.dumps([]) == "[]"
+    assert sys.modules["json"] is json
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Terminated])
+def test_a_signal_while_the_reward_runs_is_no_error_of_its(monkeypatch, own, error):
+    def stopped(named):
+        def reward(**_):
+            raise error
+
+        return reward
+
+    monkeypatch.setattr(own_model, "reward_function", stopped)
+    with pytest.raises(error):
+        sample(OwnModel(**options(own)))
+
+
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def weights(folder, work):
+    found = load_file(folder / "model.safetensors")
+    work(found)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+FOLDERS = {
+    "only config.json": (
+        lambda folder: [path.unlink() for path in folder.iterdir() if path.name != "config.json"],
+        "cannot be loaded",
+    ),
+    "nothing": (lambda folder: [path.unlink() for path in folder.iterdir()], "cannot be loaded"),
+    "half of the weights": (lambda folder: os.truncate(folder / "model.safetensors", 2_000), "SafetensorError"),
+    "a page for weights": (lambda folder: (folder / "model.safetensors").write_text("<html>"), "SafetensorError"),
+    "half of the tokenizer": (lambda folder: os.truncate(folder / "tokenizer.json", 300), "cannot be loaded"),
+    "a list for a config": (lambda folder: (folder / "config.json").write_text("[]"), "cannot be loaded"),
+    "a weight missing": (
+        lambda folder: weights(folder, lambda found: found.pop("model.layers.0.self_attn.q_proj.weight")),
+        "no weights for model.layers.0.self_attn.q_proj.weight",
+    ),
+    "NaN": (lambda folder: weights(folder, lambda found: [one.fill_(math.nan) for one in found.values()]), "nan"),
+    "another size": (lambda folder: change(folder / "config.json", hidden_size=48), "RuntimeError"),
+    "another vocabulary": (
+        lambda folder: GPT2LMHeadModel(GPT2Config(vocab_size=5, n_embd=8, n_layer=1, n_head=2)).save_pretrained(folder),
+        "gives a token 13, and the model knows 5",
+    ),
+    "an unknown kind": (lambda folder: change(folder / "config.json", model_type="new"), "model type `new`"),
+    "half of a quantised one": (
+        lambda folder: change(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "ImportError",
+    ),
+    "no end": (
+        lambda folder: (
+            (folder / "generation_config.json").unlink(),
+            change(folder / "config.json", eos_token_id=None),
+            change(folder / "tokenizer_config.json", eos_token=None),
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_an_odd_model_folder_is_one_line(monkeypatch, capsys, own, tmp_path, name):
+    damage, message = FOLDERS[name]
+    shutil.copytree(own / "qwen", tmp_path / "model")
+    damage(tmp_path / "model")
+    capsys.readouterr()
+    if message is None:
+        assert len(sample(OwnModel(**{**options(own), "model": str(tmp_path / "model")})).answers) == 12
+        return
+    given = {**options(own), "model": tmp_path / "model"}
+    with pytest.raises(SystemExit) as stop:
+        frontier(monkeypatch, tmp_path / "out", **given)
+    said = capsys.readouterr().err
+    assert (stop.value.code, said.count("\n")) == (2, 1), said
+    assert said.startswith(f"sparkjoy: --model {tmp_path / 'model'} cannot ")
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ('{"prompt": ""}', "no token of one of the prompts"),
+        ('{"prompt": "\\ud800"}', "cannot answer (TypeError"),
+        ('{"prompt": [{"role": "user"}]}', "no token of one of the prompts"),
+    ],
+)
+def test_a_prompt_that_the_tokenizer_cannot_read_is_named_so(own, tmp_path, prompts, message):
+    (tmp_path / "odd.jsonl").write_text(f"{prompts}\n" * 3)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sample(OwnModel(**{**options(own, reward="reward.py:length"), "prompts": str(tmp_path / "odd.jsonl")}))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "new"])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_in_a_model_folder_runs_with_our_flag_alone(monkeypatch, own, tmp_path, kind, trusted):
+    """Neither asked for on a terminal, where anybody may say yes, nor run unasked."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = tmp_path / f"model_{kind}_{trusted}"
+    shutil.copytree(own / "qwen", folder)
+    change(folder / "config.json", model_type=kind, auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
+    code = "from transformers import Qwen2Config as C, Qwen2ForCausalLM as M\n"
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{code}")
+    config = OwnModel(**{**options(own), "model": str(folder)}, trust_remote_code=trusted)
+    if trusted or kind == "qwen2":  # a kind that transformers knows needs no code
+        assert len(sample(config).answers) == 12
+    else:
+        with pytest.raises(ValueError, match="which only --trust-remote-code runs"):
+            sample(config)
+    assert (tmp_path / "ran").exists() == trusted

@@ -133,6 +133,14 @@ def test_the_study_tunes_compares_and_draws(model, tmp_path, monkeypatch, capsys
     assert (out / "summary.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "[1]", '[{"step": 0}]', "{"])
+def test_records_of_a_finished_run_that_are_none_are_refused_and_stay(tmp_path, text):
+    (tmp_path / "records.json").write_text(text)
+    with pytest.raises(ValueError, match=r"records\.json (holds no records|cannot be read)"):
+        train_one(ARMS[DENSE], TASKS["sums"], tmp_path, **small("unread"))
+    assert (tmp_path / "records.json").read_text() == text
+
+
 def test_max_variance_keeps_the_ends_of_each_group_that_has_any():
     trainer = SimpleNamespace(
         _gate_rewards=torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 1.0, 1.0, 1.0]).unsqueeze(1),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,8 +138,8 @@ def test_runs_in_two_processes_leave_what_runs_in_one_leave(tmp_path, name, caps
     assert {path: path.read_bytes() for path in (tmp_path / "two").rglob("*.jsonl")} == before  # nothing ran again
 
 
-PARETO = ParetoConfig(methods=("dg",), rates=(0.5,), seeds=(0,), steps=6)
-MORE = replace(PARETO, methods=("dg", "kondo"), rates=(0.5, 0.1), prices=(0.0,), noises=(0.3,), seeds=(0, 1))
+PARETO = ParetoConfig(methods=("kondo",), rates=(0.5,), seeds=(0,), steps=6)
+MORE = replace(PARETO, methods=("kondo", "dg"), rates=(0.5, 0.1), prices=(0.0,), noises=(0.3,), seeds=(0, 1))
 TUNED = {"arms": ("dg",), "learning_rates": (1e-3, 3e-3), "tuning_seeds": (9,), "seeds": (0,)}
 GROWN = {
     "pareto": (ParetoReversal(PARETO, TINY), {"study": MORE}, {"study": replace(MORE, steps=7)}),
@@ -184,6 +185,46 @@ def test_runs_that_are_added_leave_what_all_at_once_leave_and_the_others_alone(m
     assert len(list((tmp_path / "fresh").rglob("checkpoint.pt"))) > len(trained) > 0
     with pytest.raises(ValueError, match="begin with those there and then add others"):
         run_study(few, tmp_path / "grown")
+
+
+def flip_a_bit(run):
+    data = bytearray((run / "checkpoint.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / "checkpoint.pt").write_bytes(data)
+
+
+def put_a_file_there(run):
+    shutil.rmtree(run)
+    run.write_text("mine")
+
+
+DAMAGES = {
+    "bit": flip_a_bit,
+    "config": lambda run: (run / "config.json").write_text("{"),
+    "other settings": lambda run: (run / "config.json").write_text("{}"),
+    "file": put_a_file_there,
+}
+
+
+TWO = replace(PARETO, methods=("kondo", "dg"))
+FINISHED = {
+    "pareto": (ParetoReversal(TWO, TINY), {"study": replace(TWO, seeds=(0, 1))}),
+    "scaling": (replace(GROWN["scaling"][0], prompt_lengths=(2, 3)), {"arms": ("dg", "pg")}),
+}
+"""Studies of two runs that count, and what puts another one between them."""
+
+
+@pytest.mark.parametrize(("name", "damage"), [*(("pareto", damage) for damage in DAMAGES), ("scaling", "bit")])
+def test_a_damaged_run_leaves_the_results_of_all(tmp_path, name, damage):
+    few, more = FINISHED[name]
+    run_study(few, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json*") if path.name != "config.json"}
+    last = max(tmp_path.rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime_ns).parent
+    DAMAGES[damage](last)
+    for study_again in (few, replace(few, **more)):
+        with pytest.raises(ValueError, match=r"nothing was changed|another|cannot write"):
+            run_study(study_again, tmp_path)
+        assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_a_config_that_is_not_ours_is_refused_and_stays(tmp_path, text):
     assert names(tmp_path) == ["config.json"]
 
 
-@pytest.mark.parametrize("name", ["records.jsonl", "summary.json", "checkpoint.pt", "pareto.png"])
+@pytest.mark.parametrize("name", ["records.jsonl", "summary.json", "answers.jsonl", "checkpoint.pt", "pareto.png"])
 def test_results_without_a_config_are_refused(tmp_path, name):
     (tmp_path / name).write_text("mine")
     before = names(tmp_path)

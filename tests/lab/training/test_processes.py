@@ -11,6 +11,7 @@ from pathlib import Path
 import processes_worker
 import pytest
 import torch
+from command_line import sparkjoy
 from processes import descendants, kill, run_processes, start
 
 from sparkjoy.lab import cli
@@ -195,3 +196,14 @@ def test_what_several_processes_cannot_do_is_one_line_and_status_2(monkeypatch, 
     for settings in ({"unit": "token"}, {"score_noise": 0.1}):
         with pytest.raises(ValueError, match="run in one process"):
             build_step(Settings(**settings), torch.Generator(), share=Share(0, 2))
+
+
+@pytest.mark.parametrize("command", [("train", "reversal"), ("pareto", "mnist")])
+@pytest.mark.parametrize(("rank", "count"), [("0", "two"), ("0", ""), ("5", "1"), ("0", "0"), ("-1", "2")])
+def test_an_environment_that_torchrun_did_not_make_is_one_line(monkeypatch, capsys, tmp_path, command, rank, count):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    status, said = sparkjoy(monkeypatch, capsys, *command, "--out", tmp_path / "out")
+    assert status == 2
+    assert said.startswith(f"sparkjoy: the environment has RANK={rank} and WORLD_SIZE={count}; expected")
+    assert not (tmp_path / "out").exists()

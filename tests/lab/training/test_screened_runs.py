@@ -37,9 +37,9 @@ def steps(training, count):
 @pytest.mark.parametrize(("task_name", "screen"), [(task, screen) for task in SCREENS for screen in SCREENS[task]])
 def test_a_resumed_run_is_the_unbroken_one(task_name, screen, verify, tmp_path):
     verify = None if screen == "exact" else verify
-    settings = Settings(
-        rate=0.1, screen=screen, verify=verify, steps=14, audit_every=2, recall_floor=0.9, refresh_every=4
-    )
+    own = {"refresh_every": 4} if screen == "stale" else {}
+    audits = {"audit_every": 2, "recall_floor": 0.9} if verify or screen not in ("exact", "sampler") else {}
+    settings = Settings(rate=0.1, screen=screen, verify=verify, steps=14, **audits, **own)
     task = task_of(task_name)
 
     unbroken = Training(task, settings)

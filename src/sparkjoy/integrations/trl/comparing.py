@@ -96,8 +96,10 @@ class ComparingMixin(DecidingMixin):
         """
         start, metrics = time.perf_counter(), self._metrics["train"]
         self._metrics["train"], self._gate_compares = defaultdict(list), True
-        try:
-            with beside.dense(self.accelerator.device):
+        device = self.accelerator.device
+        try:  # the trainer owns its process: no thread draws meanwhile what is drawn again afterwards
+            devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+            with torch.random.fork_rng(devices, device_type=kind), beside.dense():
                 for micro_batch in window:
                     Trainer.training_step(self, model, as_of_trl(micro_batch), num_items)  # it knows what to divide by
         finally:

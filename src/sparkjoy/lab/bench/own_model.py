@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import copy
 import importlib.util
 import inspect
 import json
 import math
 import random
-from collections.abc import Callable
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparkjoy.baselines import group_mean_advantage
+from sparkjoy.lab.bench.models import Model
+from sparkjoy.lab.training.flags import refuse_idle
+from sparkjoy.lab.training.stopping import Terminated
 
 READ_AT_ONCE = 8
 """Rows of a forward pass that recomputes the sampler's log-probs."""
@@ -45,6 +54,8 @@ class OwnModel:
     """Weights and activations in bfloat16."""
     device: Literal["cpu", "cuda"] = "cpu"
     """cpu or cuda."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, which may do anything that you may."""
     seed: int = 0
     """Of prompts, answers and draws."""
 
@@ -58,6 +69,8 @@ class OwnModel:
             raise ValueError(f"--temperature {self.temperature}: expected a number above 0.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees none here; leave the flag out to run on the CPU.")
+        own = (self.model not in get_args(Model), "a model of your own")
+        refuse_idle(self, {"temperature": own, "trust_remote_code": own})
 
 
 class Sampled(NamedTuple):
@@ -80,22 +93,26 @@ def sample(config: OwnModel) -> Sampled:
     """
     if config.prompts is None or config.reward is None:
         raise ValueError(f"--model {config.model}: expected --prompts FILE and --reward FILE.py:FUNCTION too.")
-    reward = reward_function(config.reward)
     prompts = read_prompts(Path(config.prompts))
+    folder = Path(config.model).absolute()  # the reward may go to another folder
+    reward = reward_function(config.reward)
     if len(prompts) < config.prompts_per_step:
         raise ValueError(
             f"--prompts {config.prompts} holds {len(prompts)}; expected --prompts-per-step {config.prompts_per_step} "
             "at least."
         )
     drawn = random.Random(config.seed).sample(prompts, config.prompts_per_step)
-    model, tokenizer = _load(config)
+    with _users(f"--model {config.model} cannot be loaded"):
+        model, tokenizer = _load(config, str(folder) if folder.exists() else config.model)
     torch.manual_seed(config.seed)
-    tokens, attention, mask = _answers(config, model, tokenizer, [row["prompt"] for row in drawn])
-    written = [
-        tokenizer.decode(row[valid], skip_special_tokens=True)
-        for row, valid in zip(tokens[:, -mask.shape[1] :], mask, strict=True)
-    ]
-    columns = {name: [row[name] for row in drawn for _ in range(config.group_size)] for name in drawn[0]}
+    with _users(f"--model {config.model} cannot answer"):
+        tokens, attention, mask = _answers(config, model, tokenizer, [row["prompt"] for row in drawn])
+        written = [
+            tokenizer.decode(row[valid], skip_special_tokens=True)
+            for row, valid in zip(tokens[:, -mask.shape[1] :], mask, strict=True)
+        ]
+    copies = [copy.deepcopy(row) for row in drawn for _ in range(config.group_size)]  # a reward may write to them
+    columns = {name: [row[name] for row in copies] for name in drawn[0]}
     chat = isinstance(drawn[0]["prompt"], list)
     completions = [[{"role": "assistant", "content": text}] if chat else text for text in written]
     rewards = _rewards(config.reward, reward, columns.pop("prompt"), completions, columns)
@@ -111,7 +128,7 @@ def sample(config: OwnModel) -> Sampled:
     ]
     log_prob_fn = _log_prob_function(model, mask.shape[1], config.temperature)
     batch = {"tokens": tokens, "attention": attention, "positions": (attention.cumsum(1) - 1).clamp(min=0)}
-    with torch.no_grad():
+    with torch.no_grad(), _users(f"--model {config.model} cannot read its answers"):
         parts = [
             log_prob_fn({name: value[start : start + READ_AT_ONCE] for name, value in batch.items()})
             for start in range(0, len(tokens), READ_AT_ONCE)
@@ -126,28 +143,37 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         ValueError: it cannot be read, holds none, or a line is no such object.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")  # with a byte order mark, or without
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {path}: cannot be read as text ({error}).") from None
+        raise ValueError(f"--prompts {path}: cannot be read as UTF-8 text ({error}).") from None
+    lines = {number: line for number, line in enumerate(text.split("\n"), 1) if line.strip()}  # U+2028 ends no line
     if not lines:
         raise ValueError(f"--prompts {path}: expected at least one prompt, a line each.")
     if path.suffix not in (".jsonl", ".json"):
-        return [{"prompt": line} for line in lines]
+        return [{"prompt": line} for line in lines.values()]
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines.items():
+        where = f"--prompts {path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: no JSON ({error}); expected an object a line.") from None
+        if not isinstance(row, dict) or not _is_prompt(row.get("prompt")):
             raise ValueError(
-                f"--prompts {path}, line {number}: no JSON ({error}); expected an object a line."
-            ) from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list):
-            raise ValueError(f'--prompts {path}, line {number}: expected an object with a "prompt".')
+                f'{where}: expected an object with a "prompt", a text or a list of {{"role": ..., "content": ...}}.'
+            )
+        if not row.keys().isdisjoint(("prompts", "completions")):
+            raise ValueError(f'{where}: a reward is called with "prompts" and "completions" anyway; rename the column.')
         first = rows[0] if rows else row
         if row.keys() != first.keys() or type(row["prompt"]) is not type(first["prompt"]):
-            raise ValueError(f"--prompts {path}, line {number}: other columns than in the first; expected the same.")
+            raise ValueError(f"{where}: other columns than in the first; expected the same.")
         rows.append(row)
     return rows
+
+
+def _is_prompt(value: Any) -> bool:
+    of_turns = isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
+    return isinstance(value, str) or (of_turns and bool(value))
 
 
 def reward_function(named: str) -> Callable[..., Any]:
@@ -160,36 +186,63 @@ def reward_function(named: str) -> Callable[..., Any]:
     path = Path(file)
     if not file or not path.is_file():
         raise ValueError(f"--reward {named}: no file {file or named!r}; expected FILE.py:FUNCTION.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    taken = not path.stem.isidentifier() or path.stem in sys.modules or importlib.util.find_spec(path.stem) is not None
+    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}" if taken else path.stem, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"--reward {named}: {file} is no Python file; expected FILE.py:FUNCTION.")
-    module = importlib.util.module_from_spec(spec)
+    module, folder = importlib.util.module_from_spec(spec), str(path.parent.absolute())
+    sys.modules[spec.name] = module  # where pickle and dataclasses look for what it defines
+    sys.path.insert(0, folder)  # modules beside it, as for a file that Python runs
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"--reward {named}: {file} does not run ({type(error).__name__}: {error}).") from error
-    function: Any = getattr(module, name, None)
+        with _users(f"--reward {named}: {file} does not run"):
+            spec.loader.exec_module(module)
+    except ValueError:
+        sys.modules.pop(spec.name, None)
+        raise
+    finally:
+        with contextlib.suppress(ValueError):  # it may have been at work there itself
+            sys.path.remove(folder)
+    sys.path.append(folder)  # what it imports when called; last, so that it hides nothing from anybody
+    function: Any = vars(module).get(name)
     if not callable(function):
         raise ValueError(f"--reward {named}: {file} has no function {name!r}.")
     return function  # type: ignore[no-any-return]  # whatever is in the file
 
 
-def _load(config: OwnModel) -> tuple[Any, Any]:
+def _load(config: OwnModel, name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()  # the command has one
-    dtype = torch.bfloat16 if config.bfloat16 else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {config.model}: {str(error).strip().splitlines()[0]}") from None
+    set_verbosity_error()
+    trust = {"trust_remote_code": config.trust_remote_code}  # None would ask whoever sits there
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **trust)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.bfloat16 if config.bfloat16 else torch.float32, output_loading_info=True, **trust
+    )
+    if found["missing_keys"]:
+        lacking = sorted(found["missing_keys"])
+        raise ValueError(f"it has no weights for {lacking[0]} and {len(lacking) - 1} more, which would be random")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise ValueError(f"--model {config.model}: its tokenizer has neither a padding nor an end token.")
+        raise ValueError("its tokenizer has neither a padding nor an end token")
     return model.to(config.device).eval(), tokenizer  # dropout would be taken for an error of the gates
+
+
+@contextmanager
+def _users(failure: str) -> Iterator[None]:
+    """What goes wrong inside is the user's own, whatever it is: a ValueError that names it."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:  # SystemExit among them
+        if "trust_remote_code" in str(error):
+            error = ValueError("it has Python code of its own, which only --trust-remote-code runs")
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        said = textwrap.shorten(str(error), 240, placeholder=" ...").rstrip(".")
+        raise ValueError(f"{failure} ({kind}{said}).") from error
 
 
 def _answers(config: OwnModel, model: Any, tokenizer: Any, prompts: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,6 +253,11 @@ def _answers(config: OwnModel, model: Any, tokenizer: Any, prompts: list[Any]) -
     if isinstance(prompts[0], list):
         texts = [tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) for turns in prompts]
     read = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=texts is prompts).to(config.device)
+    if not bool(read["attention_mask"].any(1).all()):
+        raise ValueError("its tokenizer makes no token of one of the prompts")
+    largest, known = max(int(read["input_ids"].max()), tokenizer.pad_token_id), model.get_input_embeddings().weight
+    if largest >= len(known):
+        raise ValueError(f"its tokenizer gives a token {largest}, and the model knows {len(known)}")
     length, limit = read["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length + config.max_new_tokens > limit:
         raise ValueError(
@@ -208,6 +266,7 @@ def _answers(config: OwnModel, model: Any, tokenizer: Any, prompts: list[Any]) -
         )
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
+    ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
     model.generation_config = GenerationConfig(  # the policy itself: nothing of what the model's authors cut off
         do_sample=True,
         temperature=config.temperature,
@@ -215,13 +274,13 @@ def _answers(config: OwnModel, model: Any, tokenizer: Any, prompts: list[Any]) -
         top_p=1.0,
         max_new_tokens=config.max_new_tokens,
         num_return_sequences=config.group_size,
-        eos_token_id=ends,
+        eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.no_grad():
         tokens = model.generate(input_ids=read["input_ids"], attention_mask=read["attention_mask"])
     answers = tokens[:, length:]
-    ended = torch.isin(answers, torch.tensor(ends if isinstance(ends, list) else [ends], device=answers.device))
+    ended = torch.isin(answers, torch.tensor(ends, dtype=answers.dtype, device=answers.device))
     mask = ended.cumsum(1) - ended.int() == 0  # up to the first end, and with it
     attention = torch.cat([read["attention_mask"].repeat_interleave(config.group_size, 0), mask.long()], dim=1)
     return tokens, attention, mask
@@ -230,18 +289,21 @@ def _answers(config: OwnModel, model: Any, tokenizer: Any, prompts: list[Any]) -
 def _rewards(
     named: str, reward: Callable[..., Any], prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]
 ) -> Tensor:
-    try:
+    count = len(completions)
+    with _users(f"--reward {named} failed"):
         given = reward(prompts=prompts, completions=completions, **columns)
-    except Exception as error:
-        raise ValueError(f"--reward {named} raised {type(error).__name__}: {error}") from error
+        given = asyncio.run(given) if inspect.iscoroutine(given) else given
     try:
-        rewards = torch.tensor([float(value) for value in given])
-    except (TypeError, ValueError):
+        values = [] if isinstance(given, str | bytes | Mapping | Set) else list(given)
+        rewards = torch.tensor([float(value) for value in values if not isinstance(value, str | bytes)])
+        if len(rewards) < len(values) or not values:
+            raise TypeError
+    except Exception:  # a generator of the user's may raise anything
         raise ValueError(f"--reward {named} returned {given!r:.80}; expected a list of numbers.") from None
-    if len(rewards) != len(prompts) or not bool(rewards.isfinite().all()):
+    if len(rewards) != count or not bool(rewards.isfinite().all()):
         raise ValueError(
             f"--reward {named} returned {len(rewards)} numbers, {int(rewards.isfinite().sum())} of them finite; "
-            f"expected one for each of {len(prompts)} completions."
+            f"expected one for each of {count} completions."
         )
     return rewards
 

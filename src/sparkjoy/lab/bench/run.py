@@ -19,6 +19,7 @@ from sparkjoy.lab.bench.arms import WITHOUT_RATE, Arm, prepare, step_of
 from sparkjoy.lab.bench.models import Problem, Workload, build
 from sparkjoy.lab.bench.timing import machine, median, percentiles, timed, turns
 from sparkjoy.lab.studies.memory import peak_memory
+from sparkjoy.lab.training.flags import refuse_idle
 from sparkjoy.lab.training.tracking import write_json
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class BenchConfig:
             checks.rate(rate)
         for noise in self.noises:
             UnbiasedGate(noise=noise)
+        rated = (any(arm not in (*WITHOUT_RATE, "noise") for arm in self.arms), "an arm among --arms that has a rate")
+        of_noise = ("noise" in self.arms, "noise among --arms")
+        refuse_idle(self, {"rates": rated, "noises": of_noise, "memory_rates": (self.memory, "--memory")})
         if self.rounds < 1 or self.threads < 1 or not self.micro_batch_sizes or min(self.micro_batch_sizes) < 1:
             raise ValueError("--rounds, --threads and every one of --micro-batch-sizes: expected at least 1.")
 

@@ -19,6 +19,7 @@ from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.studies.tuning import most_accurate, soonest
 from sparkjoy.lab.tasks.mnist import MnistConfig
 from sparkjoy.lab.tasks.reversal import ReversalConfig
+from sparkjoy.lab.training.flags import refuse_idle
 from sparkjoy.lab.training.loop import Record, summary
 from sparkjoy.lab.training.settings import Settings
 
@@ -101,7 +102,10 @@ class BudgetStudy(Study):
             raise ValueError("--tuning-seeds and --seeds share one; the learning rate is chosen on seeds of its own.")
         for arm in self.arms:
             for rate in self.learning_rates:
-                Settings(learning_rate=rate, **ARMS[arm])
+                Settings(learning_rate=rate, target_error=self.target_error, **ARMS[arm])
+        reversal = (any(task in REVERSAL for task in self.tasks), "a reversal among --tasks")
+        full = ("mnist, full" in self.tasks, "'mnist, full' among --tasks")
+        refuse_idle(self, {"data": full, "reversal_steps": reversal, "target_error": reversal})
 
     @property
     def runs(self) -> int:

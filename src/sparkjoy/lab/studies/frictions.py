@@ -20,6 +20,7 @@ from sparkjoy.lab.studies.runs import Run, folder_name
 from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.studies.tuning import most_accurate
 from sparkjoy.lab.tasks.reversal import ReversalConfig, Shaping
+from sparkjoy.lab.training.flags import refuse_idle
 from sparkjoy.lab.training.loop import Record, summary
 from sparkjoy.lab.training.settings import Settings
 
@@ -87,6 +88,7 @@ class FrictionsStudy(Study):
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
             raise ValueError(f"--arms {unknown[0]!r}: expected some of {'; '.join(ARMS)}.")
+        refuse_idle(self, {"prompt_lengths": (not self.full, "a study without --full, which has its own")})
         if self.steps_per_token < 1:
             raise ValueError(f"--steps-per-token {self.steps_per_token}: expected at least 1.")
         if set(self.tuning_seeds) & set(self.seeds):

@@ -25,6 +25,7 @@ class Frontier:
     def start(self, out: Path) -> None:
         """Measure, write and print: its tables are text, which `sj.frontier` makes for anybody."""
         need("bench", "transformers")
+        shown, out = out, out.absolute()  # a reward may go to another folder
         with opened(out, asdict(self.asked)):
             with study_progress() as progress:
                 step, found = run(self.asked, progress)
@@ -34,4 +35,4 @@ class Frontier:
             save_figure(plot(found, self.asked.noise), out, "frontier")
         for one in found.values():
             print(f"{one.table()}\n{one.recommend(self.asked.noise).reason}\n")
-        print(f"results in {out}; drawn: frontier.png")
+        print(f"results in {shown}; drawn: frontier.png")

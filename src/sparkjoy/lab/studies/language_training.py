@@ -177,8 +177,13 @@ def train_one(
     """
     finished = folder / "records.json"
     if finished.exists():
-        records: list[Record] = read_json(finished)
-        return records
+        records: Any = read_json(finished)
+        whole = isinstance(records, list) and all(isinstance(row, dict) and "seconds" in row for row in records)
+        if not whole or not records or "score" not in records[0]:
+            raise ValueError(
+                f"{finished} holds no records of a run; put a copy of it back, or remove it to train anew."
+            )
+        return list(records)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, across that of the study
     options = dict(arm)

@@ -14,6 +14,7 @@ from sparkjoy.lab.studies.runs import Run, TaskConfig, default_target, task_of
 from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.tasks.mnist import MnistConfig
 from sparkjoy.lab.tasks.reversal import ReversalConfig
+from sparkjoy.lab.training.flags import refuse_idle
 from sparkjoy.lab.training.settings import Method, Settings
 
 if TYPE_CHECKING:
@@ -27,16 +28,16 @@ FLAT = tyro.conf.arg(name="")  # flags of a nested config without its name befor
 class ParetoConfig:
     """Which runs to compare: one after another on the same threads, so that their seconds compare."""
 
-    methods: tuple[Method, ...] = ("pg", "dg", "kondo", "uniform")
+    methods: tuple[Method, ...] = ("pg", "dg", "kondo", "unbiased", "uniform")
     """Methods to train."""
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     """Fractions of samples that kondo keeps."""
     uniform_rates: tuple[float, ...] = (0.03,)
     """Fractions that uniform keeps, rows at random: what any choice has to beat."""
     prices: tuple[float, ...] = ()
     """Fixed prices at which to train kondo too, such as 0."""
     noises: tuple[float, ...] = ()
-    """Noise budgets at which to train unbiased too, such as 0.3 and 1."""
+    """Noise budgets at which to train unbiased too, such as 0.3 and 1; 0.3 where it is among the methods alone."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every arm for each."""
     steps: int = 4_000
@@ -54,6 +55,9 @@ class ParetoConfig:
         for name in ("methods", "rates", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"--{name}: expected at least one.")
+        kondo = ("kondo" in self.methods, "kondo among --methods")
+        uniform = ("uniform" in self.methods, "uniform among --methods")
+        refuse_idle(self, {"rates": kondo, "prices": kondo, "uniform_rates": uniform})
         self.arms()
 
     def arms(self) -> list[Settings]:
@@ -69,9 +73,22 @@ class ParetoConfig:
                 choices = [{"rate": rate} for rate in self.uniform_rates]
             if method == "kondo":
                 choices = [{"rate": rate} for rate in self.rates] + [{"price": price} for price in self.prices]
+            if method == "unbiased" and self.noises:
+                choices = [{"noise": noise} for noise in self.noises]
             arms += [Settings(method=method, seed=self.seeds[0], **choice, **shared) for choice in choices]
-        arms += [Settings("unbiased", noise=noise, seed=self.seeds[0], **shared) for noise in self.noises]
+        if "unbiased" not in self.methods:
+            arms += [Settings("unbiased", noise=noise, seed=self.seeds[0], **shared) for noise in self.noises]
         return arms
+
+
+@dataclass(frozen=True)
+class ReversalParetoConfig(ParetoConfig):
+    """The same with what suits token reversal where nothing is given."""
+
+    rates: tuple[float, ...] = (0.03, 0.1)
+    prices: tuple[float, ...] = (0.0,)
+    steps: int = 400
+    evaluate_every: int = 20
 
 
 class Pareto(Study):
@@ -131,7 +148,5 @@ class ParetoMnist(Pareto):
 class ParetoReversal(Pareto):
     """Train every method at every rate on token reversal, and draw quality against cost."""
 
-    study: Annotated[ParetoConfig, FLAT] = field(
-        default_factory=lambda: ParetoConfig(steps=400, evaluate_every=20, rates=(0.03, 0.1), prices=(0.0,))
-    )
+    study: Annotated[ReversalParetoConfig, FLAT] = field(default_factory=ReversalParetoConfig)
     task: Boxed[ReversalConfig] = field(default_factory=ReversalConfig)

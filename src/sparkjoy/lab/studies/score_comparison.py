@@ -14,6 +14,7 @@ from sparkjoy.lab.studies.run_tables import last_records
 from sparkjoy.lab.studies.runs import Run
 from sparkjoy.lab.studies.study import Rows, Study, Work
 from sparkjoy.lab.tasks.mnist import MnistConfig
+from sparkjoy.lab.training.flags import refuse_idle
 from sparkjoy.lab.training.loop import Record
 from sparkjoy.lab.training.settings import Score, Settings
 from sparkjoy.lab.training.tracking import write_json, write_json_lines
@@ -57,6 +58,7 @@ class ScoresStudy(Study):
     def __post_init__(self) -> None:
         if not self.scores or not self.seeds:
             raise ValueError("--scores and --seeds: expected at least one of each.")
+        refuse_idle(self, {"alpha": ("additive" in self.scores, "additive among --scores")})
         self.arms()
 
     def arms(self) -> list[Settings]:
@@ -65,7 +67,7 @@ class ScoresStudy(Study):
             Settings(
                 rate=self.rate,
                 score=score,
-                alpha=self.alpha,
+                alpha=self.alpha if score == "additive" else Settings.alpha,
                 seed=seed,
                 steps=self.steps,
                 evaluate_every=self.evaluate_every,
@@ -87,9 +89,10 @@ class ScoresStudy(Study):
             baseline = run.within.parent.name
             of_baselines[baseline] += records
             rows += [{"baseline": baseline, **record} for record in records]
-            write_json_lines(work.out / baseline / "records.jsonl", of_baselines[baseline])
-            write_json(work.out / baseline / "summary.json", {"runs": last_records(of_baselines[baseline], None)})
             work.save(rows)
+        for baseline, records in of_baselines.items():
+            write_json_lines(work.out / baseline / "records.jsonl", records)
+            write_json(work.out / baseline / "summary.json", {"runs": last_records(records, None)})
         return rows
 
     def summary(self, rows: Rows) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from sparkjoy.lab.studies.workers import StoppedError, Workers, available_cpus
 from sparkjoy.lab.training.console import LiveRuns, print_table, study_progress
 from sparkjoy.lab.training.folder import opened
 from sparkjoy.lab.training.loop import Record
-from sparkjoy.lab.training.tracking import save_figure, write_json, write_json_lines
+from sparkjoy.lab.training.tracking import as_json, read_json, save_figure, write_json, write_json_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,6 +99,7 @@ class Work:
     ) -> None:
         self.study, self.out, self.progress = study, out, progress
         self._live, self._workers, self._jobs = live, workers, jobs
+        self._there = _rows_there(out, study.keeps_records)
 
     def train(self, run: Run) -> list[Record]:
         """The records of a run; a finished one is read, and one that was stopped goes on."""
@@ -123,8 +125,13 @@ class Work:
                     raise self._workers.failure from None
                 raise
 
-    def save(self, rows: Rows) -> None:
-        """Write summary.json, and records.jsonl where the study has one."""
+    def save(self, rows: Rows, all_done: bool = False) -> None:
+        """Write summary.json, and records.jsonl where the study has one.
+
+        On the way only once every row that an earlier start has written is among them: what may yet fail leaves them.
+        """
+        if not all_done and not self._there <= set(map(_as_line, rows)):
+            return
         if self.study.keeps_records:
             write_json_lines(self.out / "records.jsonl", rows)
         write_json(self.out / "summary.json", self.study.summary(rows))
@@ -147,7 +154,7 @@ def run_study(study: Study, out: Path, jobs: int = 1) -> Rows:
     with opened(out, study.config(), extends=study.extends):
         with working(study, out, jobs) as work:
             rows = study.run(work)
-        work.save(rows)
+        work.save(rows, all_done=True)
         figures = study.figures(rows)
         for name, figure in figures.items():
             save_figure(figure, out, name)
@@ -155,6 +162,21 @@ def run_study(study: Study, out: Path, jobs: int = 1) -> Rows:
         print_table(title, table)
     print(f"results in {out}; drawn: {', '.join(f'{name}.png' for name in figures)}")
     return rows
+
+
+def _rows_there(out: Path, in_records: bool) -> set[str]:
+    """The rows that an earlier start has left, each as a line of JSON; what cannot be read is written anew."""
+    try:
+        if in_records:
+            return set((out / "records.jsonl").read_text().splitlines())
+        summary = read_json(out / "summary.json")
+        return set(map(_as_line, summary["steps" if "steps" in summary else "runs"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def _as_line(row: Record) -> str:
+    return json.dumps(as_json(row))
 
 
 def _warn_of_waiting(jobs: int, threads: int) -> None:

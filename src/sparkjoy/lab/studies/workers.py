@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -82,7 +83,10 @@ class Workers:
             raise StoppedError
         pipe.send(run)
         while isinstance(said := pipe.recv(), tuple):
-            on_step(*said)
+            if isinstance(said[0], str):
+                warnings.showwarning(said[0], UserWarning, *said[1:])
+            else:
+                on_step(*said)
         found: list[Record] | Exception = said
         return found
 
@@ -115,6 +119,7 @@ def work(pipe: Connection, out: Path) -> None:
     """Train the runs that come through the pipe until it ends, and send what they come to: a process's whole life."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # a signal to the whole group is for the first process, which passes it on once
+    warnings.showwarning = lambda message, category, *place, **_: pipe.send((str(message), *place[:2]))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             pipe.send(_outcome(pipe, pipe.recv(), out))

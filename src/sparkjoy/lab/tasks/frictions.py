@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from sparkjoy.lab.training.flags import refuse_idle
 from sparkjoy.lab.training.processes import WHOLE, Share
 
 DelayKind = Literal["uniform", "oldest"]
@@ -41,6 +42,7 @@ class Frictions:
             raise ValueError(f"--delay {self.delay}: expected a number of steps, 0 or more.")
         if self.delay_kind not in ("uniform", "oldest"):
             raise ValueError(f"--delay-kind {self.delay_kind}: expected uniform or oldest.")
+        refuse_idle(self, {"delay_kind": (self.delay > 0, "--delay")})
         for name in ("bug", "corrupt", "discover"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a chance, such as 0.1 for 10%.")

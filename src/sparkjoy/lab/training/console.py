@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparkjoy.lab.training.loop import OnStep, Record
 from sparkjoy.lab.training.settings import Settings
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 REFRESH_SECONDS = 0.2
 WIDTH_OF_FILES = 160
+WIDTH_WITH_BAR = 110
+"""Columns of a terminal that has room for a bar beside what a run has come to."""
 
 
 class LiveRuns:
@@ -41,14 +43,21 @@ class LiveRuns:
 
     def __init__(self, runs: int) -> None:
         # No refreshing thread: it would take time from the run it reports on, and seconds are measured there.
+        console = Console()
+        bar = [BarColumn(bar_width=20)] if console.width >= WIDTH_WITH_BAR else []
         self._progress = Progress(
             TextColumn("{task.description:<24}"),
-            BarColumn(bar_width=20),
+            *bar,
             MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn(
+                "{task.fields[state]}", table_column=Column(ratio=1, no_wrap=True)
+            ),  # what else there is room for
+            console=console,
             auto_refresh=False,
+            expand=True,
+            disable=not console.is_terminal,
         )
         self._all = self._progress.add_task("all runs", total=runs, state="", visible=runs > 1)
         self._free: list[TaskID] = []
@@ -105,7 +114,8 @@ class LiveRuns:
 def study_progress() -> Iterator[Callable[[float, str], None]]:
     """A live bar; what comes back is told the fraction done and what comes next."""
     columns = (BarColumn(bar_width=20), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, auto_refresh=False) as progress:
+    console = Console()
+    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=1.0)
 
         def advance(fraction: float, what: str) -> None:
@@ -144,4 +154,5 @@ def _state(record: Record | None, updates: int) -> str:
     found = record.get("comparison") or {}
     pairs = (("cosine", "cosine"), ("consistency", "dense consistency"), ("agreement", "agreement"))
     compared = "".join(f"  {said} {found[name]:.2f}" for name, said in pairs if found.get(name) is not None)
-    return f"error {100 * record['error']:.2f}%  kept {100 * kept:.3g}%{price}{compared}"
+    lost = f"  nothing kept of {', '.join(map(str, record['lost'][:5]))}" if record.get("lost") else ""
+    return f"error {100 * record['error']:.2f}%  kept {100 * kept:.3g}%{price}{compared}{lost}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sparkjoy.lab.training.flags import refuse_idle
+
 Screen = Literal["sampler", "recorded", "exact", "stale", "bfloat16", "early-exit", "draft", "cached", "flat"]
 
 
@@ -37,6 +39,16 @@ class DraftSettings:
             raise ValueError(f"--audit-every {self.audit_every}: expected at least 1.")
         if self.verify is not None and self.screen == "exact":
             raise ValueError(f"--verify {self.verify:g} verifies a draft; --screen exact needs none.")
+        of_screens = {
+            "refresh_every": "stale",
+            "exit_layers": "early-exit",
+            "max_age": "cached",
+            "lesson_every": "draft",
+            "draft_learning_rate": "draft",
+        }
+        goes_with = {name: (self.screen == screen, f"--screen {screen}") for name, screen in of_screens.items()}
+        audits = (self.drafted, "a --screen that is a draft, or --verify")
+        refuse_idle(self, {"audit_every": audits, "recall_floor": audits, **goes_with})
 
     @property
     def drafted(self) -> bool:

@@ -18,7 +18,7 @@ if sys.platform != "win32":
     import fcntl
 
 LOCK = ".sparkjoy-lock"
-RESULTS = ("records.jsonl", "summary.json", "checkpoint.pt", "*.png", "*.svg")
+RESULTS = ("records.jsonl", "summary.json", "answers.jsonl", "checkpoint.pt", "*.png", "*.svg")
 """What would be written over."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system says that has no locks; there, nobody can be kept out."""

@@ -192,7 +192,8 @@ class Training:
             return
         lost = self.coverage.seen(rollout.parts.tolist(), advantages, report.decision.keep)
         if lost:
-            warnings.warn(f"after {self.steps_done} steps {self.coverage.warning(lost)}", stacklevel=2)
+            run = f"{self.settings.label}, seed {self.settings.seed}, after {self.steps_done} steps"
+            warnings.warn(f"{run}: {self.coverage.warning(lost)}", stacklevel=2)
 
     def _rollout(self) -> Rollout:
         if self._rollout_flops is None:

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from sparkjoy.baselines import good_and_bad_advantage, group_standardised_advantage
+from sparkjoy.lab.training.flags import refuse_idle
 
 Method = Literal["pg", "importance", "dg", "kondo", "uniform", "unbiased", "ppo", "grpo", "pmpo"]
 PriceKind = Literal["batch", "rolling", "budget", "effective", "nucleus"]
@@ -70,16 +71,28 @@ class MethodSettings:
                 f"--noise {self.noise:g}: a budget that finds its own rate; give it with --method "
                 "unbiased, and no --rate."
             )
-        if self.floor and self.method != "unbiased":
-            raise ValueError(f"--floor {self.floor:g} goes with --method unbiased; --method {self.method} was given.")
         if not self.score_noise >= 0:
             raise ValueError(f"--score-noise {self.score_noise}: expected a number of at least 0.")
         if self.score_noise and not (self.method == "dg" or (self.method == "kondo" and self.unit == "sample")):
             raise ValueError(
                 f"--score-noise {self.score_noise}: goes with --method dg, or with kondo of whole samples."
             )
-        if self.negative_share and self.method != "kondo":
-            raise ValueError(f"--negative-share goes with --method kondo; --method {self.method} was given.")
+        if self.score_noise and self.method == "dg" and self.dg_unit == "token":
+            raise ValueError("--score-noise is on the delight of whole answers; give --dg-unit sample with it.")
+        hard = self.method == "kondo" and not self.temperature and self.price_kind != "budget"
+        refuse_idle(
+            self,
+            {
+                "floor": (self.method == "unbiased", "--method unbiased"),
+                "temperature": (self.method in ("kondo", "uniform"), "--method kondo or uniform"),
+                "negative_share": (hard, "--method kondo, without --temperature and --price-kind budget"),
+                "score": (self.method == "kondo", "--method kondo"),
+                "alpha": (self.score == "additive", "--score additive"),
+                "score_noise_kind": (self.score_noise > 0, "--score-noise"),
+                "clip": (self.method in ("ppo", "grpo"), "--method ppo or grpo"),
+                "dg_unit": (self.method in ("dg", "unbiased"), "--method dg or unbiased"),
+            },
+        )
 
     @property
     def gated(self) -> bool:

@@ -92,8 +92,17 @@ class LogProbs(nn.Module):
 
 
 def share_of_this_process() -> Share:
-    """As torchrun says by the environment; all of it without torchrun."""
-    return Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    """As torchrun says by the environment; all of it without torchrun.
+
+    Raises:
+        ValueError: somebody else has set the environment, to what torchrun would not.
+    """
+    rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        raise ValueError(
+            f"the environment has RANK={rank} and WORLD_SIZE={count}; expected both as torchrun sets them, or neither."
+        )
+    return Share(int(rank), int(count))
 
 
 @contextmanager
@@ -138,7 +147,10 @@ def say_once(sentence: str) -> None:
 
 
 def _is_first_to_say() -> bool:
-    share = share_of_this_process()
+    try:
+        share = share_of_this_process()
+    except ValueError:  # which is what is to be said
+        return True
     if share.count > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         with contextlib.suppress(RuntimeError):  # the store may have gone
             return bool(_store().add("said", 1) == 1)

@@ -34,7 +34,7 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1.")
-        for name in ("until_error", "target_error"):
+        for name in ("target_error", "until_error"):  # studies that stop at the target have both
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a fraction, such as 0.05 for 5%.")

@@ -8,6 +8,7 @@ import torch
 
 from sparkjoy.lab.training.building import build_step
 from sparkjoy.lab.training.draft_settings import DraftSettings
+from sparkjoy.lab.training.flags import refuse_idle
 from sparkjoy.lab.training.method_settings import Method as Method
 from sparkjoy.lab.training.method_settings import MethodSettings
 from sparkjoy.lab.training.method_settings import Score as Score
@@ -39,8 +40,12 @@ class Settings(RunSettings, DraftSettings, MethodSettings):
                 f"--price-kind {self.price_kind} goes with the --rate of kondo or uniform, without --price, "
                 "--temperature, --screen or --verify."
             )
-        if self.unit == "token" and (self.method != "kondo" or self.score != "delight" or self.micro_batch_size):
-            raise ValueError("--unit token goes with --method kondo, by delight, in one micro-batch.")
+        refuse_idle(self, {"screen": (self.gated, "a gate: --method kondo, uniform, unbiased")})
+        of_answers = self.method != "kondo" or self.score != "delight" or self.screen == "exact"
+        if self.unit == "token" and (of_answers or self.micro_batch_size):
+            raise ValueError(
+                "--unit token goes with --method kondo, by delight on the sampler's log-probs, in one micro-batch."
+            )
         build_step(self, torch.Generator())  # raises on a rate, price, temperature or alpha outside its range
 
     @property
