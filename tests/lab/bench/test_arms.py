@@ -78,7 +78,7 @@ def test_checkpointing_and_frozen_bodies_change_the_measured_ratio():
 def test_every_arm_passes_the_rows_it_says(arm):
     problem = build(Workload(zero=0.5, positive=1 / 3, **TINY))  # two successes, one failure, three of zero
     _, rows = step_of(arm, 0.25, 2, problem)()
-    assert rows == {"dense": 6, "kondo-gate": 6, "non-zero": 3, "positive": 2}.get(arm, 2)
+    assert rows == {"dense": 6, "shared": 6, "kondo-gate": 6, "non-zero": 3, "positive": 2}.get(arm, 2)
     assert any(parameter.grad is not None for parameter in problem.module.parameters())
     assert arm in WITHOUT_RATE or arm in ("uniform", "pods", "kondo-gate", "known", "screened", "noise")
 
@@ -90,6 +90,16 @@ def test_known_and_screened_arms_add_the_same_gradient_as_a_plain_loop_over_thei
         step_of(arm, 0.4, 2, problem)()
         gradients.append(next(problem.module.parameters()).grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("model", ["gpt2-2m", "llama-2m"])
+def test_the_shared_arm_adds_the_dense_gradient(model):
+    gradients = []
+    for arm in ("dense", "shared"):
+        problem = build(Workload(model=model, prompt=9, group=3, **TINY))
+        step_of(arm, 1.0, 6, problem)()
+        gradients.append(next(problem.module.parameters()).grad)
+    assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
 
 
 def test_pods_picks_the_subset_of_greatest_variance():

@@ -21,6 +21,7 @@ def test_a_bench_leaves_seconds_by_phase_a_figure_and_the_machine(monkeypatch, t
     result = bench(monkeypatch, tmp_path, *FLAGS, "--rates", "1.0", "0.4", "--no-memory")
     assert {row["arm"] for row in result["arms"]} == {
         "dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened", "noise",
+        "shared",
     }  # fmt: skip
     for row in result["arms"]:
         assert set(row["seconds"]["total"]) == {"p20", "p50", "p80"}

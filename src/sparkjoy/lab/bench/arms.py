@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.lab.bench.models import Problem, Workload, build
 from sparkjoy.lab.bench.timing import Laps
 from sparkjoy.scores import uniform_score
 from sparkjoy.signs import rate_count
 
-Arm = Literal["dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened", "noise"]
+Arm = Literal["dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened", "noise", "shared"]
 """Ways to take a step.
 
 dense: a plain loop over all rows. non-zero: over those of non-zero advantage (dynamic sampling's filter). positive:
 over those of positive advantage. uniform: rows at random, through the engine. pods: a plain loop over the subset of
 greatest reward variance (PODS, arXiv 2504.13818). kondo-gate: the PyPI package of that name, which multiplies the loss
 by the gate. known: sparkjoy's gate on log-probs that the sampler recorded. screened: on an exact forward pass without a
-graph. noise: the noise budget, on recorded log-probs; where the others have a rate it has a noise.
+graph. noise: the noise budget, on recorded log-probs; where the others have a rate it has a noise. shared: a plain loop
+over all rows, in which a prompt is computed once for the answers to it.
 """
 Seconds = dict[str, float]
 Step = Callable[[], tuple[Seconds, int]]
@@ -30,7 +32,7 @@ Step = Callable[[], tuple[Seconds, int]]
 
 PHASES = ("screen", "gather", "forward", "backward")
 """Of a step, as a report's seconds are named."""
-WITHOUT_RATE: tuple[Arm, ...] = ("dense", "non-zero", "positive")
+WITHOUT_RATE: tuple[Arm, ...] = ("dense", "non-zero", "positive", "shared")
 
 
 def step_of(arm: Arm, rate: float, micro_batch_size: int, problem: Problem) -> Step:
@@ -65,7 +67,7 @@ def step_of(arm: Arm, rate: float, micro_batch_size: int, problem: Problem) -> S
         kept = (problem.advantages > 0).nonzero().squeeze(1)
     elif arm == "pods":
         kept = greatest_variance(problem.advantages, rate_count(rate, rows)).sort().values
-    return _plain(kept, micro_batch_size, problem)
+    return _plain(kept, micro_batch_size, problem, problem.sharing if arm == "shared" else problem.log_prob_fn)
 
 
 def prepare(workload: Workload, arm: Arm, rate: float, micro_batch_size: int) -> Callable[[], object]:
@@ -95,7 +97,7 @@ def greatest_variance(rewards: Tensor, count: int) -> Tensor:
     )
 
 
-def _plain(kept: Tensor, micro_batch_size: int, problem: Problem) -> Step:
+def _plain(kept: Tensor, micro_batch_size: int, problem: Problem, log_prob_fn: LogProbFunction) -> Step:
     """What a careful user writes: gather the rows once, then one forward and backward pass per micro-batch."""
     rows, tokens = len(problem.advantages), problem.log_probs.numel()
 
@@ -105,7 +107,7 @@ def _plain(kept: Tensor, micro_batch_size: int, problem: Problem) -> Step:
             part_rows = slice(int(part[0]), int(part[-1]) + 1) if len(kept) == rows else part
             batch = {"tokens": problem.batch["tokens"][part_rows]}
             laps.lap("gather")
-            log_probs = problem.log_prob_fn(batch)
+            log_probs = log_prob_fn(batch)
             loss = -(problem.advantages[part_rows].unsqueeze(1) * log_probs).sum() / tokens
             laps.lap("forward")
             loss.backward()

@@ -29,6 +29,10 @@ class Workload:
     """Answers in the batch."""
     length: int = 128
     """Tokens of an answer."""
+    prompt: int = 1
+    """Tokens before an answer."""
+    group: int = 8
+    """Answers to each prompt; they follow one another."""
     vocabulary: int = 8_192
     """Size of the vocabulary."""
     positive: float = 0.5
@@ -47,7 +51,7 @@ class Workload:
     """Of weights, tokens and advantages."""
 
     def __post_init__(self) -> None:
-        for name in ("rows", "length", "vocabulary"):
+        for name in ("rows", "length", "prompt", "group", "vocabulary"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected at least 1.")
         if not (self.positive >= 0 and self.zero >= 0 and self.positive + self.zero <= 1):
@@ -55,17 +59,19 @@ class Workload:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees none here; leave the flag out to run on the CPU.")
         if self.device == "cpu":
-            tokens, logits = 8 * self.rows * self.length, FLOAT * self.length * self.vocabulary
-            flags = f"--rows {self.rows} --length {self.length} --vocabulary {self.vocabulary}"
+            tokens = 8 * self.rows * (self.prompt + self.length)
+            logits = FLOAT * self.length * self.vocabulary
+            flags = f"--rows {self.rows} --length {self.length} --prompt {self.prompt} --vocabulary {self.vocabulary}"
             check_memory(tokens + logits + 2 * FLOAT * SIZES["2m"][0] * self.vocabulary, flags)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a step needs: the model, its log-probs as a function of rows, the rows, and what they were worth."""
+    """What a step needs: the model, its log-probs of rows (sharing tokens too), the rows, and what they are worth."""
 
     module: nn.Module
     log_prob_fn: Callable[[dict[str, Tensor]], Tensor]
+    sharing: Callable[[dict[str, Tensor]], Tensor]
     batch: dict[str, Tensor]
     advantages: Tensor
     log_probs: Tensor
@@ -77,16 +83,21 @@ def build(workload: Workload) -> Problem:
     Raises:
         ValueError: transformers is not installed.
     """
-    torch.manual_seed(workload.seed)
+    module = _module(workload)  # says what to install
+    from sparkjoy.integrations.transformers import SharedTokens
+
     dtype = torch.bfloat16 if workload.bfloat16 else torch.float32
-    module = _module(workload).to(device=workload.device, dtype=dtype)
+    module = module.to(device=workload.device, dtype=dtype)
     if workload.train_only == "lora":
         _freeze_all_but_adapters(module)
     if workload.checkpointing:
         module.activation_checkpointing_enable()
     module.train()
     generator = torch.Generator().manual_seed(workload.seed)
-    tokens = torch.randint(workload.vocabulary, (workload.rows, 1 + workload.length), generator=generator)
+    shape = (workload.rows, workload.prompt + workload.length)
+    tokens = torch.randint(workload.vocabulary, shape, generator=generator)
+    first_of_group = torch.arange(workload.rows) // workload.group * workload.group
+    tokens[:, : workload.prompt] = tokens[first_of_group, : workload.prompt]
     successes, nothing = round(workload.positive * workload.rows), round(workload.zero * workload.rows)
     advantages = 0.5 + torch.rand(workload.rows, generator=generator)
     advantages[successes:] *= -1
@@ -95,14 +106,21 @@ def build(workload: Workload) -> Problem:
     batch = {"tokens": tokens.to(workload.device)}
 
     def log_prob_fn(rows: dict[str, Tensor]) -> Tensor:
-        inputs, targets = rows["tokens"][:, :-1], rows["tokens"][:, 1:]
-        logits = module(inputs, use_cache=False).logits
+        targets = rows["tokens"][:, workload.prompt :]
+        logits = module(rows["tokens"][:, :-1], use_cache=False, logits_to_keep=targets.shape[1]).logits
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         return -losses.view_as(targets)
 
+    shared = SharedTokens(module)
+
+    def sharing(rows: dict[str, Tensor]) -> Tensor:
+        ids = rows["tokens"]
+        scored = (torch.arange(ids.shape[1], device=ids.device) >= workload.prompt).expand_as(ids)
+        return shared.log_probs(ids, torch.ones_like(ids), scored)[:, workload.prompt :]
+
     with torch.no_grad():
         parts = [log_prob_fn({"tokens": part}) for part in batch["tokens"].split(4)]
-    return Problem(module, log_prob_fn, batch, advantages.to(workload.device), torch.cat(parts))
+    return Problem(module, log_prob_fn, sharing, batch, advantages.to(workload.device), torch.cat(parts))
 
 
 def _module(workload: Workload) -> Any:
@@ -110,6 +128,7 @@ def _module(workload: Workload) -> Any:
         import transformers
     except ImportError:
         raise ValueError('sparkjoy bench needs transformers: pip install "sparkjoy[bench]".') from None
+    torch.manual_seed(workload.seed)
     family, size = workload.model.split("-")
     if family == "qwen":
         qwen = transformers.Qwen2Config(
@@ -126,7 +145,7 @@ def _module(workload: Workload) -> Any:
     if family == "gpt2":
         gpt2 = transformers.GPT2Config(
             vocab_size=workload.vocabulary,
-            n_positions=workload.length,
+            n_positions=workload.prompt + workload.length,
             n_embd=width,
             n_layer=layers,
             n_head=heads,
