@@ -278,6 +278,21 @@ def finite(name: str, values: Tensor, advice: str = "") -> None:
     )
 
 
+def add_sentence(error: BaseException, sentence: str) -> None:
+    """Put a sentence at the end of an error's message, or beside it where the message is not its own.
+
+    >>> error = ValueError("no such row.")
+    >>> add_sentence(error, "Take another.")
+    >>> error
+    ValueError('no such row. Take another.')
+    """
+    text = str(error)
+    if error.args == (text,) and text:
+        error.args = (f"{text.rstrip('.')}. {sentence}",)
+    else:
+        error.add_note(sentence)
+
+
 def is_number(value: Any) -> bool:
     """Whether this is a finite real number, of Python's or numpy's."""
     try:

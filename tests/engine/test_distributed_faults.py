@@ -38,6 +38,13 @@ def test_what_fails_on_one_rank_fails_on_all_and_the_next_step_is_sound(tmp_path
             assert all("rank 1" in text or "on some ranks" in text for _, text in first["said"]), first
 
 
+def test_a_rank_that_has_left_out_a_call_is_found_by_the_number_of_the_step(tmp_path):
+    for found in zip(*every_rank(tmp_path, 2, "skips"), strict=True):
+        for one in found:
+            assert one["said"].startswith("step_number is 1 on rank 0 and 2 on rank 1; expected the same"), one
+            assert one["grad"] == "as it was"
+
+
 @pytest.mark.parametrize("how", ["ends", pytest.param("waits", marks=pytest.mark.slow)])
 def test_a_rank_that_is_not_there_is_named(tmp_path, how):
     *others, last = every_rank(tmp_path, 3, how)

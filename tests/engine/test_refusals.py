@@ -126,6 +126,35 @@ def test_a_later_nan_names_its_micro_batch():
         sj.gated_backward(policy.log_probs, batch, advantages, None, micro_batch_size=5)
 
 
+LATE = {
+    "another shape": lambda log_probs: log_probs[:, None],
+    "a list": torch.Tensor.tolist,
+    "no graph": torch.Tensor.detach,
+    "whole numbers": torch.Tensor.long,
+    "no rows": lambda log_probs: log_probs[:0],
+    "NaN": lambda log_probs: log_probs * math.nan,
+    "above 0, found last": lambda log_probs: -log_probs,
+}
+
+
+@pytest.mark.parametrize("late", LATE)
+@pytest.mark.parametrize("first", [1, 2])
+def test_an_error_says_whether_grad_has_changed(late, first):
+    policy, batch, advantages, _ = make_case("rows")
+    known, passes = policy.log_probs(batch).detach(), 0
+
+    def log_prob_fn(rows):
+        nonlocal passes
+        passes += 1
+        return LATE[late](policy.log_probs(rows)) if passes >= first else policy.log_probs(rows)
+
+    step = sj.GatedBackward(sj.UnbiasedGate(1e-6), micro_batch_size=3)
+    with pytest.raises(ValueError, match=r"log-prob|log_prob") as raised:
+        step(log_prob_fn, batch, advantages, log_probs=known)
+    changed = any(parameter.grad is not None for parameter in policy.parameters())
+    assert changed == (".grad: zero it" in str(raised.value)) == (first == 2 or late.startswith("above 0"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -35,6 +35,8 @@ class Ledger:
     def __init__(self, known_flops: KnownFlops | None) -> None:
         self._counted = dict.fromkeys(COUNTED, 0)
         self._graph_flops = 0
+        self.differentiated = False
+        """Whether a backward pass has begun, and so may have added to `.grad`."""
         self.seconds = {"screen": 0.0, "gather": 0.0, "forward": 0.0, "backward": 0.0}
         self._known_flops = known_flops
         self._measures_graph = False
@@ -93,6 +95,7 @@ class Ledger:
 
     def backward(self, backward: Callable[[Tensor], Any], loss: Tensor, part: Inputs) -> None:
         """Run `backward(loss)`, whose graph ends at the log-probs of `part`."""
+        self.differentiated = True
         flops = self._measured("backward", part, lambda: backward(loss), self._measures_graph)[1]
         self._counted["backward_flops"] += flops
         if self._hook is not None:

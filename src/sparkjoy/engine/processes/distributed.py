@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkjoy.engine.inputs import Inputs, check_finite
+from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.options import first_difference
 from sparkjoy.engine.processes.data_parallel import Replicated, Sharded, Wrapped
 from sparkjoy.engine.processes.meeting import Meeting, Place, RanksError
-from sparkjoy.engine.processes.ranks import OneProcess, Ranks, Scored
+from sparkjoy.engine.processes.ranks import OneProcess, Ranks, Scored, say_of_grad
 from sparkjoy.gates import Decision
 
 
@@ -39,18 +40,24 @@ class SeveralProcesses:
         self._sizes: list[int] = []
         self._owes_sync = False
         self._differentiated = False
+        self._refused: bool | None = None  # whether some of a gradient that all refuse has been added to `.grad`
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, ledger: Ledger) -> Iterator[None]:
         self._meeting.begin()
-        self._differentiated = False
+        self._differentiated, self._refused = False, None
         try:
             yield
         except BaseException as error:
-            if not self._meeting.over:
-                self._wrapped.catch_up()
-                self._meet("failed", failure=error)
-            raise
+            try:
+                if not self._meeting.over:
+                    self._wrapped.catch_up()
+                    self._meet("failed", failure=error)
+                if self._refused is None:
+                    say_of_grad(error, ledger)
+                raise
+            finally:  # what a comparison had set aside is back by now
+                self._break_off()
 
     def open(self, inputs: Inputs, options: Callable[[], str]) -> None:
         given = (inputs.log_probs, inputs.mask, inputs.behavior_log_probs)
@@ -66,7 +73,9 @@ class SeveralProcesses:
         if bool((every[:, 2] != every[0, 2]).any()):
             differs = first_difference(self._meeting.texts(text))
             self._meeting.over = True
-            raise ValueError(f"{differs}; expected the same options on every rank.")
+            raise ValueError(
+                f"{differs}; expected the same on every rank. A call that one rank leaves out, all leave out."
+            )
         self._sizes = [int(size) for size in every[:, 0]]
 
     def total(self, rows: int) -> int:
@@ -169,15 +178,21 @@ class SeveralProcesses:
         try:
             return self._meeting.meet(place, (self._differentiated, *numbers), failure)[:, 1:]
         except RanksError as failed:
-            self._wrapped.abandon()
+            self._refused = bool(failed.numbers[:, 0].any())
             grad = ".grad is as it was."
-            if bool(failed.numbers[:, 0].any()):
-                self._wrapped.zero()
-                self._owes_sync = False
+            if self._refused:
                 grad = ".grad is zero now on every rank: some of the gradient had been added to it."
             if failure is not None and not isinstance(failure, Exception):
                 raise failure from None  # an interrupt stays one where it came
             raise failed.kind(f"{failed}. {grad}") from failure
+
+    def _break_off(self) -> None:
+        """What all have failed in leaves nothing behind."""
+        if self._refused is not None:
+            self._wrapped.abandon()
+        if self._refused:
+            self._wrapped.zero()
+            self._owes_sync = False
 
 
 def ranks_of(module: nn.Module | Literal["local"] | None) -> Ranks:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
+from sparkjoy import checks
 from sparkjoy.engine.inputs import Inputs
+from sparkjoy.engine.ledger import Ledger
 from sparkjoy.gates import Decision
 
 
@@ -33,8 +35,8 @@ class Ranks(Protocol):
     size: int
     """How many there are."""
 
-    def together(self) -> AbstractContextManager[None]:
-        """Around a step: what one process raises, all raise."""
+    def together(self, ledger: Ledger) -> AbstractContextManager[None]:
+        """Around a step: what one process raises, all raise, and say whether the step had added to `.grad`."""
         ...
 
     def open(self, inputs: Inputs, options: Callable[[], str]) -> None:
@@ -73,8 +75,8 @@ class Ranks(Protocol):
         """The sum of the ranks' values, on the CPU."""
         ...
 
-    def parameters(self) -> list[Tensor] | None:
-        """Those whose gradients are averaged; None where that is not known."""
+    def parameters(self) -> list[Tensor]:
+        """Those whose gradients are averaged."""
         ...
 
     @property
@@ -111,14 +113,19 @@ class OneProcess:
     def __init__(self, among_others: bool = False) -> None:
         self._among_others = among_others
 
-    def together(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def together(self, ledger: Ledger) -> Iterator[None]:
         if not self._among_others and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(
                 f"there are {dist.get_world_size()} processes, but no module was given: each would decide by itself, "
                 "and one without survivors would leave the others waiting. Give GatedBackward(module=...) the "
                 'DistributedDataParallel or fully_shard module, or module="local" where the processes train apart.'
             )
-        return nullcontext()
+        try:
+            yield
+        except BaseException as error:
+            say_of_grad(error, ledger)
+            raise
 
     def open(self, inputs: Inputs, options: Callable[[], str]) -> None:
         pass
@@ -147,8 +154,8 @@ class OneProcess:
     def add(self, values: Tensor) -> Tensor:
         return values.cpu()
 
-    def parameters(self) -> list[Tensor] | None:
-        return None
+    def parameters(self) -> list[Tensor]:
+        return []
 
     @property
     def shard(self) -> int | None:
@@ -168,3 +175,9 @@ class OneProcess:
 
 
 ALONE = OneProcess()
+
+
+def say_of_grad(error: BaseException, ledger: Ledger) -> None:
+    """Add to an error that the step it broke off had added to `.grad`, if it had."""
+    if ledger.differentiated:
+        checks.add_sentence(error, "By then a backward pass had begun, which adds to .grad: zero it.")
