@@ -356,9 +356,10 @@ class Comparisons:
         if consistency >= CONSISTENT and agreement < FOLLOWED * consistency:
             self._warned = True
             warnings.warn(
-                f"the gated gradient does not follow the dense gradient: in the last {WINDOW} comparisons two "
-                f"dense ones had a mean cosine of {consistency:.2f}, a gated and a dense one of {agreement:.2f}. Unless "
-                f"the reward rises, set {self._instead}, whose mean gradient is the dense one, or a higher rate.",
+                f"the gated gradient does not follow the dense gradient: in the last {WINDOW} comparisons "
+                f"two dense ones had a mean cosine of {consistency:.2f}, a gated and a dense one of {agreement:.2f}. "
+                "Unless the reward rises, "
+                f"set {self._instead}, whose mean gradient is the dense one, or a higher rate.",
                 stacklevel=6,
             )
 

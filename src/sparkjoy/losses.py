@@ -8,14 +8,14 @@ adds nothing. The supervised oracle of the papers is `reinforce` on the log-prob
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparkjoy import checks
 from sparkjoy.scores import SCORE, ScoreFunction, per_row
-from sparkjoy.sizes import delightful_size, policy_gradient_size
+from sparkjoy.sizes import delightful_size, is_size, policy_gradient_size
 
 Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 LOSS = "a function (log_probs, advantages, behavior_log_probs, mask) -> terms, such as sparkjoy.reinforce"
@@ -23,12 +23,15 @@ UNITS = ("token", "sample")
 
 
 def size_of(loss: Loss) -> ScoreFunction:
-    """The size of a row's gradient in a loss, which it says of itself as `loss.size`; else that of REINFORCE.
+    """The size of a row's gradient in a loss, which it says of itself as `loss.size`, a score that `is_size`.
+
+    Else that of REINFORCE.
 
     >>> size_of(reinforce).__name__, size_of(lambda log_probs, advantages, *rest: log_probs).__name__
     ('policy_gradient_size', 'policy_gradient_size')
     """
-    return getattr(loss, "size", policy_gradient_size)
+    size: Any = getattr(loss, "size", None)
+    return size if is_size(size) else policy_gradient_size
 
 
 def _sized(loss: Loss, size: ScoreFunction) -> Loss:

@@ -33,7 +33,7 @@ def flat(policy):
     return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}, {"normalizer": "kept", "loss": sj.delightful()}])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}, {"normalizer": "samples", "loss": sj.delightful()}])
 @pytest.mark.parametrize("gate", GATES)
 def test_a_compared_step_is_to_the_bit_the_one_it_would_be(gate, options):
     policy, batch, advantages, mask = make_case("ragged tokens", dtype=torch.float32)

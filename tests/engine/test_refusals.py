@@ -160,6 +160,7 @@ def test_an_error_says_whether_grad_has_changed(late, first):
     [
         ({"normalizer": "tokens"}, "normalizer is 'tokens'"),
         ({"normalizer": 0}, "normalizer is 0"),
+        ({"normalizer": "kept", "gate": sj.UnbiasedGate()}, r"several times the dense one. Take 'batch'"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
         ({"gate": 0.03}, "gate is 0.03"),
         ({"loss": lambda p, a, b, m: (a * p).sum()}, "the loss has shape"),

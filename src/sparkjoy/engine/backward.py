@@ -25,7 +25,7 @@ from sparkjoy.engine.flops import KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.looking import Asked
-from sparkjoy.engine.normalizer import Normalizer, checked_normalizer
+from sparkjoy.engine.normalizer import Normalizer, check_unbiased, checked_normalizer
 from sparkjoy.engine.options import in_words
 from sparkjoy.engine.packing import Trim, checked_packing
 from sparkjoy.engine.passes import HowToRun, Passes, Seen
@@ -33,7 +33,7 @@ from sparkjoy.engine.processes.distributed import ranks_of
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.engine.step import decided, everything
-from sparkjoy.gates import Gate
+from sparkjoy.gates import BudgetGate, Gate, KondoGate, SoftGate, UnbiasedGate
 from sparkjoy.gates.decision import GATE, load_state, rule_of, state_of, weighted
 from sparkjoy.gradients import Comparison, Comparisons, Gradients, sketches, sums
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
@@ -78,7 +78,8 @@ class GatedBackward:
         draft: a `Draft`: log-probs to decide on, or to propose rows by, from a cheaper source than `log_prob_fn`; None:
             the policy's own, exact.
         normalizer: what the sum of the kept terms is divided by. "batch": all valid tokens of the call, kept or not
-            (all samples for (B,)); "samples": B; "kept": valid tokens (samples) of the kept rows; or a number.
+            (all samples for (B,)); "samples": B; "kept": valid tokens (samples) of the kept rows, for a gate
+            that is not weighted; or a number.
         micro_batch_size: rows per forward and backward pass; None: all at once.
         micro_batch_tokens: columns of the mask per forward and backward pass, padding included; None: no limit.
         trim: `(batch, mask) -> (batch, columns)`, which cuts padding off a micro-batch and says which columns of the
@@ -126,6 +127,7 @@ class GatedBackward:
             checks.instance("draft", draft, Draft, "a Draft(source, ...), or None").check(gate, score)
         checks.function("backward", backward, "a function of a loss, such as accelerator.backward", ...)
         normalizer = checked_normalizer(normalizer)
+        check_unbiased(normalizer, gate)
         packing = checked_packing(micro_batch_size, micro_batch_tokens, trim)
         count_flops = checks.flag("count_flops", count_flops)
         if backward_over_forward is not None:
@@ -311,7 +313,7 @@ class GatedBackward:
         if self._packing.tokens is not None and mask is None:
             raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
 
-    def _in_words(self, step_number: int | None) -> str:
+    def _in_words(self, step_number: int | None = None) -> str:
         """The options that have to be the same on all processes."""
         packing = self._packing
         return in_words(
@@ -335,7 +337,11 @@ class GatedBackward:
     @property
     def _rate(self) -> float:
         """What the gate keeps: its rate, or what it has kept of late."""
-        rate: float | None = getattr(self.gate, "rate", None)
+        if isinstance(self.gate, BudgetGate | KondoGate | SoftGate | UnbiasedGate):
+            rate = self.gate.rate
+        else:
+            rule = rule_of(self.gate)
+            rate = None if rule is None else rule.rate
         return (1.0 if self._kept_fraction is None else max(1e-9, self._kept_fraction)) if rate is None else rate
 
     def _gradients(self, gate: Gate | None) -> Gradients | None:

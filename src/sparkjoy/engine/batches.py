@@ -37,7 +37,7 @@ def take(batch: Any, rows: Rows) -> Any:
         if batch.layout != torch.strided:
             return batch.index_select(0, _indices(rows, batch))
         return batch[rows].clone() if isinstance(rows, slice) else batch.index_select(0, rows)
-    if _is_tensor_collection(batch):
+    if is_tensor_collection(batch):
         return batch[rows].clone()  # an index of a lazy stack shares the rows it holds
     return _rebuild(batch, lambda part: take(part, rows))
 
@@ -75,7 +75,7 @@ def row_shapes(batch: Any, total: int, device: torch.device | None = None) -> tu
 def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     if isinstance(batch, Tensor):
         yield name, _shape(batch, name), batch
-    elif _is_tensor_collection(batch):
+    elif is_tensor_collection(batch):
         yield from _shapes_of_collection(batch, name)
     else:
         for key, value in _parts(batch, name):
@@ -166,7 +166,7 @@ def _indices(rows: Rows, tensor: Tensor) -> Tensor:
     return torch.arange(tensor.shape[0], device=tensor.device)[rows] if isinstance(rows, slice) else rows
 
 
-def _is_tensor_collection(batch: Any) -> bool:
+def is_tensor_collection(batch: Any) -> bool:
     """Whether this is a TensorDict or tensorclass; who holds one has imported tensordict, so we need not."""
     tensordict = sys.modules.get("tensordict")
     return tensordict is not None and bool(tensordict.is_tensor_collection(batch))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -268,6 +270,13 @@ def _terms(loss: Loss, log_probs: Tensor, part: Inputs, weight: Tensor | None) -
 
 def _accumulation_steps(backward: Callable[[Tensor], Any]) -> int:
     """What accelerate's `backward` divides a loss by: steps of its own, where a call here is normalised already."""
-    accelerator = getattr(getattr(backward, "func", backward), "__self__", None)
-    steps = getattr(accelerator, "gradient_accumulation_steps", 1)
-    return steps if isinstance(steps, int) else 1
+    method = backward.func if isinstance(backward, partial) else backward
+    accelerate = sys.modules.get("accelerate")  # who has an Accelerator has imported it, so we need not
+    if (
+        accelerate is None
+        or not isinstance(method, MethodType)
+        or method.__func__ is not accelerate.Accelerator.backward
+    ):
+        return 1
+    steps: int = method.__self__.gradient_accumulation_steps  # type: ignore[attr-defined]
+    return steps

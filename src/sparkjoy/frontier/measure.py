@@ -14,7 +14,7 @@ from torch import Tensor
 from sparkjoy import checks
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.inputs import Inputs, check_inputs
-from sparkjoy.engine.normalizer import Normalizer, checked_normalizer
+from sparkjoy.engine.normalizer import Normalizer, check_unbiased, checked_normalizer
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.frontier.arms import Arm, Outcome, PlainLoop, Progress, check_gates, default_gates, turns
@@ -113,6 +113,8 @@ def frontier(
         checks.function("progress", progress, "a function (fraction, what) -> None, or None", ..., ...)
     if gates is not None:
         check_gates(gates)
+    for gate in [UnbiasedGate()] if gates is None else gates.values():
+        check_unbiased(normalizer, gate)
     say = progress or (lambda fraction, what: None)
     device, total = inputs.advantages.device, inputs.total
     options: dict[str, Any] = {"loss": loss, "normalizer": normalizer, "count_flops": False}

@@ -218,9 +218,11 @@ class Sharded:
         self._entered = None
 
     def abandon(self) -> None:
-        reset = getattr(self._module, "reset_iter_state", self.rest)  # torch has it since 2.13
+        from torch.distributed.fsdp import FSDPModule
+
+        reset = getattr(FSDPModule, "reset_iter_state", None)  # torch has it since 2.13
         with contextlib.suppress(RuntimeError, AttributeError):  # before the first forward pass there is no state
-            reset()
+            reset(self._module) if reset else self.rest()
 
     def zero(self) -> None:
         _zero(self._module)

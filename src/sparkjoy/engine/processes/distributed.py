@@ -7,10 +7,11 @@ all of them. So what a rank may not do alone is done together here: deciding, co
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +204,10 @@ def ranks_of(module: nn.Module | Literal["local"] | None) -> Ranks:
     """
     if module is None or (isinstance(module, str) and module == "local"):
         return OneProcess(among_others=module is not None)
-    inner = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
+    compiled = sys.modules.get("torch._dynamo.eval_frame")  # who has compiled a module has imported it, so we need not
+    inner: Any = module
+    if compiled is not None and isinstance(module, compiled.OptimizedModule):
+        inner = module._orig_mod
     if isinstance(inner, DistributedDataParallel):
         return SeveralProcesses(Replicated(inner))
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
