@@ -29,7 +29,7 @@ WRONG_INPUTS = {
     "advantages of three dimensions": (wrong("advantages", lambda a: a.view(-1, 1, 1)), r"expected \(B,\) or \(B, T\)"),
     "short advantages": (wrong("advantages", lambda a: a[:-1]), r"batch\['state'\] has shape"),
     "empty batch": (wrong("advantages", lambda a: a[:0]), "the batch is empty"),
-    "a batch of lists": (wrong("batch", {"state": [1, 2]}), r"\[1, 2\]; expected a tensor"),
+    "a batch of lists": (wrong("batch", {"state": [1, 2]}), r"a list of 2; expected one of 13"),
     "NaN known log-probs": (
         wrong("log_probs", lambda p: p.index_fill(0, torch.tensor([0]), math.nan)),
         "log_probs has 1",
@@ -124,6 +124,32 @@ def test_a_later_nan_names_its_micro_batch():
     batch["state"][7] = math.nan
     with pytest.raises(ValueError, match="micro-batch 2 of 3"):
         sj.gated_backward(policy.log_probs, batch, advantages, None, micro_batch_size=5)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_function_that_is_wrong_for_one_row_is_told_what_to_do(shape):
+    weights = torch.zeros(ROWS, *shape, requires_grad=True)
+    norm = torch.nn.BatchNorm1d(4)
+    functions = {
+        r"write .squeeze\(1\)": lambda rows: weights[rows["index"]].squeeze() - 1,
+        r"BatchNorm in training mode refuses: .* eval\(\)": lambda rows: weights[rows["index"]] - norm(rows["x"])[0, 0],
+    }
+    batch = {"index": torch.arange(ROWS), "x": torch.randn(ROWS, 4)}
+    for message, log_prob_fn in functions.items():
+        with pytest.raises(ValueError, match=message):
+            sj.gated_backward(log_prob_fn, batch, torch.rand(ROWS) + 1, sj.KondoGate(rate=0.01))
+    assert weights.grad is None
+
+
+@pytest.mark.parametrize(
+    "given", [{"log_probs": -torch.ones(6)}, {"log_probs": -torch.ones(6, 3)}, {"mask": torch.ones(6, 3)}]
+)
+def test_advantages_of_one_column_are_told_what_to_do(given):
+    message = r"advantages has shape \(6, 1\).*advantages.squeeze\(-1\)"
+    with pytest.raises(ValueError, match=message):
+        sj.select(sj.KondoGate(rate=0.5), torch.ones(6, 1), **given)
+    with pytest.raises(ValueError, match=message):
+        sj.gated_backward(lambda rows: rows, torch.ones(6), torch.ones(6, 1), sj.KondoGate(rate=0.5), **given)
 
 
 LATE = {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from sparkjoy import checks
 from sparkjoy.engine.counts import Counts
 from sparkjoy.engine.flops import Direction, FlopCount, KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_log_probs
@@ -117,7 +118,16 @@ class Ledger:
     def _forward(
         self, direction: Direction, source: Callable[[Any], Tensor], part: Inputs, measure: bool = False
     ) -> Tensor:
-        log_probs, flops = self._measured(direction, part, lambda: uncached(source, part.batch), measure)
+        try:
+            log_probs, flops = self._measured(direction, part, lambda: uncached(source, part.batch), measure)
+        except ValueError as error:
+            if part.total == 1 and "more than 1 value per channel when training" in str(error):
+                checks.add_sentence(
+                    error,
+                    "A function is called with one row too, which BatchNorm in training mode refuses: update its "
+                    "statistics yourself, once a step on all rows, and call it in eval() (docs/how_a_step_runs.md).",
+                )
+            raise
         self._counted["forward_flops"] += flops
         whose = "the draft" if direction == "screen" else "the log-prob function"
         checked = check_log_probs(log_probs, part, whose)

@@ -129,7 +129,8 @@ class Passes:
         seen = finite_where_valid("the dense forward pass: log_probs", log_probs.detach(), part.mask)
         seen = self._placed(None, part_rows, columns, seen, part.total)
         self.ledger.lap("forward")
-        return Graph(torch.arange(self._inputs.total) if rows is None else rows, part, log_probs, seen)
+        every = torch.arange(self._inputs.total, device=log_probs.device)
+        return Graph(every if rows is None else rows, part, log_probs, seen)
 
     def differentiate_graph(self, graph: Graph, weight: Tensor, keep: Tensor) -> None:
         """Add the gradient of a forward pass made before, each row times its weight (B,)."""

@@ -146,7 +146,7 @@ def frontier(
         divisor = divisors[normalizer] if isinstance(normalizer, str) else normalizer
         plain = PlainLoop(log_prob_fn, inputs, loss, divisor)
         row_tokens = inputs.row_tokens
-        row_tokens = torch.full((total,), tokens // total) if row_tokens is None else row_tokens
+        row_tokens = torch.full((total,), tokens // total, device="cpu") if row_tokens is None else row_tokens
 
         def dense() -> Outcome:
             for start in range(0, total, size):

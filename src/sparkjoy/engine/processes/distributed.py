@@ -96,7 +96,7 @@ class SeveralProcesses:
         check_finite("the score", scored.score)
         self._meet("gather")
         longest = max(self._sizes)
-        payload = torch.zeros(3 * longest, dtype=torch.float64)
+        payload = torch.zeros(3 * longest, dtype=torch.float64, device="cpu")
         for column, values in enumerate(scored):
             if values is not None:
                 payload[column * longest :][: len(values)] = values.cpu()
@@ -116,7 +116,9 @@ class SeveralProcesses:
         dtype = decision.weight.dtype
         parts = (decision.keep, decision.probability, decision.weight)
         price = torch.nan if decision.price is None else float(decision.price)
-        payload = torch.cat([torch.tensor([price], dtype=torch.float64), *(part.double().cpu() for part in parts)])
+        payload = torch.cat(
+            [torch.tensor([price], dtype=torch.float64, device="cpu"), *(part.double().cpu() for part in parts)]
+        )
         payload = self._meeting.all_gather(payload)[0]
         keep, probability, weight = payload[1:].to(decision.keep.device).chunk(3)
         agreed = None if bool(payload[0].isnan()) else payload[0].to(probability.device, dtype)
