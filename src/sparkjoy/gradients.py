@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparkjoy import states
 
-ACCUMULATES = type(get_gradient_edge(torch.empty(0, device="cpu", requires_grad=True)).node)
+ACCUMULATES = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 WINDOW = 20
 WIDTH = 4096
 CHUNK = 1 << 20
@@ -43,8 +43,7 @@ def leaves(graph: Tensor) -> list[Tensor]:
     >>> sorted(leaf.dim() for leaf in leaves(layer(torch.ones(1, 2))))
     [1, 2]
     """
-    accumulating: Iterable[Any] = (node for node in _nodes(graph) if isinstance(node, ACCUMULATES))
-    return [node.variable for node in accumulating]
+    return [node.variable for node in _nodes(graph) if isinstance(node, ACCUMULATES)]
 
 
 def _nodes(graph: Tensor | GradientEdge) -> Iterator[Any]:
@@ -78,7 +77,7 @@ class Leaves:
         """Look at a graph that is to be differentiated."""
         for node in _nodes(graph):
             if isinstance(node, ACCUMULATES):
-                self._found(node.variable)  # type: ignore[attr-defined]
+                self._found(node.variable)
             elif isinstance(node, BackwardCFunction):
                 node.register_prehook(lambda *_: self._running.update([get_ident()]))
                 node.register_hook(lambda *_: self._running.subtract([get_ident()]))
@@ -114,7 +113,7 @@ def refuse_hooks(leaf: Tensor, why: str) -> None:
         )
 
 
-class Gradients:
+class Gradients(Leaves):
     """The gradients of some parameters: what passes add to them, beside what others added.
 
     >>> weight = torch.ones(2, requires_grad=True)
@@ -136,19 +135,13 @@ class Gradients:
     """
 
     def __init__(self, why: str, parameters: Iterable[Tensor] = ()) -> None:
+        super().__init__(self._find)
         self._why = why
         # Weak: an input embedding that is made to require a gradient is a leaf too, and gone with its graph.
         self._before = Snapshot()  # what was in .grad when it was found
         self._aside: Snapshot | None = None  # what was there before `apart`
-        self._leaves = Leaves(self._find)
         for parameter in parameters:
             self._find(parameter)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._leaves.__exit__(*error)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -161,7 +154,7 @@ class Gradients:
         def watched(rows: Any) -> Tensor:
             log_probs = log_prob_fn(rows)
             if isinstance(log_probs, Tensor):  # else the engine refuses it
-                self._leaves.look(log_probs)
+                self.look(log_probs)
             return log_probs
 
         return watched

@@ -132,7 +132,9 @@ def test_a_function_that_is_wrong_for_one_row_is_told_what_to_do(shape):
     norm = torch.nn.BatchNorm1d(4)
     functions = {
         r"write .squeeze\(1\)": lambda rows: weights[rows["index"]].squeeze() - 1,
-        r"BatchNorm in training mode refuses: .* eval\(\)": lambda rows: weights[rows["index"]] - norm(rows["x"])[0, 0],
+        r"BatchNorm in training mode refuses: .* eval\(\)": lambda rows: (
+            weights[rows["index"]] - 1 + 0 * norm(rows["x"])[0, 0]
+        ),
     }
     batch = {"index": torch.arange(ROWS), "x": torch.randn(ROWS, 4)}
     for message, log_prob_fn in functions.items():

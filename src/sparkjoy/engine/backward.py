@@ -199,7 +199,7 @@ class GatedBackward:
             inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells)
             if step_number is not None:
                 step_number = checks.whole("step_number", step_number, "a whole number of at least 0, or None", 0)
-            self._ranks.open(inputs, partial(self._in_words, step_number))
+            self._ranks.open(inputs, partial(self._in_words, inputs, step_number))
             gate = None if keeps_all else self.gate
             gradients = self._gradients(gate)
             with gradients or nullcontext():
@@ -313,12 +313,15 @@ class GatedBackward:
         if self._packing.tokens is not None and mask is None:
             raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
 
-    def _in_words(self, step_number: int | None = None) -> str:
-        """The options that have to be the same on all processes."""
+    def _in_words(self, inputs: Inputs, step_number: int | None = None) -> str:
+        """What has to be the same on all processes: options, and what a call is given."""
         packing = self._packing
         return in_words(
             {
                 "step_number": step_number,
+                "log_probs": inputs.log_probs is not None and "given",
+                "behavior_log_probs": inputs.behavior_log_probs is not None and "given",
+                "mask": inputs.mask is not None and "given",
                 "gate": self.gate,
                 "loss": self.loss,
                 "score": self.score,
