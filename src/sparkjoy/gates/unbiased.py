@@ -21,7 +21,7 @@ from sparkjoy.scores import at_least_float32
 RECENT = 10
 """Batches that are remembered, of those that have a signal: the budget is relative to their mean second moment."""
 
-MOST = 1.4
+MOST = 1.3
 """What one of them counts for at most, over the third largest: outliers would hold the price for long."""
 
 UNLIKE = 2.0
@@ -191,7 +191,7 @@ def _usual(sizes: list[float]) -> float:
     """Root mean square of the sizes of batches, of which an outlier or two count little more than the third largest.
 
     >>> _usual([2.0]), round(_usual([1.0, 1.0, 1e9]), 2), round(_usual([1.0] * 9 + [1e9]), 2)
-    (2.0, 1.06, 1.02)
+    (2.0, 1.05, 1.01)
     """
     most = math.sqrt(MOST) * sorted(sizes)[7 * (len(sizes) - 1) // 9]
     return most * math.sqrt(sum(min(size / most, 1.0) ** 2 for size in sizes) / len(sizes))
