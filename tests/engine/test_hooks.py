@@ -121,6 +121,8 @@ def test_torchs_own_optimizers_in_the_backward_pass_are_found():
     before = weights(net)
     with pytest.raises(ValueError, match="hook"):
         sj.gated_backward(log_prob_fn, make_batch(), FEW.abs(), None, micro_batch_size=5)
+    with pytest.raises(ValueError, match="hook"):
+        sj.frontier(log_prob_fn, make_batch(), FEW.abs(), rounds=1)
     assert torch.equal(weights(net), before)
 
 

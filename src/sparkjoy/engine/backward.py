@@ -184,7 +184,8 @@ class GatedBackward:
 
         Raises:
             ValueError: NaN, infinite or misshapen input, before any `.grad` is touched; a log-prob that turns NaN or
-                infinite while differentiating, with the number of its micro-batch.
+                infinite while differentiating, with the number of its micro-batch. Any error says whether `.grad` has
+                changed.
         """
         how = HowToRun(self.loss, self.normalizer, self._packing, self.backward, self._ranks)
         ledger = Ledger(self._known_flops)

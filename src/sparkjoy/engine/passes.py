@@ -272,12 +272,8 @@ def _terms(loss: Loss, log_probs: Tensor, part: Inputs, weight: Tensor | None) -
 def _accumulation_steps(backward: Callable[[Tensor], Any]) -> int:
     """What accelerate's `backward` divides a loss by: steps of its own, where a call here is normalised already."""
     method = backward.func if isinstance(backward, partial) else backward
-    accelerate = sys.modules.get("accelerate")  # who has an Accelerator has imported it, so we need not
-    if (
-        accelerate is None
-        or not isinstance(method, MethodType)
-        or method.__func__ is not accelerate.Accelerator.backward
-    ):
+    accelerate = sys.modules.get("accelerate.accelerator")  # who has an Accelerator has imported it, so we need not
+    if accelerate is None or not isinstance(method, MethodType):
         return 1
-    steps: int = method.__self__.gradient_accumulation_steps  # type: ignore[attr-defined]
-    return steps
+    own = method.__func__ is accelerate.Accelerator.backward
+    return method.__self__.gradient_accumulation_steps if own else 1  # type: ignore[attr-defined]

@@ -69,7 +69,7 @@ def recording(model: nn.Module, temperature: float) -> Iterator[Recorder]:
             recorder.see(ids, logits)
 
     base: Any = model
-    peft = sys.modules.get("peft")  # who has adapters has imported it, so we need not
+    peft = sys.modules.get("peft.peft_model")  # who has adapters has imported it, so we need not
     if peft is not None and isinstance(model, peft.PeftModel):  # whose `generate` runs the model inside
         base = base.get_base_model()
     hook = base.register_forward_hook(after_pass, with_kwargs=True)
