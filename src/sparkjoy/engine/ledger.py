@@ -96,11 +96,14 @@ class Ledger:
 
     def backward(self, backward: Callable[[Tensor], Any], loss: Tensor, part: Inputs) -> None:
         """Run `backward(loss)`, whose graph ends at the log-probs of `part`."""
-        self.differentiated = True
+        loss.register_hook(self._begun)
         flops = self._measured("backward", part, lambda: backward(loss), self._measures_graph)[1]
         self._counted["backward_flops"] += flops
         if self._hook is not None:
             self._hook.remove()  # a log-prob function may return the same tensor again
+
+    def _begun(self, gradient: Tensor) -> None:
+        self.differentiated = True
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
