@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import sparkjoy as sj
-from sparkjoy.engine.comparing import Comparison
+from sparkjoy.gradients import Comparison
 from sparkjoy.lab.bench.timing import options
 from sparkjoy.lab.training.tracking import write_json
 
@@ -86,7 +86,7 @@ def main() -> None:
         results[arm] = {"returns": returns, "comparisons": [asdict(found) for found in comparisons], "warned": warned}
         figures = " ".join(
             f"{name} {mean([getattr(comparison, name) for comparison in comparisons])}"
-            for name in ("cosine", "relative_error", "norm_ratio", "consistency", "agreement")
+            for name in ("cosine", "relative_error", "norm_ratio")
         )
         print(
             f"{arm}: returns {returns}, mean {statistics.mean(returns):.0f}; {figures}; warned in {warned}", flush=True

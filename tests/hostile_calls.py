@@ -26,10 +26,11 @@ from sparkjoy import testing
 
 SOURCE = str(Path(sj.__file__).parent)
 SAID_AS = {
-    "draft_score": "the score",
+    "draft_score": "the score|score is",
     "log_prob_fn": "log-prob function|score",
     "output_layer": "output layer|weight",
     "hidden": "hidden",
+    "known": "log_probs|mask",
     "value": "price",
     "keys": "keys|key",
     "size": "keys",
@@ -61,7 +62,7 @@ class Outcome:
             error in a function that the caller gave, called as it said it would be; else "unclear".
         error: what it raised.
         where: file and line that raised.
-        touched: whether it changed `.grad` although it failed.
+        touched: whether it changed `.grad` although it failed, and did not say so, or said so and had not.
     """
 
     case: str
@@ -86,7 +87,8 @@ def outcome(name: str, case: Case, changed: dict[str, tuple[str, Any]]) -> Outco
         return Outcome(name, labels, "fine", "", "", False)
     except Exception as error:
         now = [parameter.grad for parameter in POLICY.parameters()]
-        touched = any(grad is None or not torch.equal(grad, old) for grad, old in zip(now, before, strict=True))
+        changed_grad = any(grad is None or not torch.equal(grad, old) for grad, old in zip(now, before, strict=True))
+        touched = changed_grad != (".grad: zero it" in "".join([str(error), *getattr(error, "__notes__", [])]))
         frames = traceback.extract_tb(error.__traceback__)
         frame, text = frames[-1], str(error)
         said = any(

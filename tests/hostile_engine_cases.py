@@ -137,6 +137,27 @@ def engine_cases() -> dict[str, Case]:
         lambda: {"log_prob_fn": POLICY.log_probs, "batch": batch(False), "advantages": per_row(), "gate": None},
     )
 
+    def late(gate: Any, known: Any, **given: Any) -> Any:
+        """Functions that are used once before the given ones are."""
+
+        def second(first: Any, then: Any) -> Any:
+            use = iter([first])
+            return lambda *arguments: next(use, then)(*arguments)
+
+        given = {name: second(first, given.pop(name)) for name, first in firsts.items()} | given
+        return sj.gated_backward(gate=gate, log_probs=known, batch=batch(), advantages=per_row(), mask=mask(), **given)
+
+    firsts = {"log_prob_fn": POLICY.log_probs, "loss": sj.reinforce, "backward": torch.Tensor.backward}
+    for name, gate, known in (
+        ("hard", sj.KondoGate(rate=0.5), log_probs),
+        ("noise", sj.UnbiasedGate(1e-6), log_probs),
+        ("none", None, lambda: None),
+    ):
+        found[f"gated_backward late, {name}"] = Case(
+            late,
+            lambda gate=gate, known=known: {"gate": gate, "known": known(), "micro_batch_size": 1, **firsts},
+        )
+
     def drafted(gate: Any, source: Any, verify: Any, audit: Any, draft_score: Any, **options: Any) -> Any:
         draft = sj.Draft(source, verify=verify, audit=audit, score=draft_score)
         return sj.GatedBackward(gate, draft=draft, **options)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import sparkjoy as sj
 from sparkjoy.baselines import as_tensor, centred, expected_confidence_advantage, good_and_bad_advantage
 
+WEIGHT = torch.zeros(9, requires_grad=True)
 GROUP_BASELINES = [sj.group_mean_advantage, sj.leave_one_out_advantage, sj.group_standardised_advantage]
 
 
@@ -184,3 +185,26 @@ def test_rounding_is_relative_to_what_was_summed():
     eps = torch.finfo(torch.float32).eps
     assert centred(sums, eps).tolist() == [[-0.05, 0.05]]
     assert centred(sums, eps, size=torch.full((1, 2), 1e6)).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("rewards", [[0.9013, 0.9021, 0.9027, 0.9009], [16777216.0, 16777217.0, 16777218.0], [3, 4, 9]])
+@pytest.mark.parametrize("baseline", GROUP_BASELINES)
+def test_lists_are_as_exact_as_arrays_whatever_torchs_default_is(baseline, rewards, dtype):
+    expected = baseline(np.array(rewards, dtype=float))
+    torch.set_default_dtype(dtype)
+    try:
+        found = baseline(rewards)
+        report = sj.gated_backward(
+            lambda rows: WEIGHT[rows] - 1, torch.arange(len(rewards)), rewards, sj.KondoGate(rate=1)
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    assert float(report.loss) == pytest.approx(sum(rewards) / len(rewards), rel=1e-6)
+
+
+def test_lists_of_float32s_are_equal_up_to_their_rounding():
+    sums = torch.tensor([0.1, 0.2, 0.3]).sum(), torch.tensor([0.3, 0.2, 0.1]).sum()
+    assert sj.group_mean_advantage([float(total) for total in (*sums, sums[0] + 1e-7)]).tolist() == [0, 0, 0]

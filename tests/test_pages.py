@@ -12,8 +12,8 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*
 ENTRY = re.compile(r"\*\*([^*]+)\*\*")
 PRIVATE = (
     "row dense gate price rate size floor score delight surprisal quota rule signs undecided open settled teaches "
-    "worth screening plan ledger trim normalizer draft propose verify audit recall lesson comparison consistency "
-    "agreement filler packed parts arm friction corner gamble guard"
+    "worth screening plan ledger trim normalizer draft propose verify audit recall lesson comparison "
+    "filler packed parts arm friction corner gamble guard"
 )
 """Words that mean something particular here, which a reader may not guess."""
 

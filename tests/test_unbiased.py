@@ -4,7 +4,7 @@ import pytest
 import torch
 from engine_cases import SHAPES, make_case
 
-from sparkjoy import GatedBackward, UnbiasedGate, clipped, delightful, reinforce, update_size
+from sparkjoy import GatedBackward, KondoGate, UnbiasedGate, clipped, delightful, reinforce, select, update_size
 from sparkjoy.gates.unbiased import inclusion_probabilities
 from sparkjoy.sizes import advantage_size
 
@@ -213,3 +213,23 @@ def test_wrong_options_are_refused(options, says):
 def test_a_score_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="score has 1 of 2 values NaN"):
         UnbiasedGate(rate=0.5)(torch.tensor([1.0, torch.nan]))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_score_that_is_0_where_the_gradient_is_not_is_refused(known):
+    policy, batch, advantages, _ = make_case("rows")
+    log_probs = policy.log_probs(batch).detach()
+
+    def gains_only(advantages, log_probs):
+        return advantages.clamp(min=0)
+
+    for floor in (0.0, 0.1):
+        step = GatedBackward(UnbiasedGate(noise=1.0, floor=floor), score=gains_only)
+        if floor:
+            assert step(policy.log_probs, batch, advantages, log_probs=log_probs if known else None).kept
+            continue
+        with pytest.raises(ValueError, match=r"the score is 0 for \d+ rows that have an advantage.*a floor"):
+            step(policy.log_probs, batch, advantages, log_probs=log_probs if known else None)
+        with pytest.raises(ValueError, match="the score is 0 for"):
+            select(step.gate, advantages, log_probs, score=gains_only)
+    assert GatedBackward(KondoGate(rate=0.3), score=gains_only)(policy.log_probs, batch, advantages).kept

@@ -1,10 +1,11 @@
 """From rewards to advantages: U = reward − baseline.
 
 Rewards come as reward functions return them: a tensor of any real dtype, an array or a list, bool and integers too.
-Statistics are computed in float64, and advantages are float64 where the rewards are, else float32. Rewards of a group
-that are equal up to rounding, within 4 units in the last place of float32 (float64 for float64), are equal: their
-advantages are exact zeros. A mean would leave about 1e-8 there, which a gate would rank and a standard deviation would
-blow up to full size. The steps of a coarser dtype, such as bfloat16's, are differences.
+Statistics are computed in float64, whatever torch's default is; advantages are float64 where a tensor or an array of
+rewards is, else float32 (torch's default if that is float64). Rewards of a group that are equal up to rounding, within
+4 units in the last place of float32 (float64 for float64, and for lists of what float32 does not hold), are equal:
+their advantages are exact zeros. A mean would leave about 1e-8 there, which a gate would rank and a standard deviation
+would blow up to full size. The steps of a coarser dtype, such as bfloat16's, are differences.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def group_mean_advantage(rewards: Rewards, group_size: int | None = None) -> Ten
     Raises:
         ValueError: `rewards` not (B,), empty, no numbers, NaN or infinite, or not a whole number of groups.
     """
-    rewards = as_tensor("rewards", rewards)
-    groups = _groups(rewards, group_size)
-    return _advantages(centred(groups, _rounding(rewards)), rewards)
+    given = as_tensor("rewards", rewards)
+    groups = _groups(given, group_size)
+    return centred(groups, _rounding(given)).flatten().to(_dtype(rewards, given))
 
 
 def leave_one_out_advantage(rewards: Rewards, group_size: int | None = None) -> Tensor:
@@ -61,10 +62,10 @@ def leave_one_out_advantage(rewards: Rewards, group_size: int | None = None) -> 
     Raises:
         ValueError: as `group_mean_advantage`, or groups of one.
     """
-    rewards = as_tensor("rewards", rewards)
-    groups = _groups(rewards, group_size, "a group of 1 has no others; leave_one_out_advantage needs")
+    given = as_tensor("rewards", rewards)
+    groups = _groups(given, group_size, "a group of 1 has no others; leave_one_out_advantage needs")
     size = groups.shape[1]
-    return _advantages(centred(groups, _rounding(rewards)) * (size / (size - 1)), rewards)
+    return (centred(groups, _rounding(given)) * (size / (size - 1))).flatten().to(_dtype(rewards, given))
 
 
 def group_standardised_advantage(rewards: Rewards, group_size: int | None = None) -> Tensor:
@@ -86,11 +87,11 @@ def group_standardised_advantage(rewards: Rewards, group_size: int | None = None
     Raises:
         ValueError: as `group_mean_advantage`, or groups of one.
     """
-    rewards = as_tensor("rewards", rewards)
-    groups = _groups(rewards, group_size, "a group of 1 has no spread; group_standardised_advantage needs")
-    centred_rewards = centred(groups, _rounding(rewards))
+    given = as_tensor("rewards", rewards)
+    groups = _groups(given, group_size, "a group of 1 has no spread; group_standardised_advantage needs")
+    centred_rewards = centred(groups, _rounding(given))
     spread = centred_rewards.std(dim=1, keepdim=True).clamp(min=torch.finfo(groups.dtype).tiny)
-    return _advantages(centred_rewards / spread, rewards)
+    return (centred_rewards / spread).flatten().to(_dtype(rewards, given))
 
 
 def good_and_bad_advantage(advantages: Rewards, alpha: float = 0.5) -> Tensor:
@@ -114,7 +115,7 @@ def good_and_bad_advantage(advantages: Rewards, alpha: float = 0.5) -> Tensor:
         raise ValueError(f"advantages has shape {tuple(given.shape)}; expected (B,).")
     alpha = checks.number("alpha", alpha, "a number in [0, 1]", lambda alpha: 0 <= alpha <= 1)
     checks.finite("advantages", given)
-    good, bad = (given > 0).to(_dtype(given)), (given < 0).to(_dtype(given))
+    good, bad = (signs.to(_dtype(advantages, given)) for signs in (given > 0, given < 0))
     of_good, of_bad = good / good.sum().clamp(min=1), bad / bad.sum().clamp(min=1)
     return len(given) * (alpha * of_good - (1 - alpha) * of_bad)
 
@@ -149,7 +150,7 @@ def expected_confidence_advantage(rewards: Rewards, probabilities: Tensor) -> Te
     if probabilities.numel() and not all(-1e-3 <= extreme <= 1.01 for extreme in map(float, probabilities.aminmax())):
         raise ValueError("probabilities has values outside [0, 1]; expected probabilities, such as log_probs.exp().")
     probabilities = at_least_float32(without_graph(probabilities))
-    return given.to(_dtype(given)) - probabilities.square().sum(dim=1)
+    return given.to(_dtype(rewards, given)) - probabilities.square().sum(dim=1)
 
 
 def precise(values: Tensor) -> Tensor:
@@ -194,11 +195,7 @@ def _rounding(rewards: Tensor) -> float:
     return torch.finfo(torch.float32 if coarse else torch.float64).eps
 
 
-def _dtype(values: Tensor) -> torch.dtype:
-    """That of advantages: float32 at least."""
-    floating = values.dtype if values.is_floating_point() else torch.get_default_dtype()
-    return torch.promote_types(floating, torch.float32)
-
-
-def _advantages(groups: Tensor, rewards: Tensor) -> Tensor:
-    return groups.flatten().to(_dtype(rewards))
+def _dtype(rewards: Rewards, given: Tensor) -> torch.dtype:
+    """That of advantages: float32 at least, and of whole numbers and lists torch's default."""
+    own = given.is_floating_point() and isinstance(rewards, Tensor | np.ndarray)
+    return torch.promote_types(given.dtype, torch.float32) if own else checks.at_least_float32()

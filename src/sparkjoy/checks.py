@@ -205,7 +205,12 @@ def advantages(value: Any) -> Tensor:
 def floating(values: Tensor) -> Tensor:
     """The tensor without its graph, in floating point."""
     values = without_graph(values)
-    return values if values.is_floating_point() else values.to(torch.get_default_dtype())
+    return values if values.is_floating_point() else values.to(at_least_float32())
+
+
+def at_least_float32() -> torch.dtype:
+    """What whole numbers and lists become: torch's default, if that is not coarser."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def same_device(name: str, value: Tensor, device: torch.device, other: str = "advantages") -> None:
@@ -240,6 +245,8 @@ def mask(value: Any, shape: torch.Size, of: str = "log_probs") -> Tensor:
 def as_tensor(name: str, values: Any) -> Tensor:
     """Real numbers as a tensor without a graph, whatever a reward function made them: tensor, array or list.
 
+    Those of a list are as exact as Python has them, whatever torch's default is: float32 where that holds them all.
+
     >>> as_tensor("rewards", [True, False])
     tensor([ True, False])
 
@@ -250,7 +257,10 @@ def as_tensor(name: str, values: Any) -> Tensor:
     if not isinstance(values, Tensor):
         try:
             # np.array copies what torch does not take: read-only memory, negative strides.
-            made = torch.tensor(np.array(values, order="C") if hasattr(values, "__array__") else values)
+            made = torch.tensor(np.array(values, order="C") if hasattr(values, "__array__") else values, device="cpu")
+            if made.is_floating_point() and not hasattr(values, "__array__"):
+                made = torch.tensor(values, dtype=torch.float64, device="cpu")
+                made = made.float() if bool((made.float() == made).all()) else made
         except Exception as error:  # whatever torch, numpy or an object of the user's own finds wrong
             raise ValueError(
                 f"{name} is a {type(values).__name__} that no tensor can be made of ({error}); expected a tensor, an "
@@ -276,6 +286,21 @@ def finite(name: str, values: Tensor, advice: str = "") -> None:
         f"{name} has {int(bad.sum())} of {values.numel()} values NaN or infinite, the first at {first}; expected "
         f"finite numbers.{advice}"
     )
+
+
+def add_sentence(error: BaseException, sentence: str) -> None:
+    """Put a sentence at the end of an error's message, or beside it where the message is not its own.
+
+    >>> error = ValueError("no such row.")
+    >>> add_sentence(error, "Take another.")
+    >>> error
+    ValueError('no such row. Take another.')
+    """
+    text = str(error)
+    if error.args == (text,) and text:
+        error.args = (f"{text.rstrip('.')}. {sentence}",)
+    else:
+        error.add_note(sentence)
 
 
 def is_number(value: Any) -> bool:

@@ -8,14 +8,15 @@ adds nothing. The supervised oracle of the papers is `reinforce` on the log-prob
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparkjoy import checks
 from sparkjoy.scores import SCORE, ScoreFunction, per_row
-from sparkjoy.sizes import delightful_size, policy_gradient_size
+from sparkjoy.sizes import delightful_size, is_size, policy_gradient_size
 
 Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 LOSS = "a function (log_probs, advantages, behavior_log_probs, mask) -> terms, such as sparkjoy.reinforce"
@@ -23,17 +24,15 @@ UNITS = ("token", "sample")
 
 
 def size_of(loss: Loss) -> ScoreFunction:
-    """The size of a row's gradient in a loss, which it says of itself as `loss.size`; else that of REINFORCE.
+    """The size of a row's gradient in a loss, which it says of itself as `loss.size`, a score that `is_size`.
+
+    Else that of REINFORCE.
 
     >>> size_of(reinforce).__name__, size_of(lambda log_probs, advantages, *rest: log_probs).__name__
     ('policy_gradient_size', 'policy_gradient_size')
     """
-    return getattr(loss, "size", policy_gradient_size)
-
-
-def _sized(loss: Loss, size: ScoreFunction) -> Loss:
-    loss.__dict__["size"] = size
-    return loss
+    size: Any = getattr(loss, "size", None)
+    return size if is_size(size) else policy_gradient_size
 
 
 def reinforce(
@@ -90,6 +89,7 @@ def importance_weighted(
 
 def _ratio(log_probs: Tensor, behavior_log_probs: Tensor | None, loss: str) -> Tensor:
     """π/π_behavior, at most e^20: far beyond any clip; beyond e^88 it would be infinite and its gradient NaN."""
+    checks.tensor("log_probs", log_probs, kinds=checks.FLOATING)
     if behavior_log_probs is None:
         raise ValueError(f"{loss} needs behavior_log_probs, those the actions were sampled with.")
     checks.tensor("behavior_log_probs", behavior_log_probs, kinds=checks.FLOATING, beside=log_probs)
@@ -121,17 +121,20 @@ def clipped(epsilon: float = 0.2) -> Loss:
     """
     epsilon = checks.number("epsilon", epsilon, "a number in (0, 1)", lambda epsilon: 0 < epsilon < 1)
 
-    def loss(
-        log_probs: Tensor,
-        advantages: Tensor,
-        behavior_log_probs: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        advantages = per_row(advantages, log_probs)
-        ratio = _ratio(log_probs, behavior_log_probs, "clipped")
-        return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    return partial(_clipped, epsilon=epsilon)
 
-    return loss
+
+def _clipped(
+    log_probs: Tensor,
+    advantages: Tensor,
+    behavior_log_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    epsilon: float,
+) -> Tensor:
+    advantages = per_row(advantages, log_probs)
+    ratio = _ratio(log_probs, behavior_log_probs, "clipped")
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
 
 
 def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "token") -> Loss:
@@ -156,16 +159,22 @@ def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "tok
     temperature = _checked_temperature(temperature)
     checks.choice("unit", unit, UNITS)
 
-    def loss(
-        log_probs: Tensor,
-        advantages: Tensor,
-        behavior_log_probs: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        weight = delightful_weight(log_probs, advantages, mask, temperature, unit)
-        return -weight * per_row(advantages, log_probs) * log_probs
+    loss = partial(_delightful, temperature=temperature, unit=unit)
+    loss.__dict__["size"] = delightful_size(temperature, unit)
+    return loss
 
-    return _sized(loss, delightful_size(temperature, unit))
+
+def _delightful(
+    log_probs: Tensor,
+    advantages: Tensor,
+    behavior_log_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float,
+    unit: Literal["token", "sample"],
+) -> Tensor:
+    weight = delightful_weight(log_probs, advantages, mask, temperature, unit)
+    return -weight * per_row(advantages, log_probs) * log_probs
 
 
 def weighted_by(score: ScoreFunction, temperature: float = 1.0) -> Loss:
@@ -188,23 +197,27 @@ def weighted_by(score: ScoreFunction, temperature: float = 1.0) -> Loss:
     score = checks.function("score", score, SCORE, ..., ...)
     temperature = _checked_temperature(temperature)
 
-    def loss(
-        log_probs: Tensor,
-        advantages: Tensor,
-        behavior_log_probs: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        advantages = checks.advantages(advantages)
-        shaped = per_row(advantages, log_probs)
-        found = score(advantages, log_probs.detach())
-        checks.tensor("what score returned", found, (1,), checks.FLOATING, "(B,)")
-        if len(found) != len(log_probs):
-            raise ValueError(f"score returned shape {tuple(found.shape)} for {len(log_probs)} rows; expected (B,).")
-        weight = torch.sigmoid(found / temperature)
-        weight = weight.unsqueeze(1) if log_probs.dim() == 2 else weight
-        return -weight * shaped * log_probs
+    return partial(_weighted_by, score=score, temperature=temperature)
 
-    return loss
+
+def _weighted_by(
+    log_probs: Tensor,
+    advantages: Tensor,
+    behavior_log_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    score: ScoreFunction,
+    temperature: float,
+) -> Tensor:
+    advantages = checks.advantages(advantages)
+    shaped = per_row(advantages, log_probs)
+    found = score(advantages, log_probs.detach())
+    checks.tensor("what score returned", found, (1,), checks.FLOATING, "(B,)")
+    if len(found) != len(log_probs):
+        raise ValueError(f"score returned shape {tuple(found.shape)} for {len(log_probs)} rows; expected (B,).")
+    weight = torch.sigmoid(found / temperature)
+    weight = weight.unsqueeze(1) if log_probs.dim() == 2 else weight
+    return -weight * shaped * log_probs
 
 
 def delightful_weight(

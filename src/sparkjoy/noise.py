@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGEST = 1e150
+"""Of sizes whose squares are added: what is larger, such as an outlier of 1e155, counts as this."""
+
 
 def price_for_noise(size: Tensor, root_cost: Tensor, allowed: float) -> Tensor:
     """The largest λ of which q = min(1, s / (λ√c)) adds no more than is allowed: Σ_{s < λ√c} s (λ√c − s) = allowed.
@@ -80,7 +83,8 @@ def noise_sums(exact: Tensor, used: Tensor, weight: Tensor) -> Tensor:
         used: (K,) sizes that the gate decided on.
         weight: (K,) 1/q.
     """
-    exact, used, weight = exact.double().square(), used.double().square(), weight.double()
+    exact, used = (size.double().clamp(-LARGEST, LARGEST).square() for size in (exact, used))
+    weight = weight.double()
     return torch.stack([(part * factor).sum() for part in (exact, used) for factor in (weight * (weight - 1), weight)])
 
 
@@ -94,7 +98,8 @@ def expected_noise(size: Tensor, probability: Tensor) -> float:
         size: (N,).
         probability: (N,); a row of 0 is never kept, and adds nothing.
     """
-    squares, probability = size.double().square(), probability.double()
+    size, probability = size.double(), probability.double()
+    squares = (size / size.abs().max().clamp(min=torch.finfo(size.dtype).tiny)).square()
     own = float(squares.sum())
     added = torch.where(probability > 0, squares * (1 / probability - 1), 0).sum()
     return float(added) / own if own > 0 else 0.0

@@ -163,10 +163,9 @@ class EffectiveSize:
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
         ranked = checks.row("score", score).clamp(min=0).sort(descending=True).values
-        squares = float(ranked.double().square().sum())
-        if not math.isfinite(squares):
-            checks.finite("score", score)
-        effective = float(ranked.double().sum()) ** 2 / squares if squares > 0 else 0.0
+        shares = _shares(ranked)
+        squares = float(shares.square().sum())
+        effective = float(shares.sum()) ** 2 / squares if squares > 0 else 0.0
         return _price_of_best(ranked, math.ceil(self.fraction * effective - 1e-9))
 
     def __repr__(self) -> str:
@@ -197,7 +196,7 @@ class Nucleus:
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Tensor:
         ranked = checks.row("score", score).clamp(min=0).sort(descending=True).values
-        held = ranked.double().cumsum(0)
+        held = _shares(ranked).cumsum(0)
         return _price_of_best(ranked, int((held < self.share * held[-1] * (1 - 1e-9)).count_nonzero()) + 1)
 
     def __repr__(self) -> str:
@@ -208,6 +207,12 @@ class Nucleus:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         states.check(repr(self), state)
+
+
+def _shares(ranked: Tensor) -> Tensor:
+    """Scores, the greatest first, over the greatest, whose squares and sums neither overflow nor vanish."""
+    checks.finite("score", ranked)
+    return ranked.double() / ranked[0].double().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _price_of_best(ranked: Tensor, count: int) -> Tensor:
@@ -232,7 +237,9 @@ def as_price(price: Any) -> Price:
     >>> as_price(0)
     FixedPrice(0)
     """
-    if hasattr(price, "weighted"):
+    from sparkjoy.gates import BudgetGate, KondoGate, SoftGate, UnbiasedGate  # which import this module
+
+    if isinstance(price, BudgetGate | KondoGate | SoftGate | UnbiasedGate):
         raise ValueError(f"price is {checks.described(price)}, which is a gate of its own; give it as the gate.")
     return price if isinstance(price, Price) and not isinstance(price, type) else FixedPrice(price)
 

@@ -8,6 +8,7 @@ be given to `GatedBackward(score=...)`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -170,11 +171,11 @@ def additive_score(alpha: float) -> ScoreFunction:
         ValueError: `alpha` outside [0, 1].
     """
     alpha = checks.number("alpha", alpha, "a number in [0, 1]", lambda alpha: 0 <= alpha <= 1)
+    return partial(_additive, alpha=alpha)
 
-    def score(advantages: Tensor, log_probs: Tensor) -> Tensor:
-        return alpha * per_row(advantages, log_probs) + (1 - alpha) * surprisal(log_probs)
 
-    return score
+def _additive(advantages: Tensor, log_probs: Tensor, alpha: float) -> Tensor:
+    return alpha * per_row(advantages, log_probs) + (1 - alpha) * surprisal(log_probs)
 
 
 def uniform_score(generator: torch.Generator | None = None) -> ScoreFunction:
@@ -186,15 +187,13 @@ def uniform_score(generator: torch.Generator | None = None) -> ScoreFunction:
     Args:
         generator: source of the draws; None: torch's global one.
     """
-    generator = checks.generator(generator)
+    return _blind(partial(_uniform, generator=checks.generator(generator)))
 
-    @_blind
-    def score(advantages: Tensor, log_probs: Tensor) -> Tensor:
-        checks.tensor("advantages", advantages, (1, 2), shape="(B,) or (B, T)")
-        device = advantages.device if generator is None else generator.device
-        return torch.rand(len(advantages), generator=generator, device=device).to(advantages.device)
 
-    return score
+def _uniform(advantages: Tensor, log_probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    checks.tensor("advantages", advantages, (1, 2), shape="(B,) or (B, T)")
+    device = advantages.device if generator is None else generator.device
+    return torch.rand(len(advantages), generator=generator, device=device).to(advantages.device)
 
 
 def reads_log_probs(score: ScoreFunction) -> bool:
@@ -242,18 +241,24 @@ def noisy_score(
     score = checks.function("score", score, SCORE, ..., ...)
     level = checks.number("level", level, "a number of at least 0", lambda level: level >= 0)
     checks.choice("kind", kind, ("multiplicative", "additive"))
-    generator = checks.generator(generator)
+    return partial(_noisy, score=score, level=level, kind=kind, generator=checks.generator(generator))
 
-    def noisy(advantages: Tensor, log_probs: Tensor) -> Tensor:
-        clean = score(advantages, log_probs)
-        clean = checks.tensor("what score returned", clean, (1, 2), checks.FLOATING, "(B,) or (B, T)")
-        clean = clean.sum(dim=1) if clean.dim() == 2 else clean
-        device = clean.device if generator is None else generator.device
-        draws = torch.randn(len(clean), generator=generator, device=device).to(clean)
-        size = clean if kind == "multiplicative" else clean.std(correction=0) * (clean != 0)
-        return clean + level * size * draws
 
-    return noisy
+def _noisy(
+    advantages: Tensor,
+    log_probs: Tensor,
+    score: ScoreFunction,
+    level: float,
+    kind: str,
+    generator: torch.Generator | None,
+) -> Tensor:
+    clean = score(advantages, log_probs)
+    clean = checks.tensor("what score returned", clean, (1, 2), checks.FLOATING, "(B,) or (B, T)")
+    clean = clean.sum(dim=1) if clean.dim() == 2 else clean
+    device = clean.device if generator is None else generator.device
+    draws = torch.randn(len(clean), generator=generator, device=device).to(clean)
+    size = clean if kind == "multiplicative" else clean.std(correction=0) * (clean != 0)
+    return clean + level * size * draws
 
 
 def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:

@@ -94,6 +94,6 @@ def select(
     scored = scored_rows(gate, scores, inputs)
     if cost is not None:
         checks.cost(cost, scores)
-    decision = decide(gate, scored if cost is None else scored._replace(cost=cost), inputs)
+    decision = decide(gate, scored if cost is None else scored._replace(cost=cost), inputs, score)
     rows = decision.keep.nonzero().squeeze(1)
     return Selection(rows, decision.weight[rows], decision)

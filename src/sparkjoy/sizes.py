@@ -8,6 +8,7 @@ that is off costs noise, never a bias, unless it is 0 where the gradient is not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -59,11 +60,7 @@ def update_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
 
 def delightful_size(temperature: float, unit: Literal["token", "sample"]) -> Callable[[Tensor, Tensor], Tensor]:
     """`update_size` at another temperature, or with the delight of the whole answer."""
-
-    def size(advantages: Tensor, log_probs: Tensor) -> Tensor:
-        return _delightful_size(advantages, log_probs, temperature, unit)
-
-    return as_size(size)
+    return as_size(partial(_delightful_size, temperature=temperature, unit=unit))
 
 
 def advantage_size(advantages: Tensor, log_probs: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import sparkjoy as sj
 from sparkjoy import Draft, GatedBackward, KondoGate, SoftGate, UnbiasedGate, clipped
 from sparkjoy.drafts.audit import Audit
 from sparkjoy.engine.deciding import row_scores
+from sparkjoy.engine.inputs import check_inputs
 from sparkjoy.scores import delight, surprisal_score
 from sparkjoy.testing import TinyPolicy
 
@@ -192,8 +193,10 @@ def test_seconds_of_a_comparison_are_not_those_of_the_step(monkeypatch):
 
 
 def test_every_option_of_a_draft_is_compared_between_processes():
+    inputs = check_inputs(torch.ones(2), torch.ones(2), None, None, None)
+
     def words(**options):
-        return GatedBackward(KondoGate(rate=0.3), draft=Draft(torch.neg, **options))._in_words()
+        return GatedBackward(KondoGate(rate=0.3), draft=Draft(torch.neg, **options))._in_words(inputs)
 
     others = {"verify": 2}, {"audit": Audit()}, {"score": surprisal_score}
     assert len({words(), *(words(**options) for options in others)}) == 4

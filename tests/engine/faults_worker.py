@@ -85,17 +85,17 @@ def after(module, change):
     return lambda rows: change(module(rows))
 
 
-class Second:
-    """Goes wrong in the second differentiable pass."""
+class Later:
+    """Goes wrong in a later differentiable pass than the first."""
 
-    def __init__(self, module):
-        self.module = module
+    def __init__(self, module, last=2):
+        self.module, self.last = module, last
         self.calls = 0
 
     def __call__(self, rows):
         self.calls += torch.is_grad_enabled()
-        if self.calls == 2 and torch.is_grad_enabled():
-            raise ValueError("the second pass")
+        if self.calls == self.last and torch.is_grad_enabled():
+            raise ValueError(f"pass {self.last}")
         return self.module(rows)
 
 
@@ -105,7 +105,8 @@ FUNCTIONS = {
     "another shape": lambda module: after(module, lambda log_probs: log_probs[:, None, None]),
     "no graph": lambda module: after(module, torch.Tensor.detach),
     "NaN": lambda module: after(module, lambda log_probs: log_probs * torch.nan),
-    "the second pass": Second,
+    "the second pass": Later,
+    "comparing": partial(Later, last=5),
     "interrupt": lambda module: raising(KeyboardInterrupt()),
 }
 DRAFTS = {"drafting": "drafts", "teaching": "learns"}
@@ -135,6 +136,8 @@ def fault(name, module, policy, batch, advantages, gate, given):
         options["draft"] = sj.Draft(source, verify=1.2, audit=Audit(every=1, floor=0))
     if name == "options":
         options["micro_batch_size"] = 2 if broken else 3
+    if name == "comparing":
+        options["compare_every"] = 1
     if name == "rate":
         gate = sj.KondoGate(rate=0.3) if broken else gate
     if name == "behavior":
@@ -174,7 +177,7 @@ def faults(kind, names=None, ways=WAYS):
     others = ("half way", "loss", "score", "gate", "learning", "options", "rate", "behavior", "score of NaN", *DRAFTS)
     for way, (way_gate, has_log_probs) in WAYS.items():
         for name in names or (*FUNCTIONS, *others):
-            gateless = way == "dense" and name in ("score", "gate", "rate", "score of NaN")
+            gateless = way == "dense" and name in ("score", "gate", "rate", "score of NaN", "comparing")
             exact = way != "known" and name == "learning"  # there is nothing to learn from exact sizes
             if gateless or exact or way not in ways or (name in DRAFTS and way != "screened"):
                 continue
@@ -217,8 +220,27 @@ def fsdp():
 
 def quick():
     for kind in ("ddp", "fsdp"):
-        faults(kind, ("before the module", "half way", "NaN", "the second pass", "learning", "rate"), ("known",))
+        faults(
+            kind,
+            ("before the module", "half way", "NaN", "the second pass", "comparing", "learning", "rate"),
+            ("known",),
+        )
         faults(kind, DRAFTS, ("screened",))
+
+
+def skips():
+    """The last rank leaves out a call, as where its batch was bad, and goes on."""
+    for kind in ("ddp", "fsdp"):
+        module = wrap(Policy(), kind)
+        _, batch, advantages, _ = make_case("rows")
+        step = sj.GatedBackward(sj.KondoGate(rate=0.3), module=module)
+        step(module, batch, advantages, step_number=0)
+        before, said = [g.clone() for g in held(module)], ""
+        try:
+            step(module, batch, advantages, step_number=here(2, 1))
+        except ValueError as error:
+            said = str(error)
+        tell(kind, said=said, grad=what_became_of(before, held(module)))
 
 
 def lost(how):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from tensordict import NonTensorStack, TensorDict, lazy_stack, tensorclass
@@ -106,6 +107,26 @@ def test_rows_are_counted_and_shaped(name):
     assert row_shapes(batch, 5) == (((), (2,)) if name != "tensor" else ((),))
     with pytest.raises(ValueError, match="leading dimension of 4"):
         row_shapes(batch, 4)
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([4, 1]), slice(1, 3)])
+def test_lists_go_by_row_and_what_is_for_all_goes_along(rows):
+    others = {"mode": None, "run": "run 3", "clip": 0.2, "steps": np.int64(4), "scale": torch.tensor(0.7), "on": True}
+    batch = {"x": X, "prompt": list("abcde"), "deep": Fields(Y, {"turns": [[n] for n in range(5)], **others})}
+    taken = take(batch, rows)
+    of_rows = torch.arange(5)[rows].tolist()
+    assert taken["prompt"] == ["abcde"[row] for row in of_rows]
+    assert taken["deep"].nested == {"turns": [[row] for row in of_rows], **others}
+    assert torch.equal(taken["deep"].x, Y[rows])
+    assert row_shapes(batch, 5) == ((), (2,))
+    assert row_shapes({"prompt": list("abcde"), **others}, 5) == ((-1,),)  # what such a row costs, no shape says
+    with pytest.raises(ValueError, match=r"batch\['prompt'\] is a list of 5; expected one of 4, an item for each row"):
+        row_shapes({"prompt": list("abcde")}, 4)
+    with pytest.raises(ValueError, match=r"batch\['scale'\] has a graph"):
+        row_shapes({"x": X, "scale": torch.ones((), requires_grad=True) * 2}, 5, X.device)
+    for batch in (None, "text", 0.5, torch.tensor(0.7)):
+        with pytest.raises(ValueError, match=r"^batch (is|has shape)"):
+            row_shapes(batch, 5)
 
 
 def test_the_part_that_does_not_fit_is_named():

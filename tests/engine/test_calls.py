@@ -1,13 +1,16 @@
 """When the caller's function is called, with what and how often; and rows that bring a graph."""
 
+import copy
 from typing import NamedTuple
 
+import engine_cases
 import pytest
 import torch
 from tensordict import LazyStackedTensorDict, TensorDict
 from torch import nn
 
 import sparkjoy as sj
+from sparkjoy.drafts import Audit
 
 ROWS = 20
 
@@ -209,3 +212,31 @@ def test_a_function_may_write_into_its_rows(case):
     head.zero_grad()
     (-(advantages * report.decision.keep) * log_prob_fn(before.clone())).mean().backward()
     assert torch.allclose(torch.zeros(2, 3) if found is None else found, head.weight.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gate", "options"),
+    [
+        (sj.KondoGate(rate=0.3), {"compare_every": 1}),
+        (sj.KondoGate(rate=0.9), {"backward_over_forward": 1.0}),
+        (sj.UnbiasedGate(rate=0.5, generator=torch.Generator()), {"micro_batch_size": 2}),
+    ],
+)
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_default_device_of_the_callers_changes_nothing(gate, options, draft):
+    """Of torch.set_default_device, such as "cuda" where the batch is on the CPU."""
+    policy, batch, advantages, _ = engine_cases.make_case("rows")
+    found = []
+    for device in (None, "meta"):
+        if draft:
+            options = {**options, "draft": sj.Draft(policy.log_probs, audit=Audit(every=1, rows=5))}
+        step = sj.GatedBackward(copy.deepcopy(gate), **options)
+        torch.set_default_device(device)
+        try:
+            step(policy.log_probs, batch, advantages)
+            sj.frontier(policy.log_probs, batch, advantages, gates={"hard": sj.KondoGate(rate=0.5)}, rounds=1)
+        finally:
+            torch.set_default_device(None)
+        found.append(policy.layer.weight.grad)
+        policy.zero_grad()
+    assert torch.equal(*found)

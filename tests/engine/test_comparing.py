@@ -4,20 +4,23 @@ import copy
 import json
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import ROWS, SHAPES, make_case
+from engine_cases import ACTIONS, ROWS, SHAPES, make_case
+from engine_cases import WIDTH as WIDTH_OF_STATES
 from gates_of_users import BestOfAll
 from processes import run_processes
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sparkjoy as sj
-from sparkjoy.engine.beside import WIDTH, Beside
-from sparkjoy.engine.comparing import WINDOW, Comparisons
+from sparkjoy.gradients import WIDTH, WINDOW, Comparisons, Gradients, sketches
 from sparkjoy.prices import RollingQuantile
 
+BACKWARD = torch.autograd.backward
 GATES = {
     "hard": lambda: sj.KondoGate(rate=0.3),
     "rolling": lambda: sj.KondoGate(price=RollingQuantile(0.3)),
@@ -30,7 +33,7 @@ def flat(policy):
     return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}, {"normalizer": "kept", "loss": sj.delightful()}])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}, {"normalizer": "samples", "loss": sj.delightful()}])
 @pytest.mark.parametrize("gate", GATES)
 def test_a_compared_step_is_to_the_bit_the_one_it_would_be(gate, options):
     policy, batch, advantages, mask = make_case("ragged tokens", dtype=torch.float32)
@@ -164,10 +167,97 @@ def test_parameters_that_only_skipped_rows_reach_are_compared_too():
     assert comparison.cosine == pytest.approx(6 / math.sqrt(4 * 10))  # (2, 0) beside (3, 1), times (-1, 1) / 4 each
 
 
+class Recurrent(nn.Module):
+    """With complex parameters, as linear recurrent units have."""
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Parameter(torch.randn(ACTIONS, WIDTH_OF_STATES, dtype=torch.complex128))
+
+    def forward(self, state):
+        return (state.to(self.into.dtype) @ self.into.T).real.log_softmax(1)
+
+
+def checkpointed(reentrant):
+    """Of modules and tensors in a closure, a checkpoint inside of another, after an input that wants a gradient."""
+    body, raw = nn.Linear(WIDTH_OF_STATES, 5).double(), torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    head = nn.Linear(5, ACTIONS).double()
+
+    def inner(hidden):
+        return (hidden @ raw).tanh()
+
+    def log_prob_fn(rows):
+        inside = rows["state"].clone().requires_grad_()
+
+        def outer(state):
+            return checkpoint(inner, body(state).tanh(), use_reentrant=reentrant)
+
+        hidden = checkpoint(outer, inside, use_reentrant=reentrant)
+        return head(hidden).log_softmax(1).gather(1, rows["action"][:, None]).squeeze(1)
+
+    return log_prob_fn, [*body.parameters(), raw, *head.parameters()]
+
+
+def complex_policy():
+    net = Recurrent()
+    return lambda rows: net(rows["state"]).gather(1, rows["action"][:, None]).squeeze(1), list(net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of a checkpoint in a checkpoint
+@pytest.mark.parametrize("make", [complex_policy, partial(checkpointed, False), partial(checkpointed, True)])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}])
+def test_parameters_that_the_graph_does_not_show_or_that_are_complex(make, options):
+    _, batch, advantages, _ = make_case("rows")
+    torch.manual_seed(0)
+    log_prob_fn, parameters = make()
+    gate = sj.KondoGate(rate=0.3)
+    found = {}
+    for name, step in {
+        "dense": sj.GatedBackward(None, **options),
+        "gated": sj.GatedBackward(gate, **options),
+        "compared": sj.GatedBackward(gate, compare_every=1, **options),
+    }.items():
+        report = step(log_prob_fn, batch, advantages)
+        found[name] = torch.cat([torch.view_as_real(p.grad + 0j).flatten() for p in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+    assert torch.equal(found["gated"], found["compared"])
+    expected = [
+        float(nn.functional.cosine_similarity(found["gated"], found["dense"], dim=0)),
+        float((found["gated"] - found["dense"]).norm() / found["dense"].norm()),
+    ]
+    assert [report.comparison.cosine, report.comparison.relative_error] == pytest.approx(expected)
+    assert torch.autograd.backward is BACKWARD
+    measured = sj.frontier(log_prob_fn, batch, advantages, gates={"hard": gate}, rounds=1, micro_batch_size=2)
+    assert [measured.settings[1].cosine, measured.settings[1].error] == pytest.approx(expected)
+    assert measured.dense.error < 1e-6
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_comparison_that_fails_leaves_the_steps_own_gradient_and_says_so(kept):
+    policy, batch, advantages, _ = make_case("rows")
+    gate = sj.KondoGate(rate=0.3) if kept else sj.KondoGate(price=1e9)
+    sj.gated_backward(policy.log_probs, batch, advantages, gate)
+    expected = [parameter.grad for parameter in policy.parameters()]
+    policy.zero_grad()
+
+    def log_prob_fn(rows):
+        if torch.is_grad_enabled() and len(rows["state"]) == ROWS:
+            raise torch.OutOfMemoryError("out of memory")
+        return policy.log_probs(rows)
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        sj.GatedBackward(gate, compare_every=1)(log_prob_fn, batch, advantages)
+    assert (".grad: zero it" in str(raised.value)) == kept
+    for parameter, own in zip(policy.parameters(), expected, strict=True):
+        assert parameter.grad is own is None or torch.equal(parameter.grad, own)
+
+
 def test_what_steps_in_a_hook_is_refused_before_grad_is_touched():
     policy, batch, advantages, _ = make_case("rows")
     next(policy.parameters()).register_post_accumulate_grad_hook(lambda parameter: None)
-    with pytest.raises(ValueError, match=r"compare_every: a parameter of shape .* has a hook"):
+    with pytest.raises(ValueError, match=r"a parameter of shape .* has a hook .*compare_every"):
         sj.GatedBackward(sj.KondoGate(rate=0.3), compare_every=1)(policy.log_probs, batch, advantages)
     assert all(parameter.grad is None for parameter in policy.parameters())
 
@@ -183,11 +273,12 @@ def test_sketches_keep_inner_products():
     left, right = torch.randn(2, 100_000)
     right = right + 0.5 * left
     parameter = torch.zeros(100_000, requires_grad=True)
-    beside = Beside([parameter])
+    gradients = Gradients("", [parameter])
     parameter.grad = left.clone()
-    with beside.dense():
+    added = gradients.snapshot()
+    with gradients.apart():
         parameter.grad.add_(right)
-    gated, dense = beside.sketches(salt=0)
+        gated, dense = sketches(gradients.beside(added))
     assert float(gated @ dense) == pytest.approx(float(left @ right), abs=4 * 1.12 * 100_000 / math.sqrt(WIDTH))
     assert float(dense @ dense) == pytest.approx(float(right @ right), rel=0.1)
 
@@ -201,17 +292,18 @@ def together(gated, dense):
     return found
 
 
-def test_consistency_and_agreement_by_definition():
+def test_it_warns_by_the_mean_cosines_of_different_comparisons():
     generator = torch.Generator().manual_seed(0)
-    gated, dense = torch.randn(2, WINDOW, WIDTH, generator=generator) + 0.02
-    found = together(gated, dense)
+    gated, dense = torch.randn(2, WINDOW, WIDTH, generator=generator) + torch.tensor([0.02, 2.0]).view(2, 1, 1)
     different = [(i, j) for i in range(WINDOW) for j in range(WINDOW) if i != j]
     squared = [float((rows @ rows.T).diagonal().mean()) for rows in (gated, dense)]
     products = (sum(float(left[i] @ dense[j]) for i, j in different) / len(different) for left in (dense, gated))
-    consistency, agreement = products
-    assert found.consistency == pytest.approx(consistency / squared[1], abs=1e-5)
-    assert found.agreement == pytest.approx(agreement / math.sqrt(squared[0] * squared[1]), abs=1e-5)
-    assert together(gated[:-1], dense[:-1]).consistency is None
+    consistency, agreement = (
+        product / math.sqrt(squared[1] * own) for product, own in zip(products, squared[::-1], strict=True)
+    )
+    with pytest.warns(UserWarning, match=f"cosine of {consistency:.2f}, a gated and a dense one of {agreement:.2f}"):
+        together(gated, dense)
+    together(gated[:-1], dense[:-1])  # not yet
 
 
 def test_it_warns_only_where_the_dense_gradient_is_sure_and_the_gated_one_elsewhere():
@@ -233,10 +325,12 @@ def test_a_resumed_step_compares_as_the_unbroken_one():
         step(policy.log_probs, batch, advantages)
     other = sj.GatedBackward(sj.KondoGate(rate=0.3), compare_every=2)
     other.load_state_dict(copy.deepcopy(step.state_dict()))
-    found = [arm(policy.log_probs, batch, advantages).comparison for arm in (step, other)]
-    assert found[0].consistency == pytest.approx(1)  # the same batch and weights every time
-    assert found[0].consistency == found[1].consistency
-    assert found[0].agreement == found[1].agreement
+    for arm in (step, other):
+        arm(policy.log_probs, batch, advantages)
+    states = [arm.state_dict()["comparisons"] for arm in (step, other)]
+    assert states[0]["seen"] == WINDOW
+    assert str(states[0]) == str(states[1])
+    assert torch.equal(states[0]["window"], states[1]["window"])
 
 
 @pytest.mark.slow

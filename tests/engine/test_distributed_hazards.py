@@ -22,10 +22,15 @@ def test_errors_and_modules_that_do_not_fit_are_refused_on_every_rank(tmp_path):
         *errors, modules, accumulation = found
         assert [result["kind"] for result in errors] == ["ddp", "fsdp"]
         for result in errors:
-            causes = ("advantages has 1 of 4", "the screening forward pass", "on some ranks", "micro-batch 1 of 3")
+            causes = (
+                "advantages has 1 of 4",
+                "the screening forward pass",
+                "log_probs is 'given' on rank 0",
+                "micro-batch 1 of 3",
+            )
             for said, expected in zip(result["said"], causes, strict=True):
                 assert expected in said
-                assert ("rank 1 of 2 failed" in said) == (expected != "on some ranks")
+                assert ("rank 1 of 2 failed" in said) == (expected != "log_probs is 'given' on rank 0")
             assert result["untouched"]
             assert result["kept"] == 7
         assert "2 processes, but no module" in modules["forgotten"]

@@ -1,7 +1,11 @@
+import threading
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.utils.checkpoint import checkpoint
 
 import sparkjoy as sj
 
@@ -117,7 +121,55 @@ def test_torchs_own_optimizers_in_the_backward_pass_are_found():
     before = weights(net)
     with pytest.raises(ValueError, match="hook"):
         sj.gated_backward(log_prob_fn, make_batch(), FEW.abs(), None, micro_batch_size=5)
+    with pytest.raises(ValueError, match="hook"):
+        sj.frontier(log_prob_fn, make_batch(), FEW.abs(), rounds=1)
     assert torch.equal(weights(net), before)
+
+
+@pytest.mark.parametrize("measure", ["micro-batches", "compare_every", "frontier"])
+def test_what_steps_inside_of_a_reentrant_checkpoint_is_refused_before_it_does(measure):
+    net, _, steps = make_policy(STEPPING["sgd"])
+    before = weights(net)
+
+    def log_prob_fn(rows):
+        logits = checkpoint(net, rows["states"].clone().requires_grad_(), use_reentrant=True)
+        return logits.log_softmax(1).gather(1, rows["actions"][:, None]).squeeze(1)
+
+    calls = {
+        "micro-batches": sj.GatedBackward(sj.KondoGate(rate=0.5), micro_batch_size=5),
+        "compare_every": sj.GatedBackward(sj.KondoGate(rate=0.5), compare_every=1),
+        "frontier": partial(sj.frontier, rounds=1),
+    }
+    with pytest.raises(ValueError, match="hook that runs as soon as its gradient has arrived"):
+        calls[measure](log_prob_fn, make_batch(), FEW.abs())
+    assert torch.equal(weights(net), before)
+    assert not steps
+    assert torch.autograd.backward.__module__ == "torch.autograd"
+
+
+def test_backward_passes_of_other_threads_are_not_looked_at():
+    net = make_policy()[0]
+    other = make_policy(STEPPING["sgd"])[0]
+
+    def elsewhere():
+        states = make_batch()["states"].requires_grad_()
+        checkpoint(other, states, use_reentrant=True).sum().backward()
+
+    def checkpointed(rows):
+        def inner(states):
+            if torch.is_grad_enabled():  # in the backward pass
+                thread = threading.Thread(target=elsewhere)
+                thread.start()
+                thread.join()
+            return net(states)
+
+        logits = checkpoint(inner, rows["states"].clone().requires_grad_(), use_reentrant=True)
+        return logits.log_softmax(1).gather(1, rows["actions"][:, None]).squeeze(1)
+
+    before = weights(other)
+    report = sj.GatedBackward(sj.KondoGate(rate=0.5), compare_every=1)(checkpointed, make_batch(), FEW.abs())
+    assert report.comparison.cosine is not None
+    assert not torch.equal(weights(other), before)  # its own optimizer has stepped
 
 
 def test_hooks_are_found_behind_a_compiled_function():

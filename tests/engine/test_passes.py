@@ -56,9 +56,11 @@ def test_sums_of_low_precision_are_float32s(dtype, gate, of_advantages):
         gate,
         mask=torch.ones(rows, tokens),
         loss=lambda log_probs, advantages, behavior, mask: -500 * advantages[:, None] * log_probs,
-        normalizer="kept" if gate else "batch",
+        normalizer="kept" if isinstance(gate, sj.KondoGate) else "batch",
     )
-    weight = report.decision.weight[report.decision.keep].mean().item()
+    weight = report.decision.weight[report.decision.keep].sum().item() / (
+        report.kept if "Kondo" in repr(gate) else rows
+    )
     assert report.loss.item() == pytest.approx(500 * weight, rel=1e-5)
 
 
@@ -259,3 +261,32 @@ def test_a_function_may_write_into_its_rows(shape, gate, micro_batch_size):
     terms = -(advantages.view(ROWS, -1) * keep.view(ROWS, 1)) * log_probs.view(ROWS, -1) * valid.view(ROWS, -1)
     (terms.sum() / valid.sum()).backward()
     torch.testing.assert_close(gradient, policy.layer.weight.grad)
+
+
+class Counting:
+    """Counts what it accumulates, and divides nothing."""
+
+    gradient_accumulation_steps = 4
+
+    def backward(self, loss):
+        loss.backward()
+
+
+class Halving(Accelerator):
+    """With a backward of its own, so that what it divides by is not known."""
+
+    def backward(self, loss, **options):
+        super().backward(2 * loss, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "factor"), [(Counting, 1), (partial(Halving, cpu=True, gradient_accumulation_steps=4), 0.5)]
+)
+def test_a_backward_that_is_not_accelerates_own_is_left_alone(make, factor):
+    policy, batch, advantages, _ = make_case("rows")
+    gradients = []
+    for backward in (torch.Tensor.backward, make().backward):
+        sj.gated_backward(policy.log_probs, batch, advantages, None, backward=backward)
+        gradients.append(policy.layer.weight.grad)
+        policy.zero_grad()
+    torch.testing.assert_close(gradients[1], factor * gradients[0])

@@ -29,7 +29,7 @@ WRONG_INPUTS = {
     "advantages of three dimensions": (wrong("advantages", lambda a: a.view(-1, 1, 1)), r"expected \(B,\) or \(B, T\)"),
     "short advantages": (wrong("advantages", lambda a: a[:-1]), r"batch\['state'\] has shape"),
     "empty batch": (wrong("advantages", lambda a: a[:0]), "the batch is empty"),
-    "a batch of lists": (wrong("batch", {"state": [1, 2]}), r"\[1, 2\]; expected a tensor"),
+    "a batch of lists": (wrong("batch", {"state": [1, 2]}), r"a list of 2; expected one of 13"),
     "NaN known log-probs": (
         wrong("log_probs", lambda p: p.index_fill(0, torch.tensor([0]), math.nan)),
         "log_probs has 1",
@@ -126,11 +126,69 @@ def test_a_later_nan_names_its_micro_batch():
         sj.gated_backward(policy.log_probs, batch, advantages, None, micro_batch_size=5)
 
 
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_function_that_is_wrong_for_one_row_is_told_what_to_do(shape):
+    weights = torch.zeros(ROWS, *shape, requires_grad=True)
+    norm = torch.nn.BatchNorm1d(4)
+    functions = {
+        r"write .squeeze\(1\)": lambda rows: weights[rows["index"]].squeeze() - 1,
+        r"BatchNorm in training mode refuses: .* eval\(\)": lambda rows: (
+            weights[rows["index"]] - 1 + 0 * norm(rows["x"])[0, 0]
+        ),
+    }
+    batch = {"index": torch.arange(ROWS), "x": torch.randn(ROWS, 4)}
+    for message, log_prob_fn in functions.items():
+        with pytest.raises(ValueError, match=message):
+            sj.gated_backward(log_prob_fn, batch, torch.rand(ROWS) + 1, sj.KondoGate(rate=0.01))
+    assert weights.grad is None
+
+
+@pytest.mark.parametrize(
+    "given", [{"log_probs": -torch.ones(6)}, {"log_probs": -torch.ones(6, 3)}, {"mask": torch.ones(6, 3)}]
+)
+def test_advantages_of_one_column_are_told_what_to_do(given):
+    message = r"advantages has shape \(6, 1\).*advantages.squeeze\(-1\)"
+    with pytest.raises(ValueError, match=message):
+        sj.select(sj.KondoGate(rate=0.5), torch.ones(6, 1), **given)
+    with pytest.raises(ValueError, match=message):
+        sj.gated_backward(lambda rows: rows, torch.ones(6), torch.ones(6, 1), sj.KondoGate(rate=0.5), **given)
+
+
+LATE = {
+    "another shape": lambda log_probs: log_probs[:, None],
+    "a list": torch.Tensor.tolist,
+    "no graph": torch.Tensor.detach,
+    "whole numbers": torch.Tensor.long,
+    "no rows": lambda log_probs: log_probs[:0],
+    "NaN": lambda log_probs: log_probs * math.nan,
+    "above 0, found last": lambda log_probs: -log_probs,
+}
+
+
+@pytest.mark.parametrize("late", LATE)
+@pytest.mark.parametrize("first", [1, 2])
+def test_an_error_says_whether_grad_has_changed(late, first):
+    policy, batch, advantages, _ = make_case("rows")
+    known, passes = policy.log_probs(batch).detach(), 0
+
+    def log_prob_fn(rows):
+        nonlocal passes
+        passes += 1
+        return LATE[late](policy.log_probs(rows)) if passes >= first else policy.log_probs(rows)
+
+    step = sj.GatedBackward(sj.UnbiasedGate(1e-6), micro_batch_size=3)
+    with pytest.raises(ValueError, match=r"log-prob|log_prob") as raised:
+        step(log_prob_fn, batch, advantages, log_probs=known)
+    changed = any(parameter.grad is not None for parameter in policy.parameters())
+    assert changed == (".grad: zero it" in str(raised.value)) == (first == 2 or late.startswith("above 0"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"normalizer": "tokens"}, "normalizer is 'tokens'"),
         ({"normalizer": 0}, "normalizer is 0"),
+        ({"normalizer": "kept", "gate": sj.UnbiasedGate()}, r"several times the dense one. Take 'batch'"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
         ({"gate": 0.03}, "gate is 0.03"),
         ({"loss": lambda p, a, b, m: (a * p).sum()}, "the loss has shape"),

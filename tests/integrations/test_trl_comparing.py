@@ -7,7 +7,7 @@ import torch
 import trl_task
 from trl_cases import SETTINGS, Dense, relative_error, trained, trainer
 
-from sparkjoy.engine.comparing import WINDOW
+from sparkjoy.gradients import WINDOW
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
 
 FIGURES = {"gate/cosine", "gate/relative_error", "gate/norm_ratio"}
@@ -126,7 +126,7 @@ def test_the_step_and_its_log_are_what_they_are_without(tmp_path, changes):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, which `warns` passes on
-def test_after_twenty_it_tells_how_consistent_they_are_and_a_resumed_run_too(tmp_path):
+def test_after_twenty_it_warns_and_a_resumed_run_too(tmp_path):
     changes = {
         "gate_price": 1e9,
         "gate_compare_every": 1,
@@ -137,14 +137,10 @@ def test_after_twenty_it_tells_how_consistent_they_are_and_a_resumed_run_too(tmp
     made, _ = trainer(tmp_path, max_steps=WINDOW, **changes)
     with pytest.warns(UserWarning, match=r"does not follow the dense gradient.*set gate_noise=0.3, whose"):
         made.train()
-    before, last = logs(made)[-2:]
-    assert "gate/consistency" not in before
-    assert (last["gate/consistency"], last["gate/agreement"]) == (pytest.approx(1), 0)
     resumed, _ = trainer(tmp_path, max_steps=WINDOW, **changes)
     with pytest.warns(UserWarning, match="does not follow"):
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{WINDOW - 1}"))
     assert resumed._gate_comparisons.state_dict()["seen"] == WINDOW
-    assert logs(resumed)[-1]["gate/agreement"] == 0
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5])

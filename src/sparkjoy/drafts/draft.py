@@ -104,7 +104,7 @@ class Draft:
         self.score = score
         self.exact = False
         """Whether it has been given up for exact screening."""
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
         self._steps = 0
         self._recalls: list[float] = []
 
@@ -166,8 +166,8 @@ class Draft:
         if audit is None or self.exact or self._steps % audit.every:
             return None
         if audit.rows is None or audit.rows >= total:
-            return torch.arange(total)
-        return torch.randperm(total, generator=self._generator)[: audit.rows].sort().values
+            return torch.arange(total, device="cpu")
+        return torch.randperm(total, generator=self._generator, device="cpu")[: audit.rows].sort().values
 
     @property
     def counts_flops(self) -> bool:
@@ -224,7 +224,7 @@ def _takes(generator: torch.Generator, state: Any) -> bool:
 
 STATE = {
     "source": states.is_state,
-    "generator": lambda value: _takes(torch.Generator(), value),
+    "generator": lambda value: _takes(torch.Generator("cpu"), value),
     "steps": states.is_count,
     "recalls": lambda value: isinstance(value, list) and all(map(checks.is_number, value)),
     "exact": lambda value: isinstance(value, bool),

@@ -51,6 +51,6 @@ def _own_sums(
     """(4,) this process's part of the `NoiseSums`."""
     rows = keep.nonzero().squeeze(1)
     if differentiated is None or len(rows) == 0:
-        return torch.zeros(4, dtype=torch.float64)
+        return torch.zeros(4, dtype=torch.float64, device="cpu")
     exact = row_scores(size, inputs, differentiated)[rows]
     return noise_sums(exact, used[rows], weight[rows]).cpu()

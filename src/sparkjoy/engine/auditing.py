@@ -55,7 +55,7 @@ def audited(
     true, guessed = row_scores(score, part, exact), row_scores(draft.score or score, part, drafted)
     found = recall(true, guessed, rate, min(draft.verify or 1.0, 1 / rate))
     if how.ranks.size > 1:  # one verdict for all processes
-        found = how.ranks.add(torch.tensor([found], dtype=torch.float64)).item() / how.ranks.size
+        found = how.ranks.add(torch.tensor([found], dtype=torch.float64, device="cpu")).item() / how.ranks.size
     draft.judge(found)
     alone = recall(true, guessed, rate)
     return AuditResult(found, alone, spearman(true, guessed), draft_seconds, exact_seconds, draft_flops, exact_flops)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,13 +21,11 @@ from sparkjoy.drafts.audit import AuditResult
 from sparkjoy.drafts.draft import STATE as STATE_OF_DRAFT
 from sparkjoy.drafts.draft import Draft, Drafting
 from sparkjoy.engine.auditing import audited
-from sparkjoy.engine.beside import Beside
-from sparkjoy.engine.comparing import Comparisons, compared
 from sparkjoy.engine.flops import KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_inputs
 from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.looking import Asked
-from sparkjoy.engine.normalizer import Normalizer, checked_normalizer
+from sparkjoy.engine.normalizer import Normalizer, check_unbiased, checked_normalizer
 from sparkjoy.engine.options import in_words
 from sparkjoy.engine.packing import Trim, checked_packing
 from sparkjoy.engine.passes import HowToRun, Passes, Seen
@@ -33,8 +33,9 @@ from sparkjoy.engine.processes.distributed import ranks_of
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.engine.step import decided, everything
-from sparkjoy.gates import Gate
+from sparkjoy.gates import BudgetGate, Gate, KondoGate, SoftGate, UnbiasedGate
 from sparkjoy.gates.decision import GATE, load_state, rule_of, state_of, weighted
+from sparkjoy.gradients import Comparison, Comparisons, Gradients, sketches, sums
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
 from sparkjoy.scores import SCORE, ScoreFunction, delight
 
@@ -77,7 +78,8 @@ class GatedBackward:
         draft: a `Draft`: log-probs to decide on, or to propose rows by, from a cheaper source than `log_prob_fn`; None:
             the policy's own, exact.
         normalizer: what the sum of the kept terms is divided by. "batch": all valid tokens of the call, kept or not
-            (all samples for (B,)); "samples": B; "kept": valid tokens (samples) of the kept rows; or a number.
+            (all samples for (B,)); "samples": B; "kept": valid tokens (samples) of the kept rows, for a gate
+            that is not weighted; or a number.
         micro_batch_size: rows per forward and backward pass; None: all at once.
         micro_batch_tokens: columns of the mask per forward and backward pass, padding included; None: no limit.
         trim: `(batch, mask) -> (batch, columns)`, which cuts padding off a micro-batch and says which columns of the
@@ -128,6 +130,7 @@ class GatedBackward:
             checks.instance("draft", draft, Draft, "a Draft(source, ...), or None").check(gate, score)
         checks.function("backward", backward, "a function of a loss, such as accelerator.backward", ...)
         normalizer = checked_normalizer(normalizer)
+        check_unbiased(normalizer, gate)
         packing = checked_packing(micro_batch_size, micro_batch_tokens, trim, group_by)
         count_flops = checks.flag("count_flops", count_flops)
         if backward_over_forward is not None:
@@ -160,6 +163,7 @@ class GatedBackward:
         log_probs: Tensor | None = None,
         behavior_log_probs: Tensor | None = None,
         mask: Tensor | None = None,
+        step_number: int | None = None,
     ) -> BackwardReport:
         """Add the gradient of the kept samples to `.grad`; never steps an optimizer.
 
@@ -175,16 +179,20 @@ class GatedBackward:
                 `UnbiasedGate` with a floor; a token that was injected and recorded at log-prob 0 has no delight.
             behavior_log_probs: the denominator of a loss's ratio; default `log_probs`, else the current ones, detached.
             mask: (B, T), 1 for tokens that count; anything may stand where it is 0, NaN too.
+            step_number: of your loop; under several processes all raise where it differs. Without it a process that
+                leaves out a call, and goes on, is taken to be in step with the others' next one.
 
         Returns:
             A `BackwardReport`, counted from what ran.
 
         Raises:
             ValueError: NaN, infinite or misshapen input, before any `.grad` is touched; a log-prob that turns NaN or
-                infinite while differentiating, with the number of its micro-batch.
+                infinite while differentiating, with the number of its micro-batch. Any error says whether `.grad` has
+                changed.
         """
         how = HowToRun(self.loss, self.normalizer, self._packing, self.backward, self._ranks)
-        with self._ranks.together():
+        ledger = Ledger(self._known_flops)
+        with self._ranks.together(ledger):
             checks.function("log_prob_fn", log_prob_fn, "a function from rows to log-probs")
             self._check_call(log_probs, mask)
             rule = rule_of(self.gate)
@@ -193,16 +201,29 @@ class GatedBackward:
             score_tells = self.score is delight and rule is not None and not keeps_all and self._ranks.size == 1
             score_tells = score_tells and self.draft is None and behavior_log_probs is None and log_probs is not None
             inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask, score_tells)
-            self._ranks.open(inputs, self._in_words)
-            return self._step(None if keeps_all else self.gate, log_prob_fn, inputs, how)
+            if step_number is not None:
+                step_number = checks.whole("step_number", step_number, "a whole number of at least 0, or None", 0)
+            self._ranks.open(inputs, partial(self._in_words, inputs, step_number))
+            gate = None if keeps_all else self.gate
+            gradients = self._gradients(gate)
+            with gradients or nullcontext():
+                return self._step(gate, log_prob_fn, inputs, how, ledger, gradients)
 
-    def _step(self, gate: Gate | None, log_prob_fn: LogProbFunction, inputs: Inputs, how: HowToRun) -> BackwardReport:
+    def _step(
+        self,
+        gate: Gate | None,
+        log_prob_fn: LogProbFunction,
+        inputs: Inputs,
+        how: HowToRun,
+        ledger: Ledger,
+        gradients: Gradients | None,
+    ) -> BackwardReport:
         """Audit, decide, differentiate what is kept, and report, on checked inputs; no gate keeps everything."""
         draft = self.draft if self.draft is None or not self.draft.exact else None
-        ledger, audit = Ledger(self._known_flops), None
-        beside = self._beside(gate)
+        audit = None
         lessons: list[Seen] | None = [] if draft is not None and draft.learns else None
-        watched = log_prob_fn if beside is None else beside.watched(log_prob_fn)
+        alone = how.ranks.size == 1  # several know their parameters
+        watched = gradients.watched(log_prob_fn) if gradients is not None and alone else log_prob_fn
         if draft is not None:
             audit = audited(draft, log_prob_fn, inputs, ledger, how, self.score, self._rate, lessons)
             draft = None if draft.exact else draft
@@ -224,8 +245,8 @@ class GatedBackward:
         drafting = self._taught(ledger, lessons, kept if done.proposed is None else done.proposed, audit)
         loss = passes.close()
         comparison = None
-        if beside is not None and self._comparisons is not None:
-            comparison = compared(self._comparisons, beside, watched, inputs, how)
+        if gradients is not None and self._comparisons is not None:
+            comparison = _compared(self._comparisons, gradients, watched, inputs, how)
         self._remember(kept / total, ledger)
         return BackwardReport(
             **ledger.counted,
@@ -296,11 +317,15 @@ class GatedBackward:
         if self._packing.tokens is not None and mask is None:
             raise ValueError("micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count.")
 
-    def _in_words(self) -> str:
-        """The options that have to be the same on all processes."""
+    def _in_words(self, inputs: Inputs, step_number: int | None = None) -> str:
+        """What has to be the same on all processes: options, and what a call is given."""
         packing = self._packing
         return in_words(
             {
+                "step_number": step_number,
+                "log_probs": inputs.log_probs is not None and "given",
+                "behavior_log_probs": inputs.behavior_log_probs is not None and "given",
+                "mask": inputs.mask is not None and "given",
                 "gate": self.gate,
                 "loss": self.loss,
                 "score": self.score,
@@ -320,11 +345,36 @@ class GatedBackward:
     @property
     def _rate(self) -> float:
         """What the gate keeps: its rate, or what it has kept of late."""
-        rate: float | None = getattr(self.gate, "rate", None)
+        if isinstance(self.gate, BudgetGate | KondoGate | SoftGate | UnbiasedGate):
+            rate = self.gate.rate
+        else:
+            rule = rule_of(self.gate)
+            rate = None if rule is None else rule.rate
         return (1.0 if self._kept_fraction is None else max(1e-9, self._kept_fraction)) if rate is None else rate
 
-    def _beside(self, gate: Gate | None) -> Beside | None:
-        """What compares the gradients of this step, if it is one to be compared. Counts a step, whatever it keeps."""
+    def _gradients(self, gate: Gate | None) -> Gradients | None:
+        """Those of this step, if it is one to be compared. Counts a step, whatever it keeps."""
         if self._comparisons is None or not self._comparisons.due() or gate is None:
             return None
-        return Beside(self._ranks.parameters())
+        why = (
+            "compare_every takes a backward pass more: the hook would run on the dense gradient too. Leave out "
+            "compare_every, or step after the call instead of in a hook."
+        )
+        return Gradients(why, self._ranks.parameters())
+
+
+def _compared(
+    comparisons: Comparisons, gradients: Gradients, log_prob_fn: LogProbFunction, inputs: Inputs, how: HowToRun
+) -> Comparison:
+    """The gradient of the passes that have run beside that of all rows at weight 1, which is taken away again."""
+    began, ranks, ledger = time.perf_counter(), how.ranks, Ledger(None)
+    passes = Passes(log_prob_fn, inputs, ledger, how)
+    gated = gradients.snapshot()
+    with gradients.apart():
+        everything(inputs, passes, how)
+        passes.close()
+        own = sketches(gradients.beside(gated), ranks.shard or 0)
+        found = torch.cat([sums(gradients.beside(gated)), own.flatten()])
+    found = found if ranks.shard is None else ranks.add(found)
+    ran, seconds = ledger.counts, time.perf_counter() - began
+    return comparisons.compared(found[:4], found[4:].view_as(own), ran.forward_rows, ran.backward_rows, seconds)

@@ -1,8 +1,9 @@
 """Rows of a batch: checking, gathering and slicing, whatever the batch is made of.
 
 A batch is a tensor, a TensorDict, a Mapping, a namedtuple or a dataclass of tensors, nested as one likes, each with the
-rows as its leading dimension; ragged rows in nested tensors or lazy stacks. What is taken is a copy, which whoever gets
-it may write into, and no class is initialised anew for it.
+rows as its leading dimension; ragged rows in nested tensors or lazy stacks. Lists in it have an item a row, such as a
+prompt; None, numbers and strings are for all rows. What is taken is a copy, which whoever gets it may write into, and
+no class is initialised anew for it.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
+from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparkjoy import checks
 
 Rows = Tensor | slice
+FOR_ALL = (NoneType, str, bool, int, float, np.generic)
+"""What a batch may hold that is the same for all rows, as a tensor of no dimension is."""
 
 
 def take(batch: Any, rows: Rows) -> Any:
@@ -32,13 +37,19 @@ def take(batch: Any, rows: Rows) -> Any:
         rows: indices (n,), or a slice.
     """
     if isinstance(batch, Tensor):
+        if batch.dim() == 0:
+            return batch.clone()
         if batch.is_nested:
             return _take_ragged(batch, rows)
         if batch.layout != torch.strided:
             return batch.index_select(0, _indices(rows, batch))
         return batch[rows].clone() if isinstance(rows, slice) else batch.index_select(0, rows)
-    if _is_tensor_collection(batch):
+    if is_tensor_collection(batch):
         return batch[rows].clone()  # an index of a lazy stack shares the rows it holds
+    if isinstance(batch, list):
+        return batch[rows] if isinstance(rows, slice) else [batch[row] for row in rows.tolist()]
+    if isinstance(batch, FOR_ALL):
+        return batch
     return _rebuild(batch, lambda part: take(part, rows))
 
 
@@ -51,35 +62,45 @@ def row_shapes(batch: Any, total: int, device: torch.device | None = None) -> tu
         device: where a batch has to be that was given by a caller, and without a graph; None: part of such a batch.
 
     Returns:
-        A ragged dimension is -1.
+        A ragged dimension is -1, and so is what a row of nothing but lists may cost.
 
     Raises:
         ValueError: a tensor, which is named, has another leading dimension than `total`, is somewhere else than the
             advantages, has a graph, or is of a layout that rows cannot be taken from.
     """
-    shapes = []
-    for name, shape, tensor in _shapes(batch, "batch"):
-        if not shape or shape[0] != total:
+    shapes, lists = [], False
+    for name, shape, part in _shapes(batch, "batch"):
+        if isinstance(part, list):
+            if len(part) != total:
+                raise ValueError(f"{name} is a list of {len(part)}; expected one of {total}, an item for each row.")
+            lists = True
+            continue
+        for_all = not shape and part is not batch
+        if not for_all and (not shape or shape[0] != total):
             raise ValueError(f"{name} has shape {shape}; expected a leading dimension of {total}, as advantages.")
-        if device is not None:
-            checks.same_device(name, tensor, device)
-        if device is not None and tensor.grad_fn is not None:
+        if device is not None and not for_all:
+            checks.same_device(name, part, device)
+        if device is not None and part.grad_fn is not None:
             raise ValueError(
                 f"{name} has a graph, which the first of several backward passes would free; compute it inside the "
                 "log-prob function, from rows without one, or give it detached where nothing is to learn from it."
             )
-        shapes.append(shape[1:])
-    return tuple(shapes)
+        if not for_all:
+            shapes.append(shape[1:])
+    return ((-1,),) if lists and not shapes else tuple(shapes)
 
 
-def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+def _shapes(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], Tensor | list[Any]]]:
     if isinstance(batch, Tensor):
         yield name, _shape(batch, name), batch
-    elif _is_tensor_collection(batch):
+    elif is_tensor_collection(batch):
         yield from _shapes_of_collection(batch, name)
     else:
         for key, value in _parts(batch, name):
-            yield from _shapes(value, key)
+            if isinstance(value, list):
+                yield key, (len(value),), value
+            elif not isinstance(value, FOR_ALL):
+                yield from _shapes(value, key)
 
 
 def _shape(tensor: Tensor, name: str) -> tuple[int, ...]:
@@ -102,7 +123,7 @@ def _size(nested: Tensor, dim: int) -> int:
     return size if isinstance(size, int) else -1
 
 
-def _shapes_of_collection(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+def _shapes_of_collection(batch: Any, name: str) -> Iterator[tuple[str, tuple[int, ...], Any]]:
     """Of a TensorDict or tensorclass; entries of a lazy stack are not put together, since they may be ragged."""
     if not batch.batch_size:
         raise ValueError(f"{name} is a {type(batch).__name__} of no batch_size; expected batch_size=[B].")
@@ -126,7 +147,8 @@ def _parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
     else:
         raise ValueError(
             f"{name} is {checks.described(batch)}; expected a tensor, or a TensorDict, Mapping, namedtuple or "
-            "dataclass of tensors with the rows as leading dimension, such as {'tokens': tokens}."
+            "dataclass of tensors with the rows as leading dimension, such as {'tokens': tokens}; beside them lists "
+            "with an item a row, numbers, strings and None."
         )
 
 
@@ -166,7 +188,7 @@ def _indices(rows: Rows, tensor: Tensor) -> Tensor:
     return torch.arange(tensor.shape[0], device=tensor.device)[rows] if isinstance(rows, slice) else rows
 
 
-def _is_tensor_collection(batch: Any) -> bool:
+def is_tensor_collection(batch: Any) -> bool:
     """Whether this is a TensorDict or tensorclass; who holds one has imported tensordict, so we need not."""
     tensordict = sys.modules.get("tensordict")
     return tensordict is not None and bool(tensordict.is_tensor_collection(batch))

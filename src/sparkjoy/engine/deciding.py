@@ -38,7 +38,8 @@ def row_scores(score_function: ScoreFunction, inputs: Inputs, log_probs: Tensor)
         precise = torch.promote_types(score.dtype, torch.float32)
         total = score.sum(dim=1, dtype=precise)
         if is_size(score_function):
-            total = torch.copysign(score.to(precise).square().sum(dim=1).sqrt(), total)
+            largest = score.to(precise).abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(precise).tiny)
+            total = torch.copysign((score / largest).square().sum(dim=1).sqrt() * largest.squeeze(1), total)
         score = total
     if score.shape != (inputs.total,):
         raise ValueError(f"the score has shape {tuple(score.shape)}; expected ({inputs.total},), one per row.")
@@ -54,7 +55,7 @@ def scored_rows(gate: Gate, score: Tensor, inputs: Inputs) -> Scored:
     return Scored(score, cost, None if plain else inputs.teaches())
 
 
-def decide(gate: Gate, scored: Scored, inputs: Inputs) -> Decision:
+def decide(gate: Gate, scored: Scored, inputs: Inputs, score_function: ScoreFunction) -> Decision:
     """The gate's decision, about rows that teach something: a gate with a rule keeps no others."""
     score, cost, teaches = scored
     try:
@@ -78,6 +79,14 @@ def decide(gate: Gate, scored: Scored, inputs: Inputs) -> Decision:
     if not bool(decision.weight.isfinite().all()):
         raise ValueError("the gate's weight is not finite; expected finite numbers (B,).")
     keep = decision.keep & teaches
+    if weighted(gate) and not is_size(score_function):  # a size is 0 where the gradient is
+        never = int((teaches & (score == 0) & (decision.probability == 0)).count_nonzero())
+        if never > 1:  # one may be chance, of a score that is drawn
+            raise ValueError(
+                f"the score is 0 for {never} rows that have an advantage, so that {gate!r} would never keep them and "
+                "its expected gradient would not be the dense one; give it a floor, such as 0.02, or a score that is 0 "
+                "only where the gradient is."
+            )
     return replace(
         decision,
         keep=keep,

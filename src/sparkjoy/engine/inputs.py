@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,9 +118,10 @@ def check_inputs(
     Raises:
         ValueError: what was given, what is expected and what to do.
     """
+    of_list = not isinstance(advantages, Tensor | np.ndarray)
     advantages = as_tensor("advantages", advantages)
-    if not advantages.is_floating_point():
-        advantages = advantages.to(torch.get_default_dtype())
+    if of_list or not advantages.is_floating_point():
+        advantages = advantages.to(checks.at_least_float32())
     if advantages.dim() not in (1, 2):
         raise ValueError(f"advantages has shape {tuple(advantages.shape)}; expected (B,) or (B, T).")
     total = advantages.shape[0]
@@ -172,7 +174,8 @@ def check_log_probs(log_probs: Any, inputs: Inputs, source: str) -> Tensor:
         )
         raise ValueError(
             f"{source} returned shape {tuple(log_probs.shape)} for {inputs.total} rows; expected "
-            f"{wanted}: one log-prob per row, or one per token.{_one_column(log_probs, per_token)}"
+            f"{wanted}: one log-prob per row, or one per token.{_one_column(per_token)}"
+            f"{_squeezed(log_probs, inputs.total, expected)}"
         )
     if expected is None and _of_every_action(log_probs.detach()):
         actions = log_probs.shape[1]
@@ -194,10 +197,18 @@ def _of_every_action(log_probs: Tensor) -> bool:
     return bool(((sums - 1).abs().amax() < SUM_TO_ONE) & (log_probs.amax() - log_probs.amin() > SUM_TO_ONE))
 
 
-def _one_column(log_probs: Tensor, per_token: Tensor | None) -> str:
-    """What to do where advantages (B, 1) stand beside log-probs of rows."""
-    if log_probs.dim() == 1 and per_token is not None and per_token.shape[1] == 1:
+def _one_column(advantages: Tensor | None) -> str:
+    """What to do where advantages (B, 1) do not fit."""
+    if advantages is not None and advantages.dim() == 2 and advantages.shape[1] == 1:
         return " One advantage per row is (B,): advantages.squeeze(-1)."
+    return ""
+
+
+def _squeezed(log_probs: Tensor, total: int, expected: tuple[int, ...] | None) -> str:
+    """What to do where the dimension of a single row is gone."""
+    dims = (0, 1) if expected is None else (len(expected) - 1,)
+    if total == 1 and log_probs.dim() in dims:
+        return " A function is called with one row too: write .squeeze(1) or .squeeze(-1) instead of .squeeze()."
     return ""
 
 
@@ -209,7 +220,10 @@ def _token_shape(
     known = [("log_probs", log_probs), ("behavior_log_probs", behavior_log_probs)]
     shape = next((t.shape for _, t in [*known, ("mask", mask)] if t is not None), advantages.shape)
     if advantages.dim() == 2 and advantages.shape != shape:
-        raise ValueError(f"advantages has shape {tuple(advantages.shape)}, but the tokens are {tuple(shape)}.")
+        raise ValueError(
+            f"advantages has shape {tuple(advantages.shape)}, but the tokens are {tuple(shape)}."
+            f"{_one_column(advantages)}"
+        )
     if len(shape) not in (1, 2) or shape[0] != total or (mask is not None and mask.dim() != 2):
         raise ValueError(
             f"advantages has shape {tuple(advantages.shape)} and log_probs or mask {tuple(shape)}; expected (B,) or "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from sparkjoy import checks
 from sparkjoy.engine.counts import Counts
 from sparkjoy.engine.flops import Direction, FlopCount, KnownFlops
 from sparkjoy.engine.inputs import Inputs, check_log_probs
@@ -35,6 +36,8 @@ class Ledger:
     def __init__(self, known_flops: KnownFlops | None) -> None:
         self._counted = dict.fromkeys(COUNTED, 0)
         self._graph_flops = 0
+        self.differentiated = False
+        """Whether a backward pass has begun, and so may have added to `.grad`."""
         self.seconds = {"screen": 0.0, "gather": 0.0, "forward": 0.0, "backward": 0.0}
         self._known_flops = known_flops
         self._measures_graph = False
@@ -93,10 +96,14 @@ class Ledger:
 
     def backward(self, backward: Callable[[Tensor], Any], loss: Tensor, part: Inputs) -> None:
         """Run `backward(loss)`, whose graph ends at the log-probs of `part`."""
+        loss.register_hook(self._begun)
         flops = self._measured("backward", part, lambda: backward(loss), self._measures_graph)[1]
         self._counted["backward_flops"] += flops
         if self._hook is not None:
             self._hook.remove()  # a log-prob function may return the same tensor again
+
+    def _begun(self, gradient: Tensor) -> None:
+        self.differentiated = True
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -114,7 +121,16 @@ class Ledger:
     def _forward(
         self, direction: Direction, source: Callable[[Any], Tensor], part: Inputs, measure: bool = False
     ) -> Tensor:
-        log_probs, flops = self._measured(direction, part, lambda: uncached(source, part.batch), measure)
+        try:
+            log_probs, flops = self._measured(direction, part, lambda: uncached(source, part.batch), measure)
+        except ValueError as error:
+            if part.total == 1 and "more than 1 value per channel when training" in str(error):
+                checks.add_sentence(
+                    error,
+                    "A function is called with one row too, which BatchNorm in training mode refuses: update its "
+                    "statistics yourself, once a step on all rows, and call it in eval() (docs/how_a_step_runs.md).",
+                )
+            raise
         self._counted["forward_flops"] += flops
         whose = "the draft" if direction == "screen" else "the log-prob function"
         checked = check_log_probs(log_probs, part, whose)

@@ -9,6 +9,8 @@ from torch import Tensor
 from sparkjoy import checks
 from sparkjoy.engine.inputs import Inputs
 from sparkjoy.engine.processes.ranks import Ranks
+from sparkjoy.gates import Gate
+from sparkjoy.gates.decision import weighted
 
 Normalizer = Literal["batch", "samples", "kept"] | float
 
@@ -19,6 +21,16 @@ def checked_normalizer(normalizer: Any) -> Normalizer:
         return normalizer  # type: ignore[return-value]  # one of the words
     expected = "'batch', 'samples', 'kept' or a number above 0"
     return checks.number("normalizer", normalizer, expected, lambda divisor: divisor > 0)
+
+
+def check_unbiased(normalizer: Normalizer, gate: Gate | None) -> None:
+    """Raise a ValueError where a divisor follows the draws of a gate whose mean gradient is to be the dense one."""
+    if normalizer == "kept" and weighted(gate):
+        raise ValueError(
+            f"normalizer is 'kept' and the gate {gate!r}: weights stand in for the skipped rows already, so that the "
+            "gradient over the kept ones alone would be several times the dense one. Take 'batch', which is the same "
+            "for all gates, 'samples' or a number."
+        )
 
 
 def divisor(normalizer: Normalizer, inputs: Inputs, keep: Tensor, log_probs: Tensor, ranks: Ranks) -> float:

@@ -39,7 +39,8 @@ def first_difference(texts: list[str]) -> str:
 
 def _described(value: Any) -> str:
     if isinstance(value, partial):
-        return f"partial({_described(value.func)}, {value.args}, {value.keywords})"
+        named = [f"{name}={_described(given)}" for name, given in value.keywords.items()]
+        return f"{_described(value.func)}({', '.join([*map(_described, value.args), *named])})"
     if isinstance(value, nn.Module):
         return type(value).__qualname__
     name = getattr(value, "__qualname__", None)

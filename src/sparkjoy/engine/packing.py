@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.engine.batches import Rows, row_shapes
+from sparkjoy.engine.batches import Rows, is_tensor_collection, row_shapes
 from sparkjoy.engine.inputs import Inputs
 
 Trim = Callable[[Any, Tensor], tuple[Any, slice]]
@@ -48,20 +48,22 @@ class TrimRight:
 
     def __call__(self, batch: Any, mask: Tensor) -> tuple[Any, slice]:
         """The batch, and the columns of the mask, without the shared padding."""
-        absent = [name for name in self.names if not hasattr(batch, "keys") or name not in batch.keys()]  # noqa: SIM118
+        names = set(batch.keys()) if isinstance(batch, Mapping) or is_tensor_collection(batch) else ()
+        absent = [name for name in self.names if name not in names]
         if absent:
             raise ValueError(
                 f"TrimRight finds no {absent[0]!r} in a {type(batch).__name__}; expected names of tensors in a Mapping "
                 "or TensorDict. Trim other batches by a function of your own."
             )
         mask = checks.mask(checks.tensor("mask", mask, (2,), shape="(n, T)"), mask.shape)
-        width = mask.shape[1]
+        rows, width = mask.shape
         for name in self.names:
             tensor = batch[name]
-            if not isinstance(tensor, Tensor) or tensor.dim() < 2 or tensor.shape[1] < width:
+            fits = isinstance(tensor, Tensor) and tensor.dim() > 1 and len(tensor) == rows and tensor.shape[1] >= width
+            if not fits:
                 raise ValueError(
-                    f"batch[{name!r}] is {checks.described(tensor)}; expected a tensor whose second dimension ends as "
-                    f"that of the mask does, of {width}."
+                    f"batch[{name!r}] is {checks.described(tensor)}; expected a tensor of the mask's {rows} rows, "
+                    f"whose second dimension ends as that of the mask does, of {width}."
                 )
         used = mask.any(dim=0).nonzero()
         length = 1 + int(used[-1]) if len(used) else 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +15,6 @@ from torch import Tensor
 
 from sparkjoy import checks
 from sparkjoy.engine.batches import Rows
-from sparkjoy.engine.hooks import check_nothing_steps
 from sparkjoy.engine.inputs import Inputs, finite_where_valid
 from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.normalizer import Normalizer, divisor
@@ -20,11 +22,18 @@ from sparkjoy.engine.packing import AT_ONCE, Packing
 from sparkjoy.engine.processes.ranks import ALONE, Ranks
 from sparkjoy.engine.screening import LogProbFunction, screening
 from sparkjoy.engine.sound import check_discrete, check_graph, check_numbers, check_padding, valid
+from sparkjoy.gradients import Leaves, refuse_hooks
 from sparkjoy.losses import Loss, reinforce
 from sparkjoy.scores import at_least_float32
 
 Seen = tuple[Any, Tensor]
 """Rows, and their exact log-probs, detached."""
+
+STEPS_IN_HOOK = (
+    "this batch may take several backward passes: the hook would run once in each, with a part of the gradient. Leave "
+    "out micro_batch_size and micro_batch_tokens, or make them large enough for all rows; or step after the call "
+    "instead of in a hook."
+)
 
 
 @dataclass(frozen=True)
@@ -120,13 +129,14 @@ class Passes:
         seen = finite_where_valid("the dense forward pass: log_probs", log_probs.detach(), part.mask)
         seen = self._placed(None, part_rows, columns, seen, part.total)
         self.ledger.lap("forward")
-        return Graph(torch.arange(self._inputs.total) if rows is None else rows, part, log_probs, seen)
+        every = torch.arange(self._inputs.total, device=log_probs.device)
+        return Graph(every if rows is None else rows, part, log_probs, seen)
 
     def differentiate_graph(self, graph: Graph, weight: Tensor, keep: Tensor) -> None:
         """Add the gradient of a forward pass made before, each row times its weight (B,)."""
         self._rounds += 1
-        self._check_hooks(graph.log_probs, 1)
-        self._add(graph.log_probs, graph.part, weight[graph.rows], keep)
+        with self._refusing_hooks(graph.log_probs, 1, 1):
+            self._add(graph.log_probs, graph.part, weight[graph.rows], keep)
 
     def differentiate(
         self, keep: Tensor, weight: Tensor | None, kept_everywhere: int, watches: bool = False
@@ -157,10 +167,9 @@ class Passes:
             if watches and not filler:
                 values = valid(log_probs.detach(), part.mask)
                 watched = self._placed(watched, part_rows, columns, values, part.total)
-            if number == 1:
-                self._check_hooks(log_probs, rounds)
             where = f"micro-batch {number} of {rounds}"
-            self._add(log_probs, part, part_weight, keep, where, last=number == rounds)
+            with self._refusing_hooks(log_probs, number, rounds):
+                self._add(log_probs, part, part_weight, keep, where, last=number == rounds)
         self._rounds += rounds
         return watched
 
@@ -194,20 +203,27 @@ class Passes:
     def _check(self, loss: Tensor, log_probs: Tensor, part: Inputs, where: str) -> None:
         """Raise a ValueError that names the pass, before it is differentiated, if its gradient would be wrong."""
         check_graph(loss, log_probs)
-        alone = self._how.ranks.size == 1  # several see to `.grad` themselves
-        advice = " Earlier micro-batches have added to .grad: zero it." if alone and self._losses else ""
-        all_finite = check_numbers(loss, log_probs, part.mask, where, advice, unbounded=self._how.loss is reinforce)
+        all_finite = check_numbers(loss, log_probs, part.mask, where, unbounded=self._how.loss is reinforce)
         if self._discrete:
             check_discrete(log_probs, part.mask, where)
-        if alone and not all_finite:
+        if self._how.ranks.size == 1 and not all_finite:
             with self.ledger.uncounted():
                 check_padding(log_probs, where)
 
-    def _check_hooks(self, log_probs: Tensor, rounds: int) -> None:
-        """Refuse what steps within a backward pass, at once where a batch of this size may take several."""
+    @contextmanager
+    def _refusing_hooks(self, log_probs: Tensor, number: int, rounds: int) -> Iterator[None]:
+        """Around the first backward pass: what steps within it is refused where a batch of this size may take several.
+
+        Before `.grad` is touched, or, inside of a reentrant checkpoint, before the first such parameter's is.
+        """
         how = self._how
-        if rounds > 1 or (how.ranks.size == 1 and not how.packing.holds(self._inputs, self._inputs.total)):
-            check_nothing_steps(log_probs)
+        several = rounds > 1 or (how.ranks.size == 1 and not how.packing.holds(self._inputs, self._inputs.total))
+        if number > 1 or not several:
+            yield
+            return
+        with Leaves(partial(refuse_hooks, why=STEPS_IN_HOOK)) as leaves:
+            leaves.look(log_probs)
+            yield
 
     def _teach(self, rows: Rows, part: Inputs, log_probs: Tensor) -> None:
         """Put among the lessons what is not there yet: of the kept rows some were screened, and others kept by sign."""
@@ -231,7 +247,7 @@ class Passes:
         if into is None:
             whole = log_probs.shape[1:] if inputs.mask is None or log_probs.dim() == 1 else inputs.mask.shape[1:]
             into = log_probs.new_zeros((inputs.total, *whole))
-        into[rows if log_probs.dim() == 1 else (rows, columns)] = log_probs
+        into[rows if log_probs.dim() == 1 else (rows, columns)] = log_probs.to(into)
         return into
 
 
@@ -255,6 +271,9 @@ def _terms(loss: Loss, log_probs: Tensor, part: Inputs, weight: Tensor | None) -
 
 def _accumulation_steps(backward: Callable[[Tensor], Any]) -> int:
     """What accelerate's `backward` divides a loss by: steps of its own, where a call here is normalised already."""
-    accelerator = getattr(getattr(backward, "func", backward), "__self__", None)
-    steps = getattr(accelerator, "gradient_accumulation_steps", 1)
-    return steps if isinstance(steps, int) else 1
+    method = backward.func if isinstance(backward, partial) else backward
+    accelerate = sys.modules.get("accelerate.accelerator")  # who has an Accelerator has imported it, so we need not
+    if accelerate is None or not isinstance(method, MethodType):
+        return 1
+    own = method.__func__ is accelerate.Accelerator.backward
+    return method.__self__.gradient_accumulation_steps if own else 1  # type: ignore[attr-defined]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from sparkjoy.drafts.draft import Drafting
-from sparkjoy.engine.comparing import Comparison
 from sparkjoy.engine.counts import Counts
 from sparkjoy.engine.plan import Choice, Plan
 from sparkjoy.gates import Decision
+from sparkjoy.gradients import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)

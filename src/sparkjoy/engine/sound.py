@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.hooks import leaves
+from sparkjoy.gradients import leaves
 from sparkjoy.scores import surprisal
 
 
@@ -22,9 +22,7 @@ def check_graph(loss: Tensor, log_probs: Tensor) -> None:
         raise ValueError("the loss has no graph; expected terms computed from the log-probs it was given.")
 
 
-def check_numbers(
-    loss: Tensor, log_probs: Tensor, mask: Tensor | None, where: str, advice: str, unbounded: bool = False
-) -> bool:
+def check_numbers(loss: Tensor, log_probs: Tensor, mask: Tensor | None, where: str, unbounded: bool = False) -> bool:
     """Whether all log-probs are finite, padding too; a ValueError that names the pass where the loss is not.
 
     Args:
@@ -32,7 +30,6 @@ def check_numbers(
         log_probs: of the pass.
         mask: which of them count; None: all.
         where: the pass, in words.
-        advice: said in the end.
         unbounded: the loss is infinite where a log-prob is, so that one number tells. A bounded loss is finite with an
             infinite log-prob, and its gradient may not be: then both are read, at once.
     """
@@ -46,7 +43,7 @@ def check_numbers(
     if not math.isfinite(total) or not (all_finite or bool(valid(seen, mask).isfinite().all())):
         raise ValueError(
             f"{where}: the loss is {total}, from log-probs between {seen.min().item():g} and "
-            f"{seen.max().item():g}; expected finite numbers.{advice}"
+            f"{seen.max().item():g}; expected finite numbers."
         )
     return all_finite
 
@@ -67,7 +64,7 @@ def check_padding(log_probs: Tensor, where: str) -> None:
     """
     try:
         zeros = torch.zeros_like(log_probs)
-        gradients = torch.autograd.grad(log_probs, list(leaves(log_probs)), zeros, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(log_probs, leaves(log_probs), zeros, retain_graph=True, allow_unused=True)
         arrives = all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
     except RuntimeError:
         arrives = False

@@ -55,7 +55,7 @@ def decided(asked: Asked, size: ScoreFunction | None, inputs: Inputs, passes: Pa
     gate, ranks = asked.gate, how.ranks
     sight = seen(asked, inputs, passes, how)
     scored = ranks.gather(scored_rows(gate, sight.score, inputs))
-    decision = ranks.same(decide(gate, scored, inputs))
+    decision = ranks.same(decide(gate, scored, inputs, asked.score))
     kept = int(decision.keep.count_nonzero())
     passes.ledger.lap("screen")
     exact, differentiated = sight.exact and asked.score is size, None

@@ -104,7 +104,7 @@ def default_gates(rate: float, seed: int) -> Iterator[tuple[str, Kind, Gate, Sco
     """Name, kind, gate and what it decides on (None: its own default); `rate` is what a noise of 0.3 keeps."""
 
     def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
+        return torch.Generator("cpu").manual_seed(seed)
 
     for noise in (0.1, 0.3, 1.0, 3.0):
         yield f"noise {noise:g}", "unbiased", UnbiasedGate(noise=noise, generator=generator()), None

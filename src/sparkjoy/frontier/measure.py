@@ -14,21 +14,23 @@ from torch import Tensor
 from sparkjoy import checks
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.inputs import Inputs, check_inputs
-from sparkjoy.engine.normalizer import Normalizer
+from sparkjoy.engine.normalizer import Normalizer, check_unbiased, checked_normalizer
 from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.frontier.arms import Arm, Outcome, PlainLoop, Progress, check_gates, default_gates, turns
 from sparkjoy.frontier.cost import PEAK_BYTES, timed, with_peak
-from sparkjoy.frontier.gradients import Gradients
 from sparkjoy.frontier.result import Frontier
 from sparkjoy.gates import Gate, UnbiasedGate
 from sparkjoy.gates.decision import weighted
+from sparkjoy.gradients import Gradients, figures, same_random_state, sums
 from sparkjoy.losses import Loss, reinforce
 from sparkjoy.scores import ScoreFunction
 from sparkjoy.selecting import select
 
 LARGER, FASTER = 4, 0.9
 """Micro-batches are tried so many times as large as the last, while a row takes less than this part of its seconds."""
+
+STEPS_IN_HOOK = "measuring takes many backward passes: the hook would run in each. Remove it while measuring."
 
 
 def frontier(
@@ -82,8 +84,8 @@ def frontier(
         normalizer: as `GatedBackward`'s.
         micro_batch_size: rows per forward and backward pass, for all settings; None: the fastest of 1, 4, 16, ... for
             the dense step, up to the first that is slower or does not fit.
-        parameters: all that require a gradient, where the graph of the log-probs does not show them (a reentrant
-            checkpoint); None: found in the graph.
+        parameters: some whose gradients are put back too, whether or not they are found; None: those that are, in the
+            graph of the log-probs and inside of reentrant checkpoints.
         rounds: turns of each setting; None: as many as fit `seconds`, from 3 to 50.
         seconds: how long to go on.
         seed: of the default gates' draws.
@@ -100,6 +102,7 @@ def frontier(
     inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
     if not bool(inputs.teaches().any()):
         raise ValueError("advantages are all 0, so there is no gradient; give a batch that has something to teach.")
+    normalizer = checked_normalizer(normalizer)
     if micro_batch_size is not None:
         expected = "a whole number of at least 1, or None to look for the best"
         micro_batch_size = checks.whole("micro_batch_size", micro_batch_size, expected)
@@ -111,79 +114,89 @@ def frontier(
         checks.function("progress", progress, "a function (fraction, what) -> None, or None", ..., ...)
     if gates is not None:
         check_gates(gates)
+    for gate in [UnbiasedGate()] if gates is None else gates.values():
+        check_unbiased(normalizer, gate)
     say = progress or (lambda fraction, what: None)
     device, total = inputs.advantages.device, inputs.total
     options: dict[str, Any] = {"loss": loss, "normalizer": normalizer, "count_flops": False}
-    gradients = Gradients(parameters)
-    seen: list[Tensor] = []
+    gradients = Gradients(STEPS_IN_HOOK, _checked(parameters))
+    watched = gradients.watched(log_prob_fn)
+    with gradients, same_random_state(device), gradients.apart(), torch.enable_grad():
+        _run(GatedBackward(None, **options), watched, inputs.take(slice(0, 1)))  # refuses what is wrong, at once
+        size = micro_batch_size
+        if size is None:
+            size = _best_size(PlainLoop(watched, inputs, loss), device, lambda what: say(0.0, what))
+        size = options["micro_batch_size"] = min(size, total)
+        say(0.05, "the gradient to compare with")
+        gradients.clear()
+        seen: list[Tensor] = []
 
-    def watched(rows: Any) -> Tensor:
-        found = log_prob_fn(rows)
-        if isinstance(found, Tensor):  # else the engine refuses it
-            gradients.find(found)
-            seen.append(found.detach())
-        return found
+        def seeing(rows: Any) -> Tensor:
+            log_probs = watched(rows)
+            seen.append(log_probs.detach())
+            return log_probs
 
-    devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.enable_grad():
-            _run(GatedBackward(None, **options), watched, inputs.take(slice(0, 1)))  # refuses what is wrong, at once
-            size = micro_batch_size
-            if size is None:
-                size = _best_size(PlainLoop(watched, inputs, loss), device, lambda what: say(0.0, what))
-            size = options["micro_batch_size"] = min(size, total)
-            say(0.05, "the gradient to compare with")
+        _run(GatedBackward(None, **options), seeing, inputs)
+        reference = gradients.snapshot()
+        length = math.sqrt(sums(gradients.beside(reference))[0])
+        if not 0 < length < math.inf:
+            raise ValueError(f"the gradient of the batch has a length of {length:g}; expected one to compare with.")
+        found = torch.cat(seen)
+        tokens = inputs.tokens(found)
+        divisors = {"batch": tokens, "kept": tokens, "samples": total}
+        divisor = divisors[normalizer] if isinstance(normalizer, str) else normalizer
+        plain = PlainLoop(log_prob_fn, inputs, loss, divisor)
+        row_tokens = inputs.row_tokens
+        row_tokens = torch.full((total,), tokens // total, device="cpu") if row_tokens is None else row_tokens
+
+        def dense() -> Outcome:
+            for start in range(0, total, size):
+                plain(slice(start, min(start + size, total)))
+            return total, tokens, 0.0
+
+        def gated(gate: Gate, score: ScoreFunction | None) -> Callable[[], Outcome]:
+            engine = GatedBackward(gate, score=score, **options)
+
+            def step() -> Outcome:
+                report = _run(engine, log_prob_fn, inputs)
+                return report.kept, int(row_tokens[report.decision.keep.cpu()].sum()), report.noise
+
+            return step
+
+        arms = [Arm("dense", "dense", None, dense)]
+        if gates is None:
+            known = found if inputs.log_probs is None else inputs.log_probs
+            kept = select(UnbiasedGate(noise=0.3), inputs.advantages, known, inputs.mask, loss=loss)
+            for name, kind, gate, score in default_gates(float(kept.decision.probability.mean()), seed):
+                arms.append(Arm(name, kind, gate, gated(gate, score)))
+        else:
+            for name, gate in copy.deepcopy(dict(gates)).items():
+                arms.append(Arm(name, "unbiased" if weighted(gate) else "biased", gate, gated(gate, None)))
+        for arm in turns(arms, rounds, seconds, say):
             gradients.clear()
-            seen.clear()
-            _run(GatedBackward(None, **options), watched, inputs)
-            length = gradients.refer()
-            if not 0 < length < math.inf:
-                raise ValueError(f"the gradient of the batch has a length of {length:g}; expected one to compare with.")
-            found = torch.cat(seen)
-            tokens = inputs.tokens(found)
-            divisors = {"batch": tokens, "kept": tokens, "samples": total}
-            divisor = divisors[normalizer] if isinstance(normalizer, str) else normalizer
-            plain = PlainLoop(log_prob_fn, inputs, loss, divisor)
-            row_tokens = inputs.row_tokens
-            row_tokens = torch.full((total,), tokens // total) if row_tokens is None else row_tokens
-
-            def dense() -> Outcome:
-                for start in range(0, total, size):
-                    plain(slice(start, min(start + size, total)))
-                return total, tokens, 0.0
-
-            def gated(gate: Gate, score: ScoreFunction | None) -> Callable[[], Outcome]:
-                engine = GatedBackward(gate, score=score, **options)
-
-                def step() -> Outcome:
-                    report = _run(engine, log_prob_fn, inputs)
-                    return report.kept, int(row_tokens[report.decision.keep.cpu()].sum()), report.noise
-
-                return step
-
-            arms = [Arm("dense", "dense", None, dense)]
-            if gates is None:
-                known = found if inputs.log_probs is None else inputs.log_probs
-                kept = select(UnbiasedGate(noise=0.3), inputs.advantages, known, inputs.mask, loss=loss)
-                for name, kind, gate, score in default_gates(float(kept.decision.probability.mean()), seed):
-                    arms.append(Arm(name, kind, gate, gated(gate, score)))
+            if arm.peaks:
+                taken, outcome = timed(arm.step, device)
             else:
-                for name, gate in copy.deepcopy(dict(gates)).items():
-                    arms.append(Arm(name, "unbiased" if weighted(gate) else "biased", gate, gated(gate, None)))
-            for arm in turns(arms, rounds, seconds, say):
-                gradients.clear()
-                if arm.peaks:
-                    taken, outcome = timed(arm.step, device)
-                else:
-                    taken, (outcome, peak) = timed(partial(with_peak, arm.step, device, gradients.parameters), device)
-                    arm.peaks.append(peak)
-                arm.seconds.append(taken)
-                arm.outcomes.append(outcome)
-                arm.compared.append(gradients.compare())
-    finally:
-        gradients.restore()
+                taken, (outcome, peak) = timed(partial(with_peak, arm.step, device, gradients.parameters), device)
+                arm.peaks.append(peak)
+            arm.seconds.append(taken)
+            arm.outcomes.append(outcome)
+            cosine, error, _ = figures(sums((here, dense) for dense, here in gradients.beside(reference)))
+            arm.compared.append((math.nan if error is None else error, cosine or 0.0))
     settings = tuple(arm.measured() for arm in arms)
     return Frontier(settings, total, tokens, size, log_probs is not None, PEAK_BYTES[device.type == "cuda"])
+
+
+def _checked(parameters: Iterable[Tensor] | None) -> list[Tensor]:
+    if parameters is None:
+        return []
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    found = list(checks.instance("parameters", parameters, Iterable, "tensors, such as model.parameters(), or None"))
+    for index, parameter in enumerate(found):
+        checks.instance(f"parameters[{index}]", parameter, Tensor, "a tensor")
+    if not any(parameter.requires_grad for parameter in found):
+        raise ValueError("parameters has none that requires a gradient; leave it out for them to be found.")
+    return found
 
 
 def _run(engine: GatedBackward, log_prob_fn: LogProbFunction, part: Inputs) -> BackwardReport:

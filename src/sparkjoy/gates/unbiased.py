@@ -15,13 +15,18 @@ from torch import Tensor
 from sparkjoy import checks, states
 from sparkjoy.gates.decision import Decision
 from sparkjoy.gates.inputs import checked_cost, checked_score
-from sparkjoy.noise import NoiseSums, price_for_noise
+from sparkjoy.noise import LARGEST, NoiseSums, price_for_noise
 from sparkjoy.scores import at_least_float32
 
-MEMORY = 0.9
-"""What a batch's second moment still counts one batch later: a mean over about ten batches."""
+RECENT = 10
+"""Batches that are remembered, of those that have a signal: the budget is relative to their mean second moment."""
 
-STATE = ("moment", "batches", "exact", "used", "allowance", "own")
+MOST = 1.3
+"""What one of them counts for at most, over the third largest: outliers would hold the price for long."""
+
+UNLIKE = 2.0
+"""A batch of more than so many times that mean tells nothing of how far the sizes of others are off."""
+
 
 GAIN = 0.1
 """How far an excess of noise as large as the budget lowers the next step's allowance, in logarithms."""
@@ -39,10 +44,10 @@ class UnbiasedGate:
     sampling), so that what is kept is spread over gains and losses alike.
 
     - `noise` τ: the budget. It finds its own rate: the highest price that adds at most τ times the batch's own second
-      moment, Σ s² (1/q − 1) = τ Σ s², the right side a running mean over about ten batches. Spread-out signal keeps
-      many rows, concentrated signal few, dead groups none. Rows that cost more tokens are kept more seldom, q ∝
-      s/√cost. Where scores are approximate (stale log-probs, a draft), the exact sizes of what was kept correct the
-      price.
+      moment, Σ s² (1/q − 1) = τ Σ s², the right side a mean over the last ten batches in which outliers count little.
+      Spread-out signal keeps many rows, concentrated signal few, dead groups none. Rows that cost more tokens are kept
+      more seldom, q ∝ s/√cost. Where scores are approximate (stale log-probs, a draft), the exact sizes of what was
+      kept correct the price.
     - `rate` ρ: the expected number kept is ρN, and the number itself that, rounded up or down at random.
 
     >>> gate = UnbiasedGate(rate=0.5, generator=torch.Generator().manual_seed(0))
@@ -84,11 +89,10 @@ class UnbiasedGate:
             "floor", floor, "a probability in [0, 1), such as 0.02", lambda floor: 0 <= floor < 1
         )
         self.generator = checks.generator(generator)
-        self._moment = 0.0  # running sums of the second moment of a row, and of the weights it is a mean of
-        self._batches = 0.0
-        self._exact = self._used = 0.0  # running sums of the second moment of what was kept, by exact and by used sizes
+        self._sizes: list[float] = []  # roots of the mean squared sizes of the last batches
+        self._ratios: list[float] = []  # roots of the mean squared sizes of what was kept, exact ones over used ones
         self._allowance = 0.0  # logarithm of what the budget is multiplied by, so that approximate sizes hold it
-        self._own = 0.0  # the last batch's second moment, as the budget has it
+        self._own = 0.0  # root of the last batch's second moment, as the budget has it
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
         """Decide which of N samples to keep.
@@ -121,11 +125,14 @@ class UnbiasedGate:
         return Decision(keep, kept_price, probability.to(score.dtype), weight)
 
     def _within_budget(self, size: Tensor, noise: float, cost: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._moment = MEMORY * self._moment + float(size.square().mean())
-        self._batches = MEMORY * self._batches + 1
-        self._own = self._moment / self._batches * len(size)
-        root_cost = _root_of_relative(checked_cost(cost, size))
-        price = price_for_noise(size, root_cost, noise * math.exp(self._allowance) * self._own)
+        root_cost, of_batch = _root_of_relative(checked_cost(cost, size)), _root_mean_square(size)
+        if of_batch == 0:
+            return torch.zeros_like(size), torch.zeros_like(size[0])
+        self._sizes = [*self._sizes, of_batch][-RECENT:]
+        usual = _usual(self._sizes)
+        self._own = usual * math.sqrt(len(size))
+        allowed = noise * math.exp(self._allowance) * len(size)
+        price = usual * price_for_noise((size / usual).clamp(max=LARGEST), root_cost, allowed)
         ratio = size / root_cost
         return torch.where(ratio > 0, (ratio / price).clamp(max=1), 0), price
 
@@ -135,17 +142,16 @@ class UnbiasedGate:
         Integral control: the allowance falls while more noise arrives than the budget has, so that in the long run the
         two are the same. What chance alone brings, exact sizes and used ones share, and it cancels.
         """
-        if self.noise is None or self._own == 0 or sums.expected_own == 0:
+        used = sums.expected_own
+        if self.noise is None or not 0 < math.sqrt(used) <= math.sqrt(UNLIKE) * self._own:
             return
-        if self._used == 0:
-            self._exact = self._used = sums.expected_own
-        self._exact = MEMORY * self._exact + sums.own
-        self._used = MEMORY * self._used + sums.expected_own
-        scale = self._exact / self._used
+        if sums.own > 0:
+            self._ratios = [*self._ratios, math.sqrt(sums.own / used)][-RECENT:]
+        scale = _usual(self._ratios) ** 2 if self._ratios else 0.0
         if scale == 0:
             return
-        surprise = (sums.added / scale - sums.expected_added) / self.noise - (sums.own / scale - sums.expected_own)
-        excess = math.exp(self._allowance) - 1 + surprise / self._own
+        surprise = (sums.added / scale - sums.expected_added) / self.noise - (sums.own / scale - used)
+        excess = math.exp(self._allowance) - 1 + surprise / used
         self._allowance -= GAIN * min(max(excess, -LARGEST_EXCESS), LARGEST_EXCESS)
         self._allowance = min(max(self._allowance, -12.0), 5.0)
 
@@ -154,22 +160,49 @@ class UnbiasedGate:
         return f"UnbiasedGate({given}{f', floor={self.floor:g}' if self.floor else ''})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The running means; the generator is the caller's to save."""
+        """What it remembers of earlier batches; the generator is the caller's to save."""
         return {name: getattr(self, f"_{name}") for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        fits = {
-            **dict.fromkeys(STATE, _is_sum),
-            "allowance": lambda value: checks.is_number(value) and -12 <= value <= 5,
-        }
-        states.check(repr(self), state, **fits)
-        for name in STATE:
-            setattr(self, f"_{name}", float(state[name]))
+        states.check(repr(self), state, **STATE)
+        for name, value in state.items():
+            setattr(self, f"_{name}", list(value) if isinstance(value, list) else value)
 
 
-def _is_sum(value: Any) -> bool:
+def _is_size(value: Any) -> bool:
     return checks.is_number(value) and value >= 0
+
+
+def _are_recent(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= RECENT and all(map(_is_size, value))
+
+
+STATE = {
+    "sizes": _are_recent,
+    "ratios": _are_recent,
+    "allowance": lambda value: checks.is_number(value) and -12 <= value <= 5,
+    "own": _is_size,
+}
+"""What it remembers, and what each may be."""
+
+
+def _usual(sizes: list[float]) -> float:
+    """Root mean square of the sizes of batches, of which an outlier or two count little more than the third largest.
+
+    >>> _usual([2.0]), round(_usual([1.0, 1.0, 1e9]), 2), round(_usual([1.0] * 9 + [1e9]), 2)
+    (2.0, 1.05, 1.01)
+    """
+    most = math.sqrt(MOST) * sorted(sizes)[7 * (len(sizes) - 1) // 9]
+    return most * math.sqrt(sum(min(size / most, 1.0) ** 2 for size in sizes) / len(sizes))
+
+
+def _root_mean_square(size: Tensor) -> float:
+    found = float(size.square().mean().sqrt())
+    if 1e-150 < found < math.inf:
+        return found
+    largest = float(size.max())  # squares of the sizes as they are vanish or overflow
+    return largest and largest * float((size / largest).square().mean().sqrt())
 
 
 def _root_of_relative(cost: Tensor) -> Tensor:

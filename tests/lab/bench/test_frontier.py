@@ -371,7 +371,8 @@ def test_code_in_a_model_folder_runs_with_our_flag_alone(monkeypatch, own, tmp_p
     folder = tmp_path / f"model_{kind}_{trusted}"
     shutil.copytree(own / "qwen", folder)
     change(folder / "config.json", model_type=kind, auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
-    code = "from transformers import Qwen2Config as C, Qwen2ForCausalLM as M\n"
+    code = "from transformers import Qwen2Config, Qwen2ForCausalLM\n"  # own classes: transformers marks what it loads
+    code += f"class C(Qwen2Config):\n    model_type = {kind!r}\nclass M(Qwen2ForCausalLM):\n    config_class = C\n"
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{code}")
     config = OwnModel(**{**options(own), "model": str(folder)}, trust_remote_code=trusted)
     if trusted or kind == "qwen2":  # a kind that transformers knows needs no code

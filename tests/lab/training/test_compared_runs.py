@@ -34,7 +34,6 @@ def test_a_compared_run_is_the_run_without():
     found = record["comparison"]
     assert (found["compared"], found["backward_samples"]) == (3, 300)
     assert 0.5 < found["cosine"] < 1
-    assert found["consistency"] is None
     stepped(compared, 1)  # no comparison since the last record
     assert compared.evaluate()["comparison"]["cosine"] is None
 
@@ -45,7 +44,6 @@ def test_a_resumed_run_compares_as_the_unbroken_one():
     resumed = Training(task, settings)
     resumed.load_state_dict(copy.deepcopy(unbroken.state_dict()))
     records = [stepped(training, 7).evaluate()["comparison"] for training in (unbroken, resumed)]
-    assert records[0]["consistency"] is not None
     assert {**records[0], "seconds": 0} == {**records[1], "seconds": 0}
 
 

@@ -9,73 +9,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-class Wrapped(Protocol):
-    """A module whose gradients are averaged over a process group."""
-
-    group: Any
-    device: torch.device
-    forward_meets: bool
-    """Whether every forward pass is a meeting of all processes."""
-    shards: bool
-    """Whether a process has only a part of every gradient."""
-
-    @property
-    def syncs(self) -> bool:
-        """Whether a backward pass now averages."""
-        ...
-
-    def parameters(self) -> list[Tensor]:
-        """All of the module's."""
-        ...
-
-    def bypassed(self) -> AbstractContextManager[None]:
-        """Let calls of the module be those of what it wraps, where that can be."""
-        ...
-
-    def begin(self) -> None:
-        """Meet before the first forward pass that is to be differentiated."""
-        ...
-
-    def forward(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do a forward pass; none is to be averaged before `backward` says so."""
-        ...
-
-    def meets(self, last: bool) -> bool:
-        """Whether the backward pass of a micro-batch is a meeting."""
-        ...
-
-    def backward(self, loss: Tensor, last: bool) -> AbstractContextManager[Tensor]:
-        """Around a backward pass, of the loss that is handed out; the last one averages."""
-        ...
-
-    def catch_up(self) -> None:
-        """Do what is left of the meetings of a forward pass that failed here."""
-        ...
-
-    def abandon(self) -> None:
-        """Forget forward passes without a backward pass, on every process."""
-        ...
-
-    def zero(self) -> None:
-        """Zero what is in `.grad`."""
-        ...
-
-    def rest(self) -> None:
-        """Leave the parameters as they are between steps, after a step without a backward pass."""
-        ...
-
-
 class Replicated:
     """Under DistributedDataParallel."""
 
-    forward_meets = shards = False
+    forward_meets = False
+    """Whether every forward pass is a meeting of all processes."""
+    shards = False
+    """Whether a process has only a part of every gradient."""
 
     def __init__(self, module: DistributedDataParallel) -> None:
         self._module = module
@@ -85,23 +32,28 @@ class Replicated:
 
     @property
     def syncs(self) -> bool:
+        """Whether a backward pass now averages."""
         return bool(self._module.require_backward_grad_sync)
 
     def parameters(self) -> list[Tensor]:
+        """All of the module's."""
         return list(self._module.parameters())
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
+        """Let calls of the module be those of what it wraps, where that can be."""
         # The caller's function calls the wrapper, whose forward broadcasts buffers and prepares for a backward pass.
         with _replaced(vars(self._module), "forward", self._module.module.__call__):
             yield
 
     def begin(self) -> None:
+        """Meet before the first forward pass that is to be differentiated."""
         # The wrapper's own meetings before a forward pass: it broadcasts buffers, and once regroups its gradients.
         with self._module.no_sync():
             self._through(torch.zeros((), device=self.device))
 
     def forward(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do a forward pass; none is to be averaged before `backward` says so."""
         with self._module.no_sync():
             if self._seen_forward or not torch.is_grad_enabled():
                 return work()
@@ -122,25 +74,28 @@ class Replicated:
         return log_probs
 
     def meets(self, last: bool) -> bool:
+        """Whether the backward pass of a micro-batch is a meeting."""
         # A static graph is recorded in the first backward pass, which has to average; then averaging early is harmless.
         return self.syncs and (last or bool(self._module.static_graph))
 
     @contextmanager
     def backward(self, loss: Tensor, last: bool) -> Iterator[Tensor]:
+        """Around a backward pass, of the loss that is handed out; the last one averages."""
         # To the wrapper the loss is the output of its forward pass: it prepares to average what led to it.
         yield self._through(loss) if self.meets(last) else loss
 
     def catch_up(self) -> None:
-        pass
+        """Do what is left of the meetings of a forward pass that failed here."""
 
     def abandon(self) -> None:
-        pass
+        """Forget forward passes without a backward pass, on every process."""
 
     def zero(self) -> None:
+        """Zero what is in `.grad`."""
         _zero(self._module)
 
     def rest(self) -> None:
-        pass
+        """Leave the parameters as they are between steps, after a step without a backward pass."""
 
     def _through(self, tensor: Tensor) -> Tensor:
         """What the wrapper does around a forward pass, with nothing inside."""
@@ -152,7 +107,7 @@ class Replicated:
 
 
 class Sharded:
-    """Under fully_shard (FSDP2)."""
+    """Under fully_shard (FSDP2); what its methods are for is said in `Replicated`."""
 
     forward_meets = shards = True
     syncs = True  # every call's last backward pass reduces, so that none can be forgotten
@@ -218,9 +173,11 @@ class Sharded:
         self._entered = None
 
     def abandon(self) -> None:
-        reset = getattr(self._module, "reset_iter_state", self.rest)  # torch has it since 2.13
+        from torch.distributed.fsdp import FSDPModule
+
+        reset = getattr(FSDPModule, "reset_iter_state", None)  # torch has it since 2.13
         with contextlib.suppress(RuntimeError, AttributeError):  # before the first forward pass there is no state
-            reset()
+            reset(self._module) if reset else self.rest()
 
     def zero(self) -> None:
         _zero(self._module)
@@ -234,6 +191,10 @@ class Sharded:
     def rest(self) -> None:
         for part in self._parts:
             part.reshard()
+
+
+Wrapped = Replicated | Sharded
+"""A module whose gradients are averaged over a process group."""
 
 
 def _zero(module: nn.Module) -> None:

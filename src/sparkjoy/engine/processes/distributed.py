@@ -7,20 +7,22 @@ all of them. So what a rank may not do alone is done together here: deciding, co
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkjoy.engine.inputs import Inputs, check_finite
+from sparkjoy.engine.ledger import Ledger
 from sparkjoy.engine.options import first_difference
 from sparkjoy.engine.processes.data_parallel import Replicated, Sharded, Wrapped
 from sparkjoy.engine.processes.meeting import Meeting, Place, RanksError
-from sparkjoy.engine.processes.ranks import OneProcess, Ranks, Scored
+from sparkjoy.engine.processes.ranks import OneProcess, Ranks, Scored, say_of_grad
 from sparkjoy.gates import Decision
 
 
@@ -39,34 +41,34 @@ class SeveralProcesses:
         self._sizes: list[int] = []
         self._owes_sync = False
         self._differentiated = False
+        self._refused: bool | None = None  # whether some of a gradient that all refuse has been added to `.grad`
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, ledger: Ledger) -> Iterator[None]:
         self._meeting.begin()
-        self._differentiated = False
+        self._differentiated, self._refused = False, None
         try:
             yield
         except BaseException as error:
-            if not self._meeting.over:
-                self._wrapped.catch_up()
-                self._meet("failed", failure=error)
-            raise
+            try:
+                if not self._meeting.over:
+                    self._wrapped.catch_up()
+                    self._meet("failed", failure=error)
+                if self._refused is None:
+                    say_of_grad(error, ledger)
+                raise
+            finally:  # what a comparison had set aside is back by now
+                self._break_off()
 
     def open(self, inputs: Inputs, options: Callable[[], str]) -> None:
-        given = (inputs.log_probs, inputs.mask, inputs.behavior_log_probs)
-        bits = sum((tensor is not None) << bit for bit, tensor in enumerate(given))
         text = options()
-        every = self._meet("open", inputs.total, bits, zlib.crc32(text.encode()))
+        every = self._meet("open", inputs.total, zlib.crc32(text.encode()))
         if bool((every[:, 1] != every[0, 1]).any()):
-            self._meeting.over = True
-            raise ValueError(
-                "log_probs, mask or behavior_log_probs is given on some ranks and not on others; give it on all or on "
-                "none."
-            )
-        if bool((every[:, 2] != every[0, 2]).any()):
             differs = first_difference(self._meeting.texts(text))
             self._meeting.over = True
-            raise ValueError(f"{differs}; expected the same options on every rank.")
+            raise ValueError(
+                f"{differs}; expected the same on every rank. A call that one rank leaves out, all leave out."
+            )
         self._sizes = [int(size) for size in every[:, 0]]
 
     def total(self, rows: int) -> int:
@@ -86,7 +88,7 @@ class SeveralProcesses:
         check_finite("the score", scored.score)
         self._meet("gather")
         longest = max(self._sizes)
-        payload = torch.zeros(3 * longest, dtype=torch.float64)
+        payload = torch.zeros(3 * longest, dtype=torch.float64, device="cpu")
         for column, values in enumerate(scored):
             if values is not None:
                 payload[column * longest :][: len(values)] = values.cpu()
@@ -106,7 +108,9 @@ class SeveralProcesses:
         dtype = decision.weight.dtype
         parts = (decision.keep, decision.probability, decision.weight)
         price = torch.nan if decision.price is None else float(decision.price)
-        payload = torch.cat([torch.tensor([price], dtype=torch.float64), *(part.double().cpu() for part in parts)])
+        payload = torch.cat(
+            [torch.tensor([price], dtype=torch.float64, device="cpu"), *(part.double().cpu() for part in parts)]
+        )
         payload = self._meeting.all_gather(payload)[0]
         keep, probability, weight = payload[1:].to(decision.keep.device).chunk(3)
         agreed = None if bool(payload[0].isnan()) else payload[0].to(probability.device, dtype)
@@ -169,15 +173,21 @@ class SeveralProcesses:
         try:
             return self._meeting.meet(place, (self._differentiated, *numbers), failure)[:, 1:]
         except RanksError as failed:
-            self._wrapped.abandon()
+            self._refused = bool(failed.numbers[:, 0].any())
             grad = ".grad is as it was."
-            if bool(failed.numbers[:, 0].any()):
-                self._wrapped.zero()
-                self._owes_sync = False
+            if self._refused:
                 grad = ".grad is zero now on every rank: some of the gradient had been added to it."
             if failure is not None and not isinstance(failure, Exception):
                 raise failure from None  # an interrupt stays one where it came
             raise failed.kind(f"{failed}. {grad}") from failure
+
+    def _break_off(self) -> None:
+        """What all have failed in leaves nothing behind."""
+        if self._refused is not None:
+            self._wrapped.abandon()
+        if self._refused:
+            self._wrapped.zero()
+            self._owes_sync = False
 
 
 def ranks_of(module: nn.Module | Literal["local"] | None) -> Ranks:
@@ -188,7 +198,10 @@ def ranks_of(module: nn.Module | Literal["local"] | None) -> Ranks:
     """
     if module is None or (isinstance(module, str) and module == "local"):
         return OneProcess(among_others=module is not None)
-    inner = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
+    compiled = sys.modules.get("torch._dynamo.eval_frame")  # who has compiled a module has imported it, so we need not
+    inner: Any = module
+    if compiled is not None and isinstance(module, compiled.OptimizedModule):
+        inner = module._orig_mod
     if isinstance(inner, DistributedDataParallel):
         return SeveralProcesses(Replicated(inner))
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel

@@ -80,7 +80,9 @@ class Meeting:
         if failure is not None:
             kind = next((code for code, kind in enumerate(KINDS, 1) if isinstance(failure, kind)), len(KINDS))
         mine = [kind, PLACES.index(place), *map(float, numbers)]
-        every = self.all_gather(torch.tensor(mine + [0.0] * (2 + NUMBERS - len(mine)), dtype=torch.float64))
+        every = self.all_gather(
+            torch.tensor(mine + [0.0] * (2 + NUMBERS - len(mine)), dtype=torch.float64, device="cpu")
+        )
         kinds, places = every[:, 0].long().tolist(), every[:, 1].long().tolist()
         if not any(kinds) and len(set(places)) == 1:
             return every[:, 2:]
@@ -98,7 +100,7 @@ class Meeting:
     def texts(self, text: str) -> list[str]:
         """What each rank says."""
         data = text.encode()[:TEXT]
-        every = self.all_gather(torch.tensor(list(data) + [0] * (TEXT - len(data)), dtype=torch.uint8))
+        every = self.all_gather(torch.tensor(list(data) + [0] * (TEXT - len(data)), dtype=torch.uint8, device="cpu"))
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in every]
 
     def all_gather(self, tensor: Tensor) -> Tensor:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparkjoy.engine.beside import Beside
-from sparkjoy.engine.comparing import Comparisons
+from sparkjoy.gradients import Comparisons, Gradients, same_random_state, sketches, sums
 from sparkjoy.integrations.trl.decision import DecidingMixin
 from sparkjoy.integrations.trl.packing import Rows
 
 STATE = "gate_comparisons.pt"
 OLD = "gate_old_per_token_logps"  # the column with those of skipped rows too
-FIGURES = ("cosine", "relative_error", "norm_ratio", "consistency", "agreement")
+FIGURES = ("cosine", "relative_error", "norm_ratio")
+STEPS_IN_HOOK = "gate_compare_every would run it on TRL's own gradient too; leave one of the two out."
 
 
 class ComparingMixin(DecidingMixin):
@@ -38,7 +38,7 @@ class ComparingMixin(DecidingMixin):
         self._gate_compares = False  # whether the dense passes are running
         self._gate_unpacked: list[Rows] = []  # the micro-batches of the generation batch, as TRL made them
         self._gate_step_rows: list[Rows] = []  # those of the optimizer step
-        self._gate_beside: Beside | None = None
+        self._gate_gradients: Gradients | None = None
 
     def _refuse_unproven_comparisons(self) -> None:
         several = self.accelerator.num_processes > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -77,18 +77,18 @@ class ComparingMixin(DecidingMixin):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         due = self._due_within(1)
-        if due and self._gate_beside is None:
-            self._gate_beside = Beside([weight for weight in model.parameters() if weight.requires_grad])
+        if due and self._gate_gradients is None:
+            self._gate_gradients = Gradients(STEPS_IN_HOOK, model.parameters())
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self._gate_comparisons is not None and self.accelerator.sync_gradients:
             window = self._gate_step_rows[-self.current_gradient_accumulation_steps :]  # a broken-off step leaves more
-            beside, self._gate_step_rows, self._gate_beside = self._gate_beside, [], None
-            if due and beside is not None:
-                self._compare(beside, self._gate_comparisons, model, window, num_items_in_batch)
+            gradients, self._gate_step_rows, self._gate_gradients = self._gate_gradients, [], None
+            if due and gradients is not None:
+                self._compare(gradients, self._gate_comparisons, model, window, num_items_in_batch)
         return loss
 
     def _compare(
-        self, beside: Beside, comparisons: Comparisons, model: nn.Module, window: list[Rows], num_items: Any
+        self, gradients: Gradients, comparisons: Comparisons, model: nn.Module, window: list[Rows], num_items: Any
     ) -> None:
         """Run the micro-batches of an optimizer step once more, and log how near the gated gradient came to theirs.
 
@@ -96,16 +96,16 @@ class ComparingMixin(DecidingMixin):
         """
         start, metrics = time.perf_counter(), self._metrics["train"]
         self._metrics["train"], self._gate_compares = defaultdict(list), True
-        device = self.accelerator.device
+        gated = gradients.snapshot()
         try:  # the trainer owns its process: no thread draws meanwhile what is drawn again afterwards
-            devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-            with torch.random.fork_rng(devices, device_type=kind), beside.dense():
+            with same_random_state(self.accelerator.device), gradients.apart():
                 for micro_batch in window:
                     Trainer.training_step(self, model, as_of_trl(micro_batch), num_items)  # it knows what to divide by
+                both = sums(gradients.beside(gated)), sketches(gradients.beside(gated))
         finally:
             self._metrics["train"], self._gate_compares = metrics, False
         rows = sum(len(micro_batch["completion_ids"]) for micro_batch in window)
-        found = comparisons.compared(beside.sums(), beside.sketches(0), rows, rows, time.perf_counter() - start)
+        found = comparisons.compared(*both, rows, rows, time.perf_counter() - start)
         for name in FIGURES:
             if getattr(found, name) is not None:
                 metrics[f"gate/{name}"].append(getattr(found, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,7 +79,8 @@ def recording(model: nn.Module, temperature: float) -> Iterator[Recorder]:
             recorder.see(ids, logits)
 
     base: Any = model
-    if hasattr(model, "get_base_model"):  # PEFT's: `generate` runs the model inside
+    peft = sys.modules.get("peft.peft_model")  # who has adapters has imported it, so we need not
+    if peft is not None and isinstance(model, peft.PeftModel):  # whose `generate` runs the model inside
         base = base.get_base_model()
     hook = base.register_forward_hook(after_pass, with_kwargs=True)
     try:

@@ -5,27 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sparkjoy.engine.comparing import Comparison
+from sparkjoy.gradients import Comparison
 
 MEANS = ("cosine", "relative_error", "norm_ratio")
 
 
 @dataclass
 class ComparisonTally:
-    """Sums since the last record, and what the last comparison said of the last 20 together."""
+    """Sums since the last record."""
 
     compared: int = 0
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEANS, 0))
-    consistency: float | None = None
-    agreement: float | None = None
     seconds: float = 0.0
 
     def stepped(self, comparison: Comparison) -> None:
         """Count one."""
         self.compared += 1
         self.seconds += comparison.seconds
-        self.consistency, self.agreement = comparison.consistency, comparison.agreement
         for name in MEANS:
             value = getattr(comparison, name)
             if value is not None:
@@ -38,8 +35,7 @@ class ComparisonTally:
             return None
         means = {name: self.sums[name] / self.counts[name] if self.counts[name] else None for name in MEANS}
         self.sums, self.counts = dict.fromkeys(MEANS, 0.0), dict.fromkeys(MEANS, 0)
-        together = {"consistency": self.consistency, "agreement": self.agreement}
-        return {**means, **together, "compared": self.compared, "seconds": self.seconds}
+        return {**means, "compared": self.compared, "seconds": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

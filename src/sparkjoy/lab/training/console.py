@@ -152,7 +152,6 @@ def _state(record: Record | None, updates: int) -> str:
     kept = record["kept"] / (record["samples"] * updates)
     price = "" if record["price"] is None else f"  price {record['price']:.3g}"
     found = record.get("comparison") or {}
-    pairs = (("cosine", "cosine"), ("consistency", "dense consistency"), ("agreement", "agreement"))
-    compared = "".join(f"  {said} {found[name]:.2f}" for name, said in pairs if found.get(name) is not None)
+    compared = "" if found.get("cosine") is None else f"  cosine {found['cosine']:.2f}"
     lost = f"  nothing kept of {', '.join(map(str, record['lost'][:5]))}" if record.get("lost") else ""
     return f"error {100 * record['error']:.2f}%  kept {100 * kept:.3g}%{price}{compared}{lost}"

@@ -86,7 +86,7 @@ class Training:
         log_prob_fn = (lambda _: rollout.log_probs) if self.differentiates_rollout else self.own_forward
         # What others recorded is a ratio's denominator; surprisal is the learner's own.
         decides = self.settings.screen == "recorded" or (self.settings.screen == "sampler" and not rollout.foreign)
-        known = {"log_probs" if decides else "behavior_log_probs": rollout.log_probs}
+        known: dict[str, Any] = {"log_probs" if decides else "behavior_log_probs": rollout.log_probs}
         for _ in range(self.settings.updates):
             report = self.backward(log_prob_fn, rollout.batch, advantages, mask=rollout.mask, **known)
             if report.kept:
