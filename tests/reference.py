@@ -51,11 +51,12 @@ class CausalModel:
             states = states + scores.masked_fill(~sees, -torch.inf).softmax(-1) @ (states @ value)
         return (states @ self.head).log_softmax(-1)
 
-    def of_rows(self, ids, mask, window=None):
+    def of_rows(self, ids, mask, window=None, positions=None):
         """(n, T) log-probs of each token after those before it in its row, by a mask of padding; 0 for the first."""
         columns = torch.arange(ids.shape[1])
         distance = columns[:, None] - columns[None, :]
         sees = (distance >= 0) & (distance < (window or len(columns))) & mask.bool()[:, None, :]
         sees = sees | (~sees.any(-1, keepdim=True) & (distance == 0))
-        log_probs = self(ids, columns.expand_as(ids), sees)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+        positions = columns.expand_as(ids) if positions is None else positions
+        log_probs = self(ids, positions, sees)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
         return torch.nn.functional.pad(log_probs, (1, 0))

@@ -30,12 +30,13 @@ def rows(draw):
 
 
 @settings(max_examples=500)
-@given(rows(), st.sampled_from([torch.inf, 30.0, 3.0]), st.sampled_from([None, 1, 3]))
-def test_log_probs_of_a_tree_are_those_of_its_rows(drawn, balance, window):
+@given(rows(), st.sampled_from([torch.inf, 30.0, 3.0]), st.sampled_from([None, 1, 3]), st.booleans())
+def test_log_probs_of_a_tree_are_those_of_its_rows(drawn, balance, window, by_mask):
     ids, mask, scored = drawn
-    tree = fold(ids, mask, scored, balance=balance)
+    positions = (mask.cumsum(1) - 1).clamp(min=0) if by_mask else None
+    tree = fold(ids, mask, scored, positions=positions, balance=balance)
     of_nodes = MODEL(tree.ids, tree.positions, tree.sees(window)).gather(2, tree.labels.clamp(min=0).unsqueeze(2))
-    expected = MODEL.of_rows(ids, mask, window).where(scorable(mask, scored), 0)
+    expected = MODEL.of_rows(ids, mask, window, positions).where(scorable(mask, scored), 0)
     assert torch.allclose(tree.unfold(of_nodes.squeeze(2)), expected, atol=1e-12)
     nodes = (tree.ends > 0).sum().item()
     assert tree.shares.sum().item() == pytest.approx(nodes)

@@ -7,7 +7,7 @@ equal answers) share the nodes of what they have in common:
     12 + 3 = 15 ,     ->              │    └── ,
     12 + 3 = 16 .                     └─ 16 ── .
 
-A node's position id is its column, and it attends to its ancestors only: it computes what each of its rows would.
+A node has its token's position id, and it attends to its ancestors only: it computes what each of its rows would.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class PrefixTree:
 
     Args:
         ids: (R, N), tokens; 0 where there is no node.
-        positions: (R, N), columns in the rows that were folded.
+        columns: (R, N), in the rows that were folded.
+        positions: (R, N), position ids.
         labels: (R, N), the token scored after a node, or `UNSCORED`.
         visible: (R, N) bool, nodes whose mask is 1: others may attend to them.
         ends: (R, N), the place after a node's last descendant.
@@ -46,6 +47,7 @@ class PrefixTree:
     """
 
     ids: Tensor
+    columns: Tensor
     positions: Tensor
     labels: Tensor
     visible: Tensor
@@ -64,7 +66,7 @@ class PrefixTree:
         other, node = place[None, None, :], place[None, :, None]
         sees = (other <= node) & (node < self.ends[:, None, :]) & self.visible[:, None, :]
         if window is not None:
-            sees &= self.positions[:, :, None] - self.positions[:, None, :] < window
+            sees &= self.columns[:, :, None] - self.columns[:, None, :] < window
         return sees | (~sees.any(dim=2, keepdim=True) & (other == node))  # attention to nobody would be NaN
 
     def unfold(self, values: Tensor) -> Tensor:
@@ -72,7 +74,9 @@ class PrefixTree:
         return values.flatten()[self.places].where(self.scored, 0)
 
 
-def fold(ids: Tensor, mask: Tensor, scored: Tensor, *, balance: float = torch.inf) -> PrefixTree:
+def fold(
+    ids: Tensor, mask: Tensor, scored: Tensor, *, positions: Tensor | None = None, balance: float = torch.inf
+) -> PrefixTree:
     """The rows as trees, laid out for the least work of a forward pass.
 
     >>> ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 4, 4]])
@@ -90,6 +94,7 @@ def fold(ids: Tensor, mask: Tensor, scored: Tensor, *, balance: float = torch.in
         ids: (n, T) tokens.
         mask: (n, T), 0 for padding, on either side or in between.
         scored: (n, T), nonzero for tokens whose log-prob is wanted.
+        positions: (n, T) position ids, which depend on the mask alone; None: a token's is its column.
         balance: as in `work`, which is kept small: large trees are split into some that repeat what they share.
     """
     valid, scored = mask.bool(), scorable(mask, scored)
@@ -106,7 +111,7 @@ def fold(ids: Tensor, mask: Tensor, scored: Tensor, *, balance: float = torch.in
         if of_split.work >= rows.work:
             break
         forest, rows, parts = split, of_split, 2 * parts
-    return forest.laid_out(rows, scored)
+    return forest.laid_out(rows, scored, positions)
 
 
 def scorable(mask: Tensor, scored: Tensor) -> Tensor:
@@ -184,7 +189,7 @@ class _Forest:
         part: Tensor = self.tree * number + place * number // rows[self.tree]
         return part[self.of_row]
 
-    def laid_out(self, rows: _Rows, scored: Tensor) -> PrefixTree:
+    def laid_out(self, rows: _Rows, scored: Tensor, positions: Tensor | None) -> PrefixTree:
         """The trees in these rows."""
         device, size = self.keys.device, int(self.new.sum())
         row, column = self.new.nonzero().unbind(dim=1)  # where each node is new, in the order of their numbers
@@ -197,6 +202,9 @@ class _Forest:
         breaks = pad(breaks.flip(0).cummin(dim=0).values.flip(0)[1:], (0, 0, 0, 1), value=len(self.tree))
         ends = pad(self.first, (0, 1), value=size)[breaks[row, column]] + (moved - start[self.tree])[row]
         keys = self.keys[row, column]
+        if positions is not None:
+            any_row = torch.zeros_like(self.tree).scatter(0, self.of_row, torch.arange(len(positions), device=device))
+            positions = positions[any_row[row], column]
 
         def placed(values: Tensor, empty: int = 0) -> Tensor:
             full = torch.full((rows.number * rows.nodes,), empty, device=device)
@@ -208,7 +216,8 @@ class _Forest:
         places = pad(place, (0, 1))[pad(nodes[:, :-1], (1, 0), value=size)]
         return PrefixTree(
             ids=placed(keys >> 33),
-            positions=placed(column),
+            columns=placed(column),
+            positions=placed(column if positions is None else positions),
             labels=placed((keys & (1 << 32) - 1) + UNSCORED, UNSCORED),
             visible=placed(keys >> 32 & 1).bool(),
             ends=placed(ends),

@@ -36,6 +36,7 @@ class Arm:
         kind: of the setting.
         gate: None for the dense step.
         step: adds one step's gradient to `.grad`.
+        shared: by the function that shares tokens.
         seconds: of each turn.
         outcomes: likewise.
         compared: error and cosine, likewise.
@@ -46,6 +47,7 @@ class Arm:
     kind: Kind
     gate: Gate | None
     step: Callable[[], Outcome]
+    shared: bool = False
     seconds: list[float] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     compared: list[tuple[float, float]] = field(default_factory=list)
@@ -67,6 +69,7 @@ class Arm:
             cosine=float(np.mean(cosines)),
             noise=None if None in noises else float(np.mean(noises)),
             turns=len(self.seconds),
+            shared=self.shared,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,22 @@ from sparkjoy.engine.report import BackwardReport
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.frontier.arms import Arm, Outcome, PlainLoop, Progress, check_gates, default_gates, turns
 from sparkjoy.frontier.cost import PEAK_BYTES, timed, with_peak
-from sparkjoy.frontier.result import Frontier
+from sparkjoy.frontier.result import Frontier, Kind, checked_seconds
 from sparkjoy.gates import Gate, UnbiasedGate
 from sparkjoy.gates.decision import weighted
-from sparkjoy.gradients import Gradients, figures, same_random_state, sums
+from sparkjoy.gradients import Gradients, Snapshot, figures, same_random_state, sums
 from sparkjoy.losses import Loss, reinforce
 from sparkjoy.scores import ScoreFunction
 from sparkjoy.selecting import select
 
+SHARED = ", shared"
+"""What ends the names of settings with shared tokens."""
+
 LARGER, FASTER = 4, 0.9
 """Micro-batches are tried so many times as large as the last, while a row takes less than this part of its seconds."""
+
+NamedGate = tuple[str, Kind, Gate, ScoreFunction | None]
+"""Name, kind, gate, and what it decides on; None: its own default."""
 
 STEPS_IN_HOOK = "measuring takes many backward passes: the hook would run in each. Remove it while measuring."
 
@@ -50,6 +56,9 @@ def frontier(
     seconds: float = 20.0,
     seed: int = 0,
     progress: Progress | None = None,
+    shared: LogProbFunction | None = None,
+    group_by: str | None = None,
+    sampling_seconds: float | tuple[float, float] | None = None,
 ) -> Frontier:
     """What each gate would save of a step on this batch, and what it would do to its gradient.
 
@@ -83,13 +92,18 @@ def frontier(
         loss: as `GatedBackward`'s.
         normalizer: as `GatedBackward`'s.
         micro_batch_size: rows per forward and backward pass, for all settings; None: the fastest of 1, 4, 16, ... for
-            the dense step, up to the first that is slower or does not fit.
+            the dense step, up to the first that is slower or does not fit; and likewise for `shared`.
         parameters: some whose gradients are put back too, whether or not they are found; None: those that are, in the
             graph of the log-probs and inside of reentrant checkpoints.
         rounds: turns of each setting; None: as many as fit `seconds`, from 3 to 50.
         seconds: how long to go on.
         seed: of the default gates' draws.
         progress: called with the fraction done and what comes next.
+        shared: a `log_prob_fn` that computes what rows have in common once, such as one of `SharedTokens`: the dense
+            step and the unbiased gates are measured with it too.
+        group_by: as `GatedBackward`'s, for the settings with `shared`.
+        sampling_seconds: what sampling the batch took, to compare whole steps; two numbers where it is quicker with
+            shared tokens: without, with.
 
     Returns:
         A `Frontier`: `.settings`, `.table()`, `.plot(path)`, `.recommend()`.
@@ -116,75 +130,172 @@ def frontier(
         check_gates(gates)
     for gate in [UnbiasedGate()] if gates is None else gates.values():
         check_unbiased(normalizer, gate)
+    if shared is not None:
+        checks.function("shared", shared, "a function from rows to log-probs, or None", ...)
+    sampled = checked_seconds(sampling_seconds)
     say = progress or (lambda fraction, what: None)
-    device, total = inputs.advantages.device, inputs.total
-    options: dict[str, Any] = {"loss": loss, "normalizer": normalizer, "count_flops": False}
-    gradients = Gradients(STEPS_IN_HOOK, _checked(parameters))
-    watched = gradients.watched(log_prob_fn)
-    with gradients, same_random_state(device), gradients.apart(), torch.enable_grad():
-        _run(GatedBackward(None, **options), watched, inputs.take(slice(0, 1)))  # refuses what is wrong, at once
-        size = micro_batch_size
-        if size is None:
-            size = _best_size(PlainLoop(watched, inputs, loss), device, lambda what: say(0.0, what))
-        size = options["micro_batch_size"] = min(size, total)
-        say(0.05, "the gradient to compare with")
-        gradients.clear()
+    with Gradients(STEPS_IN_HOOK, _checked(parameters)) as gradients:
+        measuring = _Measuring(inputs, loss, normalizer, gradients, say)
+        with same_random_state(measuring.device), gradients.apart(), torch.enable_grad():
+            watched = gradients.watched(log_prob_fn)
+            measuring.refuse(watched)
+            size = min(micro_batch_size or measuring.best_size(watched), inputs.total)
+            say(0.05, "the gradient to compare with")
+            known = measuring.refer(watched, size)
+            arms = measuring.arms(measuring.gates(gates, known, seed), log_prob_fn, size)
+            if shared is not None:
+                of_shared = min(micro_batch_size or measuring.best_size(shared), inputs.total)
+                unbiased = [gate for gate in measuring.gates(gates, known, seed) if gate[1] == "unbiased"]
+                arms += measuring.arms(unbiased, shared, of_shared, SHARED, group_by)
+            for arm in turns(arms, rounds, seconds, say):
+                measuring.take(arm)
+    settings = tuple(arm.measured() for arm in arms)
+    bytes_are = PEAK_BYTES[measuring.device.type == "cuda"]
+    return Frontier(settings, inputs.total, measuring.tokens, size, log_probs is not None, bytes_are, sampled)
+
+
+class _Measuring:
+    """What all settings have in common: the batch, the gradients they add, the dense one to compare with."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        loss: Loss,
+        normalizer: Normalizer,
+        gradients: Gradients,
+        say: Progress,
+    ) -> None:
+        self.inputs, self.loss, self.normalizer, self.gradients, self.say = inputs, loss, normalizer, gradients, say
+        self.device = inputs.advantages.device
+        self.tokens, self.reference = 0, Snapshot()
+
+    def refuse(self, log_prob_fn: LogProbFunction) -> None:
+        """What is wrong with the function, at once."""
+        self._run(GatedBackward(None, loss=self.loss, normalizer=self.normalizer), log_prob_fn, slice(0, 1))
+
+    def best_size(self, log_prob_fn: LogProbFunction) -> int:
+        """The fastest micro-batch size, by seconds a row: 1, 4, 16, ... while the larger one is clearly faster."""
+        plain, total = PlainLoop(log_prob_fn, self.inputs, self.loss), self.inputs.total
+        best, best_seconds, size = 0, math.inf, 1
+        while True:
+            self.say(0.0, f"{size:,} rows in a micro-batch")
+            step = partial(plain, slice(0, size))
+            try:
+                seconds = min(timed(step, self.device)[0] for _ in range(2)) / size
+            except torch.OutOfMemoryError:
+                if not best:
+                    raise
+                return best
+            if seconds > FASTER * best_seconds:
+                return best
+            best, best_seconds = size, seconds
+            if size == total:
+                return best
+            size = min(LARGER * size, total)
+
+    def refer(self, log_prob_fn: LogProbFunction, size: int) -> Tensor:
+        """Take the dense gradient to compare with; the log-probs of the batch."""
         seen: list[Tensor] = []
 
         def seeing(rows: Any) -> Tensor:
-            log_probs = watched(rows)
+            log_probs = log_prob_fn(rows)
             seen.append(log_probs.detach())
             return log_probs
 
-        _run(GatedBackward(None, **options), seeing, inputs)
-        reference = gradients.snapshot()
-        length = math.sqrt(sums(gradients.beside(reference))[0])
+        self.gradients.clear()
+        engine = GatedBackward(None, loss=self.loss, normalizer=self.normalizer, micro_batch_size=size)
+        self._run(engine, seeing, slice(0, self.inputs.total))
+        self.reference = self.gradients.snapshot()
+        length = math.sqrt(sums(self.gradients.beside(self.reference))[0])
         if not 0 < length < math.inf:
             raise ValueError(f"the gradient of the batch has a length of {length:g}; expected one to compare with.")
         found = torch.cat(seen)
-        tokens = inputs.tokens(found)
-        divisors = {"batch": tokens, "kept": tokens, "samples": total}
-        divisor = divisors[normalizer] if isinstance(normalizer, str) else normalizer
-        plain = PlainLoop(log_prob_fn, inputs, loss, divisor)
-        row_tokens = inputs.row_tokens
-        row_tokens = torch.full((total,), tokens // total, device="cpu") if row_tokens is None else row_tokens
+        self.tokens = self.inputs.tokens(found)
+        return found if self.inputs.log_probs is None else self.inputs.log_probs
 
-        def dense() -> Outcome:
-            for start in range(0, total, size):
-                plain(slice(start, min(start + size, total)))
-            return total, tokens, 0.0
+    def gates(self, given: Mapping[str, Gate] | None, known: Tensor, seed: int) -> Iterable[NamedGate]:
+        """Copies of the gates given, or the default ones."""
+        if given is not None:
+            return [
+                (name, "unbiased" if weighted(gate) else "biased", gate, None)
+                for name, gate in copy.deepcopy(dict(given)).items()
+            ]
+        kept = select(UnbiasedGate(noise=0.3), self.inputs.advantages, known, self.inputs.mask, loss=self.loss)
+        return default_gates(float(kept.decision.probability.mean()), seed)
 
-        def gated(gate: Gate, score: ScoreFunction | None) -> Callable[[], Outcome]:
-            engine = GatedBackward(gate, score=score, **options)
+    def arms(
+        self,
+        gates: Iterable[NamedGate],
+        log_prob_fn: LogProbFunction,
+        size: int,
+        suffix: str = "",
+        group_by: str | None = None,
+    ) -> list[Arm]:
+        """The dense step and the gates by this function, in micro-batches of that size."""
+        shared = bool(suffix)
+        arms = [
+            Arm(
+                f"dense{suffix}",
+                "unbiased" if shared else "dense",
+                None,
+                partial(self.dense, log_prob_fn, size),
+                shared,
+            )
+        ]
+        for name, kind, gate, score in gates:
+            engine = GatedBackward(
+                gate,
+                loss=self.loss,
+                score=score,
+                normalizer=self.normalizer,
+                micro_batch_size=size,
+                group_by=group_by,
+            )
+            arms.append(Arm(f"{name}{suffix}", kind, gate, partial(self.gated, engine, log_prob_fn), shared))
+        return arms
 
-            def step() -> Outcome:
-                report = _run(engine, log_prob_fn, inputs)
-                return report.kept, int(row_tokens[report.decision.keep.cpu()].sum()), report.noise
+    def dense(self, log_prob_fn: LogProbFunction, size: int) -> Outcome:
+        """The plain loop over all rows."""
+        total, divisor = self.inputs.total, self.normalizer
+        if isinstance(divisor, str):
+            divisor = total if divisor == "samples" else self.tokens
+        plain = PlainLoop(log_prob_fn, self.inputs, self.loss, divisor)
+        for start in range(0, total, size):
+            plain(slice(start, min(start + size, total)))
+        return total, self.tokens, 0.0
 
-            return step
+    def gated(self, engine: GatedBackward, log_prob_fn: LogProbFunction) -> Outcome:
+        """A step of the engine."""
+        report, total = self._run(engine, log_prob_fn, slice(0, self.inputs.total)), self.inputs.total
+        row_tokens = self.inputs.row_tokens
+        if row_tokens is None:
+            row_tokens = torch.full((total,), self.tokens // total, device="cpu")
+        return report.kept, int(row_tokens[report.decision.keep.cpu()].sum()), report.noise
 
-        arms = [Arm("dense", "dense", None, dense)]
-        if gates is None:
-            known = found if inputs.log_probs is None else inputs.log_probs
-            kept = select(UnbiasedGate(noise=0.3), inputs.advantages, known, inputs.mask, loss=loss)
-            for name, kind, gate, score in default_gates(float(kept.decision.probability.mean()), seed):
-                arms.append(Arm(name, kind, gate, gated(gate, score)))
+    def take(self, arm: Arm) -> None:
+        """A turn of a setting: its seconds, what came of it, its gradient beside the dense one, once its bytes."""
+        self.gradients.clear()
+        if arm.peaks:
+            taken, outcome = timed(arm.step, self.device)
         else:
-            for name, gate in copy.deepcopy(dict(gates)).items():
-                arms.append(Arm(name, "unbiased" if weighted(gate) else "biased", gate, gated(gate, None)))
-        for arm in turns(arms, rounds, seconds, say):
-            gradients.clear()
-            if arm.peaks:
-                taken, outcome = timed(arm.step, device)
-            else:
-                taken, (outcome, peak) = timed(partial(with_peak, arm.step, device, gradients.parameters), device)
-                arm.peaks.append(peak)
-            arm.seconds.append(taken)
-            arm.outcomes.append(outcome)
-            cosine, error, _ = figures(sums((here, dense) for dense, here in gradients.beside(reference)))
-            arm.compared.append((math.nan if error is None else error, cosine or 0.0))
-    settings = tuple(arm.measured() for arm in arms)
-    return Frontier(settings, total, tokens, size, log_probs is not None, PEAK_BYTES[device.type == "cuda"])
+            watched = partial(with_peak, arm.step, self.device, self.gradients.parameters)
+            taken, (outcome, peak) = timed(watched, self.device)
+            arm.peaks.append(peak)
+        arm.seconds.append(taken)
+        arm.outcomes.append(outcome)
+        cosine, error, _ = figures(sums((here, dense) for dense, here in self.gradients.beside(self.reference)))
+        arm.compared.append((math.nan if error is None else error, cosine or 0.0))
+
+    def _run(self, engine: GatedBackward, log_prob_fn: LogProbFunction, rows: slice) -> BackwardReport:
+        part = self.inputs.take(rows)
+        return engine(
+            log_prob_fn,
+            part.batch,
+            part.advantages,
+            log_probs=part.log_probs,
+            behavior_log_probs=part.behavior_log_probs,
+            mask=part.mask,
+        )
 
 
 def _checked(parameters: Iterable[Tensor] | None) -> list[Tensor]:
@@ -197,35 +308,3 @@ def _checked(parameters: Iterable[Tensor] | None) -> list[Tensor]:
     if not any(parameter.requires_grad for parameter in found):
         raise ValueError("parameters has none that requires a gradient; leave it out for them to be found.")
     return found
-
-
-def _run(engine: GatedBackward, log_prob_fn: LogProbFunction, part: Inputs) -> BackwardReport:
-    return engine(
-        log_prob_fn,
-        part.batch,
-        part.advantages,
-        log_probs=part.log_probs,
-        behavior_log_probs=part.behavior_log_probs,
-        mask=part.mask,
-    )
-
-
-def _best_size(plain: PlainLoop, device: torch.device, say: Callable[[str], None]) -> int:
-    """The fastest micro-batch size, by seconds a row: 1, 4, 16, ... while the larger one is clearly faster."""
-    total = plain.inputs.total
-    best, best_seconds, size = 0, math.inf, 1
-    while True:
-        say(f"{size:,} rows in a micro-batch")
-        step = partial(plain, slice(0, size))
-        try:
-            seconds = min(timed(step, device)[0] for _ in range(2)) / size
-        except torch.OutOfMemoryError:
-            if not best:
-                raise
-            return best
-        if seconds > FASTER * best_seconds:
-            return best
-        best, best_seconds = size, seconds
-        if size == total:
-            return best
-        size = min(LARGER * size, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sparkjoy import checks
 
@@ -38,6 +38,7 @@ class Setting:
         noise: what gating added to the second moment of the gradient, over the batch's own, mean; None where the gate
             is not weighted, so that its error is a bias as well.
         turns: steps taken.
+        shared: tokens that rows have in common are computed once.
     """
 
     name: str
@@ -51,6 +52,22 @@ class Setting:
     cosine: float
     noise: float | None
     turns: int
+    shared: bool = False
+
+
+def checked_seconds(sampling: Any) -> tuple[float, float] | None:
+    """Seconds of sampling without shared tokens and with them, from one number or two, or a ValueError."""
+    if sampling is None:
+        return None
+    both = sampling if isinstance(sampling, tuple | list) else (sampling, sampling)
+    if len(both) != 2:
+        raise ValueError(
+            f"sampling_seconds has {len(both)} numbers; expected one, or two: without shared tokens, with."
+        )
+    plain, shared = (
+        checks.number("sampling_seconds", one, "a number of at least 0", lambda value: value >= 0) for one in both
+    )
+    return plain, shared
 
 
 class Recommendation(NamedTuple):
@@ -83,6 +100,7 @@ class Frontier:
         micro_batch_size: rows per forward and backward pass, the same for all settings.
         known: whether the log-probs to decide on were given.
         bytes_are: what `peak_bytes` counts.
+        sampling_seconds: of the batch, without shared tokens and with them; None where they were not given.
     """
 
     settings: tuple[Setting, ...]
@@ -91,11 +109,18 @@ class Frontier:
     micro_batch_size: int
     known: bool
     bytes_are: str
+    sampling_seconds: tuple[float, float] | None = None
 
     @property
     def dense(self) -> Setting:
         """The dense step."""
         return self.settings[0]
+
+    def share(self, setting: Setting) -> float:
+        """Seconds of a setting's step over those of the dense one; of the whole step where sampling's are known."""
+        plain, shared = self.sampling_seconds or (0.0, 0.0)
+        sampling = shared if setting.shared else plain
+        return (sampling + setting.seconds) / (plain + self.dense.seconds)
 
     def recommend(self, noise: float = 0.3, saving: float = 0.1) -> Recommendation:
         """The cheapest setting within a budget of noise, or the dense step where it would save too little.
@@ -121,10 +146,11 @@ class Frontier:
             return Recommendation(
                 self.dense, f"The dense step: no unbiased gate was measured within a noise of {noise:g}."
             )
-        best = min(within, key=lambda setting: setting.seconds)
-        share = best.seconds / self.dense.seconds
+        best = min(within, key=self.share)
+        share = self.share(best)
+        of = "whole step's" if self.sampling_seconds else "step's"
         found = (
-            f"{best.name} keeps {best.rows / self.rows:.0%} of the rows, takes {share:.2f} of the dense step's seconds"
+            f"{best.name} keeps {best.rows / self.rows:.0%} of the rows, takes {share:.2f} of the dense {of} seconds"
         )
         if share > 1 - saving:
             return Recommendation(
@@ -132,8 +158,9 @@ class Frontier:
                 f"The dense step: {found}, and is the cheapest within a noise of {noise:g}; gating is worth it from a "
                 f"saving of {saving:.0%} on.",
             )
+        how = " with shared tokens".join([best.gate or "The dense step", ""]) if best.shared else best.gate
         return Recommendation(
-            best, f"{best.gate}: {found} and adds {best.noise:.2f} of the batch's own noise, within {noise:g}."
+            best, f"{how}: {found} and adds {best.noise:.2f} of the batch's own noise, within {noise:g}."
         )
 
     def table(self) -> str:
@@ -142,7 +169,25 @@ class Frontier:
             f"{self.rows:,} rows, {self.tokens:,} tokens, {self.micro_batch_size:,} rows in a micro-batch, log-probs "
             f"{'known' if self.known else 'not known'}; {self.dense.turns} turns each"
         )
-        names = ("setting", "rows", "tokens", "ms", "of dense", "MB", "of dense", "error", "cosine", "noise")
+        names: tuple[str, ...] = (
+            "setting",
+            "rows",
+            "tokens",
+            "ms",
+            "of dense",
+            "MB",
+            "of dense",
+            "error",
+            "cosine",
+            "noise",
+        )
+        if self.sampling_seconds is not None:
+            head += (
+                "; sampling took "
+                + " s, with shared tokens ".join(f"{took:.3g}" for took in self.sampling_seconds)
+                + " s"
+            )
+            names += ("whole step, of dense",)
         lines = [names, *(self._cells(setting) for setting in self.settings)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
         body = (
@@ -221,6 +266,7 @@ class Frontier:
             f"{setting.error:.3f}",
             f"{setting.cosine:.3f}",
             "biased" if setting.noise is None else f"{setting.noise:.3f}",
+            *([] if self.sampling_seconds is None else [f"{self.share(setting):.2f}"]),
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -28,42 +31,69 @@ ARGUMENTS = ("input_ids", "attention_mask", "generation_config", "logits_process
 """Other arguments of `generate` that it goes with."""
 
 
-@torch.no_grad()
-def prompts_read_once(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """What to give `generate` besides: a cache in which each distinct prompt was read once, but for its last token.
+@contextmanager
+def prompts_read_once(model: nn.Module, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What to give `generate` besides, inside: a cache in which each distinct prompt was read once.
+
+    `generate` wants to read the last token of each prompt itself. Its first pass is not run: it gets what is known.
 
     Args:
         model: what `generate` is a method of.
         given: its other arguments, by name. Where they do not go with a cache there is nothing to give.
     """
     base = base_of(model)
-    configs = [config for config in (given.get("generation_config"), base.generation_config) if config is not None]
-    for name, allowed in WITH_A_CACHE.items():
-        values = (given.get(name), *(getattr(config, name, None) for config in configs))
-        if next((value for value in values if value is not None), None) not in (None, *allowed):
-            return {}
-    if any(name not in ARGUMENTS and not hasattr(base.generation_config, name) for name in given):
-        return {}
+    if not _goes_with_a_cache(base, given):
+        yield {}
+        return
     ids, mask = given["input_ids"], given["attention_mask"]
-    if ids.shape[1] < 2 or base._is_stateful or base.config.is_encoder_decoder:
-        return {}
     rows, of_row = torch.cat([ids, mask.to(ids)], dim=1).unique(dim=0, return_inverse=True)
     ids, mask = rows.split(ids.shape[1], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # as `generate` has them
     read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    output = model(**{name: value[:, :-1] for name, value in read.items()}, use_cache=True, logits_to_keep=1)
+    with torch.no_grad():
+        output = model(**read, use_cache=True, logits_to_keep=1)
     name = "cache" if "cache" in output else "past_key_values"  # the older name
     cache = output[name]
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = RoomyLayer(layer, of_row)
+    cache.layers = [RoomyLayer(layer, of_row) for layer in cache.layers]
+    output.logits = output.logits[of_row]
+    own, forward = vars(base).get("forward"), base.forward
+
+    @wraps(forward)
+    def first_pass(*_: Any, **__: Any) -> Any:
+        put_back()
+        for layer in cache.layers:
+            layer.show_all()
+        return output
+
+    def put_back() -> None:
+        if own is None:
+            vars(base).pop("forward", None)
         else:
-            layer.batch_select_indices(of_row)
-    return {name: cache}
+            base.forward = own
+
+    base.forward = first_pass
+    try:
+        yield {name: cache}
+    finally:
+        put_back()
+
+
+def _goes_with_a_cache(base: Any, given: dict[str, Any]) -> bool:
+    configs = [config for config in (given.get("generation_config"), base.generation_config) if config is not None]
+    for name, allowed in WITH_A_CACHE.items():
+        values = (given.get(name), *(getattr(config, name, None) for config in configs))
+        if next((value for value in values if value is not None), None) not in (None, *allowed):
+            return False
+    if any(name not in ARGUMENTS and not hasattr(base.generation_config, name) for name in given):
+        return False
+    windows = getattr(base.config.get_text_config(), "sliding_window", None)
+    return given["input_ids"].shape[1] > 1 and not (base._is_stateful or base.config.is_encoder_decoder or windows)
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' is untyped
     """A layer of a cache with room for tokens to come, where the one it replaces is copied for each token.
+
+    At first it does not show the last token that it holds.
 
     Args:
         layer: of the rows that were read.
@@ -74,9 +104,22 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' is untype
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
         self._hold(layer.keys[rows], layer.values[rows])
+        self._show(layer.keys.shape[2] - 1)
+
+    def show_all(self) -> None:
+        """Show the last token too."""
+        self._show(self.keys.shape[2] + 1)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values of new tokens, (n, heads, T, size); all there are."""
+        if self.keys.shape[2] + key_states.shape[2] > self._room[0].shape[2]:
+            self._hold(torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2))
+        else:
+            self._write(self.keys.shape[2], key_states, value_states)
+        return self.keys, self.values
 
     def _hold(self, *states: Tensor) -> None:
-        """Copy keys and values, (n, heads, T, size), to where there is room for more tokens."""
+        """Copy keys and values to where there is room for more tokens."""
         rows, heads, length, _ = states[0].shape
         self._room = [held.new_empty(rows, heads, length + length // 4 + ROOM, held.shape[3]) for held in states]
         self._write(0, *states)
@@ -84,15 +127,10 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' is untype
     def _write(self, start: int, *states: Tensor) -> None:
         for room, new in zip(self._room, states, strict=True):
             room[:, :, start : start + new.shape[2]] = new
-        self.keys, self.values = (room[:, :, : start + states[0].shape[2]] for room in self._room)
+        self._show(start + states[0].shape[2])
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values of new tokens; all there are."""
-        if self.keys.shape[2] + key_states.shape[2] > self._room[0].shape[2]:
-            self._hold(torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2))
-        else:
-            self._write(self.keys.shape[2], key_states, value_states)
-        return self.keys, self.values
+    def _show(self, stop: int) -> None:
+        self.keys, self.values = (room[:, :, :stop] for room in self._room)
 
 
 def base_of(model: nn.Module) -> Any:

@@ -49,8 +49,8 @@ class SharedTokens:
     >>> shared.distinct_tokens, shared.padded_tokens  # 5 and 6, and 7 for each of the tokens after it
     (4, 12)
 
-    The first batch runs both ways, once, without a graph: where they differ by more than rounding, it warns and shares
-    nothing from then on. A batch whose tree is hardly smaller than its padded rows runs as it is.
+    The first batch that shares tokens runs both ways, once, without a graph: where they differ by more than rounding,
+    it warns and shares nothing from then on. A batch whose tree is hardly smaller than its padded rows runs as it is.
 
     Args:
         model: attends to all tokens before or to a sliding window of them, by "sdpa" or "eager" attention. It may be
@@ -69,7 +69,7 @@ class SharedTokens:
         self.padded_tokens = 0
         """Tokens that the same batches have as padded rows."""
         self.agrees: bool | None = None
-        """Whether log-probs with shared tokens are those without; None until the first batch tells."""
+        """Whether log-probs with shared tokens are those without; None until a batch that shares some has told."""
         self._unwrapped: Any = model.module if isinstance(model, DistributedDataParallel) else model
         self._config = base_of(self._unwrapped).config.get_text_config()
         why = refusal(self._unwrapped)
@@ -81,7 +81,7 @@ class SharedTokens:
 
         Args:
             ids: (n, T) tokens, prompts and answers.
-            mask: (n, T), 0 for padding, on either side.
+            mask: (n, T), 0 for padding, on either side; position ids count what it leaves, as `generate` has them.
             scored: (n, T), nonzero for the tokens wanted, an answer's. The first token of a row has no log-prob.
         """
         return self._values(ids, mask, scored, entropies=False)[0]
@@ -97,40 +97,44 @@ class SharedTokens:
         Args:
             ids: (n, P) prompts, padded on the left, each as often as it is to be answered.
             mask: (n, P), 0 for padding.
-            options: those of `generate`. With beams, an assistant, or another cache than the dynamic one, the prompts
-                are read as often as they stand there.
+            options: those of `generate`. With beams, an assistant, a sliding window or another cache than the dynamic
+                one, the prompts are read as often as they stand there.
         """
         given = {"input_ids": ids, "attention_mask": mask, **options}
-        return self._unwrapped.generate(**given, **prompts_read_once(self._unwrapped, given))
+        with prompts_read_once(self._unwrapped, given) as read:
+            return self._unwrapped.generate(**given, **read)
 
     # The pass
 
     def _values(self, ids: Tensor, mask: Tensor, scored: Tensor, entropies: bool) -> tuple[Tensor, ...]:
         scored = scorable(mask, scored)
-        if self.agrees is None:
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)  # as `generate` has them
+        tree = self.fold(ids, mask, scored, positions)
+        if tree is not None and self.agrees is None:
             with torch.no_grad(), evaluating(self.model):
-                of_rows, of_tree = (
-                    self._of_rows(ids, mask, scored, False),
-                    self._of_tree(fold(ids, mask, scored), False),
-                )
-            self.compare(of_rows[0], of_tree[0])
-        tree = self.fold(ids, mask, scored)
-        return self._of_rows(ids, mask, scored, entropies) if tree is None else self._of_tree(tree, entropies)
+                of_rows = self._of_rows(ids, mask, scored, positions, False)
+                self.compare(of_rows[0], self._of_tree(tree, False)[0])
+            if not self.agrees:
+                self.distinct_tokens += ids.numel() - tree.ids.numel()
+                tree = None
+        return self._of_tree(tree, entropies) if tree else self._of_rows(ids, mask, scored, positions, entropies)
 
     def _of_tree(self, tree: PrefixTree, entropies: bool) -> tuple[Tensor, ...]:
         found = label_scores(self.model, self.inputs(tree), tree.labels, self.temperature, entropies)
         return tuple(tree.unfold(values) for values in found)
 
-    def _of_rows(self, ids: Tensor, mask: Tensor, scored: Tensor, entropies: bool) -> tuple[Tensor, ...]:
+    def _of_rows(
+        self, ids: Tensor, mask: Tensor, scored: Tensor, positions: Tensor, entropies: bool
+    ) -> tuple[Tensor, ...]:
         labels = pad(ids.where(scored, UNSCORED)[:, 1:], (0, 1), value=UNSCORED)
-        given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
         found = label_scores(self.model, given, labels, self.temperature, entropies)
         return tuple(pad(values[:, :-1], (1, 0)) for values in found)
 
-    def fold(self, ids: Tensor, mask: Tensor, scored: Tensor) -> PrefixTree | None:
+    def fold(self, ids: Tensor, mask: Tensor, scored: Tensor, positions: Tensor | None = None) -> PrefixTree | None:
         """The tree to run in place of the rows, or None where these are to run; and count its tokens."""
         balance = BALANCE * self._config.hidden_size
-        tree = None if self.agrees is False else fold(ids, mask, scored, balance=balance)
+        tree = None if self.agrees is False else fold(ids, mask, scored, positions=positions, balance=balance)
         if tree is not None and work(tree.ids.shape, balance) > WORTH * work(ids.shape, balance):
             tree = None
         self.padded_tokens += ids.numel()

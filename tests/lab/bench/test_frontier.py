@@ -154,7 +154,7 @@ def test_a_decoder_of_bench_needs_neither_prompts_nor_reward():
     config = FrontierConfig(small, rounds=1, micro_batch_size=4, threads=1)
     step, found = run(config, lambda *said: told.append(said))
     assert [(one.tokens, one.known, one.dense.turns) for one in found.values()] == [(16, True, 1), (16, False, 1)]
-    assert step.answers == []
+    assert not step.answers
     assert list(run(replace(config, known_only=True), lambda *said: None)[1]) == ["known"]
     assert [fraction for fraction, _ in told] == sorted(fraction for fraction, _ in told)
 

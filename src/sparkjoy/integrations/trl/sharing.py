@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -117,9 +117,9 @@ def reading_prompts_once(model: Any, recorder: Recorder | None, autocast: Callab
     generate, own = model.generate, vars(model).get("generate")
 
     def sharing(**given: Any) -> Any:
-        with autocast():
+        with autocast(), ExitStack() as stack:
             with nullcontext() if recorder is None else recorder.paused():
-                read = prompts_read_once(model, given)
+                read = stack.enter_context(prompts_read_once(model, given))
             return generate(**given, **read)
 
     model.generate = sharing

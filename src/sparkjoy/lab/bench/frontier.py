@@ -71,6 +71,9 @@ def run(config: FrontierConfig, progress: Progress) -> tuple[Sampled, dict[str, 
             micro_batch_size=size,
             rounds=config.rounds,
             seed=config.step.seed,
+            shared=step.sharing,
+            group_by=None if step.sharing is None else "prompt",
+            sampling_seconds=step.seconds,
             progress=_part(progress, number / len(parts), len(parts), name),
         )
         size = found[name].micro_batch_size
@@ -113,4 +116,4 @@ def _random_step(config: OwnModel) -> Sampled:
         seed=config.seed,
     )
     problem = build(workload)
-    return Sampled(problem.log_prob_fn, problem.batch, problem.advantages, problem.log_probs, None, [])
+    return Sampled(problem.log_prob_fn, problem.batch, problem.advantages, problem.log_probs)

@@ -12,20 +12,25 @@ import math
 import random
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparkjoy.baselines import group_mean_advantage
+from sparkjoy.frontier.cost import timed
 from sparkjoy.lab.bench.models import Model
 from sparkjoy.lab.training.flags import refuse_idle
 from sparkjoy.lab.training.stopping import Terminated
+
+if TYPE_CHECKING:
+    from sparkjoy.integrations.transformers import SharedTokens
 
 READ_AT_ONCE = 8
 """Rows of a forward pass that recomputes the sampler's log-probs."""
@@ -80,8 +85,14 @@ class Sampled(NamedTuple):
     batch: dict[str, Tensor]
     advantages: Tensor
     log_probs: Tensor
-    mask: Tensor | None
-    answers: list[dict[str, Any]]
+    mask: Tensor | None = None
+    answers: Sequence[dict[str, Any]] = ()
+    sharing: Callable[[dict[str, Tensor]], Tensor] | None = None
+    """`log_prob_fn` with shared tokens."""
+    seconds: tuple[float, float] | None = None
+    """Of sampling, without shared tokens and with them."""
+    told: Sequence[str] = ()
+    """What to say of it: groups of equal rewards, why tokens cannot be shared."""
 
 
 def sample(config: OwnModel) -> Sampled:
@@ -106,7 +117,9 @@ def sample(config: OwnModel) -> Sampled:
         model, tokenizer = _load(config, str(folder) if folder.exists() else config.model)
     torch.manual_seed(config.seed)
     with _users(f"--model {config.model} cannot answer"):
-        tokens, attention, mask = _answers(config, model, tokenizer, [row["prompt"] for row in drawn])
+        shared, told = _shared_tokens(model, config.temperature)
+        prompted = [row["prompt"] for row in drawn]
+        tokens, attention, mask, seconds = _answers(config, model, tokenizer, prompted, shared)
         written = [
             tokenizer.decode(row[valid], skip_special_tokens=True)
             for row, valid in zip(tokens[:, -mask.shape[1] :], mask, strict=True)
@@ -122,18 +135,23 @@ def sample(config: OwnModel) -> Sampled:
             f"all answers to each of {len(drawn)} prompts have the same reward (on the mean {rewards.mean():.3g}), so "
             "there is nothing to learn from them; try more prompts, or a task that the model can half do."
         )
+    silent = int((advantages.view(-1, config.group_size) == 0).all(dim=1).sum())
+    told.append(f"{silent} of {len(drawn)} prompts have answers of equal rewards, which teach nothing.")
     answers = [
         {"prompt": drawn[index // config.group_size]["prompt"], "completion": text, "reward": float(rewards[index])}
         for index, text in enumerate(written)
     ]
     log_prob_fn = _log_prob_function(model, mask.shape[1], config.temperature)
     batch = {"tokens": tokens, "attention": attention, "positions": (attention.cumsum(1) - 1).clamp(min=0)}
+    batch["prompt"] = torch.arange(len(drawn), device=tokens.device).repeat_interleave(config.group_size)
     with torch.no_grad(), _users(f"--model {config.model} cannot read its answers"):
         parts = [
             log_prob_fn({name: value[start : start + READ_AT_ONCE] for name, value in batch.items()})
             for start in range(0, len(tokens), READ_AT_ONCE)
         ]
-    return Sampled(log_prob_fn, batch, advantages.to(tokens.device), torch.cat(parts), mask, answers)
+    sharing = None if shared is None else _sharing_function(shared, mask.shape[1])
+    log_probs, advantages = torch.cat(parts), advantages.to(tokens.device)
+    return Sampled(log_prob_fn, batch, advantages, log_probs, mask, answers, sharing, seconds, told)
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -245,8 +263,10 @@ def _users(failure: str) -> Iterator[None]:
         raise ValueError(f"{failure} ({kind}{said}).") from error
 
 
-def _answers(config: OwnModel, model: Any, tokenizer: Any, prompts: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (B, P + T), prompts padded to the left; what to attend to, likewise; and the answers' mask (B, T)."""
+def _answers(
+    config: OwnModel, model: Any, tokenizer: Any, prompts: list[Any], shared: SharedTokens | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
+    """Tokens (B, P + T), prompts padded to the left; what to attend to, likewise; the answers' mask (B, T); seconds."""
     from transformers import GenerationConfig
 
     texts = prompts
@@ -273,17 +293,20 @@ def _answers(config: OwnModel, model: Any, tokenizer: Any, prompts: list[Any]) -
         top_k=0,
         top_p=1.0,
         max_new_tokens=config.max_new_tokens,
-        num_return_sequences=config.group_size,
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.no_grad():
-        tokens = model.generate(input_ids=read["input_ids"], attention_mask=read["attention_mask"])
+    ids, valid = (read[name].repeat_interleave(config.group_size, 0) for name in ("input_ids", "attention_mask"))
+    device = torch.device(config.device)
+    took, tokens = timed(lambda: model.generate(input_ids=ids, attention_mask=valid), device)
+    once = took
+    if shared is not None:
+        torch.manual_seed(config.seed)
+        once, _ = timed(partial(shared.generate, ids, valid), device)
     answers = tokens[:, length:]
     ended = torch.isin(answers, torch.tensor(ends, dtype=answers.dtype, device=answers.device))
     mask = ended.cumsum(1) - ended.int() == 0  # up to the first end, and with it
-    attention = torch.cat([read["attention_mask"].repeat_interleave(config.group_size, 0), mask.long()], dim=1)
-    return tokens, attention, mask
+    return tokens, torch.cat([valid, mask.long()], dim=1), mask, (took, once)
 
 
 def _rewards(
@@ -320,3 +343,22 @@ def _log_prob_function(model: Any, length: int, temperature: float) -> Callable[
         return -F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none").view_as(answers)
 
     return log_prob_fn
+
+
+def _shared_tokens(model: Any, temperature: float) -> tuple[SharedTokens | None, list[str]]:
+    """What shares the model's tokens, or why nothing can."""
+    from sparkjoy.integrations.transformers import SharedTokens
+
+    try:
+        return SharedTokens(model, temperature=temperature), []
+    except ValueError as error:
+        return None, [str(error)]
+
+
+def _sharing_function(shared: SharedTokens, length: int) -> Callable[[dict[str, Tensor]], Tensor]:
+    def sharing(rows: dict[str, Tensor]) -> Tensor:
+        scored = rows["attention"].clone()
+        scored[:, :-length] = 0
+        return shared.log_probs(rows["tokens"], rows["attention"], scored)[:, -length:]
+
+    return sharing

@@ -35,4 +35,6 @@ class Frontier:
             save_figure(plot(found, self.asked.noise), out, "frontier")
         for one in found.values():
             print(f"{one.table()}\n{one.recommend(self.asked.noise).reason}\n")
+        for line in step.told:
+            print(line)
         print(f"results in {shown}; drawn: frontier.png")
