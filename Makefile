@@ -34,7 +34,7 @@ timing: install  ## ratios of seconds within one run, with nothing else running
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing
 
 doctest: install  ## every example in the docstrings and the pages; the README's runs in the tests
-	$(PYTEST) --doctest-modules src/sparkjoy
+	$(PYTEST) --doctest-modules src/sparkjoy src/sparkjoy_lab
 	$(BIN)/python -m pytest --doctest-glob='*.md' docs
 
 docs: install  ## the site, in out/site; a link or name that leads nowhere is an error

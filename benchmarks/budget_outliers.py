@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import sparkjoy as sj
-from sparkjoy.lab.bench.timing import options
-from sparkjoy.lab.studies.budget import ARMS, MNIST, REVERSAL
-from sparkjoy.lab.studies.runs import task_of
-from sparkjoy.lab.training.loop import Training
-from sparkjoy.lab.training.settings import Settings
-from sparkjoy.lab.training.tracking import write_json
 from sparkjoy.noise import expected_noise
+from sparkjoy_lab.bench.timing import options
+from sparkjoy_lab.studies.budget import ARMS, MNIST, REVERSAL
+from sparkjoy_lab.studies.runs import task_of
+from sparkjoy_lab.training.loop import Training
+from sparkjoy_lab.training.settings import Settings
+from sparkjoy_lab.training.tracking import write_json
 
 STEPS = {
     "mnist": 800,

@@ -19,8 +19,8 @@ from unittest.mock import patch
 
 import sparkjoy as sj
 from sparkjoy.gradients import Comparison
-from sparkjoy.lab.bench.timing import options
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab.bench.timing import options
+from sparkjoy_lab.training.tracking import write_json
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "01_your_own_loop.py"
 ARMS: dict[str, Callable[[], sj.Gate | None]] = {

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sparkjoy as sj
-from sparkjoy.lab.bench.timing import collect, machine, options, percentiles, print_table, ratio, turns
-from sparkjoy.lab.policies.transformer import Transformer
-from sparkjoy.lab.training.processes import LogProbs
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab.bench.timing import collect, machine, options, percentiles, print_table, ratio, turns
+from sparkjoy_lab.policies.transformer import Transformer
+from sparkjoy_lab.training.processes import LogProbs
+from sparkjoy_lab.training.tracking import write_json
 
 DENSE = "dense, DDP alone"
 Batch = tuple[dict[str, Tensor], Tensor, Tensor]

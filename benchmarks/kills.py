@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from sparkjoy.lab import cli
-from sparkjoy.lab.bench.timing import options
-from sparkjoy.lab.training import loop
-from sparkjoy.lab.training.checkpoint import load_checkpoint
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab import cli
+from sparkjoy_lab.bench.timing import options
+from sparkjoy_lab.training import loop
+from sparkjoy_lab.training.checkpoint import load_checkpoint
+from sparkjoy_lab.training.tracking import write_json
 
 TASKS = {
     "reversal": "reversal --method kondo --rate 0.1 --prompt-length 3 --width 16 --heads 2 --layers 1 --feed-forward 16"

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2Model
 
-from sparkjoy.lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
-from sparkjoy.lab.studies.memory import Step, peak_memory
-from sparkjoy.lab.training.tracking import write_json
 from sparkjoy.logprobs import CHUNK_LOGITS, token_log_probs
+from sparkjoy_lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
+from sparkjoy_lab.studies.memory import Step, peak_memory
+from sparkjoy_lab.training.tracking import write_json
 
 COLUMNS = {"seconds": "8.3f", "ratio": "6.2f", "MB": "7.0f", "MB ratio": "9.2f", "tensors MB": "10.0f"}
 

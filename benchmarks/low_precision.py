@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparkjoy.lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
+from sparkjoy_lab.training.tracking import write_json
 
 SIZES = ((64, 128, 1000), (384, 1536, 1000))  # width, feed-forward width, tokens
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import torch
 
-from sparkjoy.lab.bench.timing import collect, machine, options, percentiles, print_table, ratio, turns
-from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
-from sparkjoy.lab.training.loop import Training
-from sparkjoy.lab.training.settings import Settings
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab.bench.timing import collect, machine, options, percentiles, print_table, ratio, turns
+from sparkjoy_lab.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy_lab.training.loop import Training
+from sparkjoy_lab.training.settings import Settings
+from sparkjoy_lab.training.tracking import write_json
 
 STRONGEST = "strongest dense loop"
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkjoy.lab.policies.transformer import Transformer
+from sparkjoy_lab.policies.transformer import Transformer
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import sparkjoy as sj
-from sparkjoy.lab.bench.timing import machine, options
-from sparkjoy.lab.training.tracking import write_json
 from sparkjoy.prices import RollingQuantile
+from sparkjoy_lab.bench.timing import machine, options
+from sparkjoy_lab.training.tracking import write_json
 
 Stream = Callable[[int, torch.Generator], Tensor]
 BATCHES = {1: 3200, 8: 200, 64: 200}

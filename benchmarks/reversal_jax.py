@@ -31,8 +31,8 @@ def torch_update(length: int) -> Callable[[], float]:
     """An update through the policy, the loss and Adam."""
     import torch
 
-    from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
     from sparkjoy.losses import delightful
+    from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -18,10 +18,10 @@ import torch
 from plain_sampling import plain_sample
 
 from sparkjoy.engine.flops import FlopCount
-from sparkjoy.lab.bench.timing import collect, machine, options, percentiles, print_table, ratio, turns
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.training.tracking import write_json
 from sparkjoy.losses import delightful
+from sparkjoy_lab.bench.timing import collect, machine, options, percentiles, print_table, ratio, turns
+from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy_lab.training.tracking import write_json
 
 Arm = Callable[[], dict[str, float]]
 RATE_SHAPE = (1000, 64, 128)

@@ -16,10 +16,10 @@ import torch
 
 from sparkjoy.drafts import AdvantageOnly, DistilledDraft, LowerPrecision
 from sparkjoy.engine.batches import take
-from sparkjoy.lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
-from sparkjoy.lab.policies.early_exit import EarlyExit
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
+from sparkjoy_lab.policies.early_exit import EarlyExit
+from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy_lab.training.tracking import write_json
 
 LARGE = ReversalConfig(prompt_length=5, layers=8, width=384, heads=6, feed_forward=1536)
 PROPOSED = 12

@@ -25,12 +25,12 @@ from transformers.trainer_callback import PrinterCallback
 from sparkjoy.frontier.cost import SavedBytes
 from sparkjoy.integrations.language_model import pretrained
 from sparkjoy.integrations.trl import KondoGRPOConfig
-from sparkjoy.lab.bench import timing
-from sparkjoy.lab.bench.timing import median, print_table
-from sparkjoy.lab.studies.language_results import DENSE
-from sparkjoy.lab.studies.language_tasks import TASKS
-from sparkjoy.lab.studies.language_training import Timed
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab.bench import timing
+from sparkjoy_lab.bench.timing import median, print_table
+from sparkjoy_lab.studies.language_results import DENSE
+from sparkjoy_lab.studies.language_tasks import TASKS
+from sparkjoy_lab.studies.language_training import Timed
+from sparkjoy_lab.training.tracking import write_json
 
 ARMS: dict[str, dict[str, Any]] = {
     DENSE: {},

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from sparkjoy.lab.bench import timing
-from sparkjoy.lab.bench.arms import step_of
-from sparkjoy.lab.bench.models import Workload, build
-from sparkjoy.lab.studies.drawing import WIDTH
-from sparkjoy.lab.training.tracking import save_figure, write_json
+from sparkjoy_lab.bench import timing
+from sparkjoy_lab.bench.arms import step_of
+from sparkjoy_lab.bench.models import Workload, build
+from sparkjoy_lab.studies.drawing import WIDTH
+from sparkjoy_lab.training.tracking import save_figure, write_json
 
 ANSWER = 48
 PROMPTS = (3, 12, 24, 48, 96, 192, 384)

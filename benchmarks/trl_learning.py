@@ -20,10 +20,10 @@ import trl_task
 from transformers import TrainerCallback
 
 from sparkjoy.integrations.trl import KondoGRPOTrainer
-from sparkjoy.lab.bench import timing
-from sparkjoy.lab.bench.timing import print_table
-from sparkjoy.lab.studies.drawing import legend, panels
-from sparkjoy.lab.training.tracking import read_json, save_figure, write_json
+from sparkjoy_lab.bench import timing
+from sparkjoy_lab.bench.timing import print_table
+from sparkjoy_lab.studies.drawing import legend, panels
+from sparkjoy_lab.training.tracking import read_json, save_figure, write_json
 
 ARMS: dict[str, dict[str, Any]] = {
     "TRL's own": {},

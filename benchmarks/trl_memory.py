@@ -22,10 +22,10 @@ import trl_task
 from trl_step import PLAIN, SIZE
 
 from sparkjoy.integrations.trl import KondoGRPOTrainer
-from sparkjoy.lab.bench import timing
-from sparkjoy.lab.bench.timing import collect, median, print_table, turns
-from sparkjoy.lab.studies.memory import peak_memory
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab.bench import timing
+from sparkjoy_lab.bench.timing import collect, median, print_table, turns
+from sparkjoy_lab.studies.memory import peak_memory
+from sparkjoy_lab.training.tracking import write_json
 
 COLUMNS = {"kept_rate": "9.1%", "passes": "7.0f", "seconds": "8.3f", "seconds_ratio": "13.2f", "peak_mb": "8.1f"}
 COLUMNS |= {"peak_mb_ratio": "13.2f"}

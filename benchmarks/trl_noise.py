@@ -22,8 +22,8 @@ from sparkjoy import UnbiasedGate
 from sparkjoy.integrations.trl import KondoGRPOTrainer
 from sparkjoy.integrations.trl.packing import loss_mask
 from sparkjoy.integrations.trl.sizes import DIVIDES_BY_LENGTH, RowSize
-from sparkjoy.lab.bench.timing import machine, options, print_table
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab.bench.timing import machine, options, print_table
+from sparkjoy_lab.training.tracking import write_json
 
 ROWS = 64
 

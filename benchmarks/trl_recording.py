@@ -14,9 +14,9 @@ import torch
 
 from sparkjoy.integrations.language_model import pretrained
 from sparkjoy.integrations.trl.recording import recording
-from sparkjoy.lab.bench.timing import collect, machine, median, options, print_table, turns
-from sparkjoy.lab.studies.language_tasks import TASKS
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab.bench.timing import collect, machine, median, options, print_table, turns
+from sparkjoy_lab.studies.language_tasks import TASKS
+from sparkjoy_lab.training.tracking import write_json
 
 
 def main() -> None:

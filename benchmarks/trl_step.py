@@ -20,9 +20,9 @@ import trl_task
 from transformers import TrainerCallback
 
 from sparkjoy.integrations.trl import KondoGRPOTrainer
-from sparkjoy.lab.bench import timing
-from sparkjoy.lab.bench.timing import median, print_table
-from sparkjoy.lab.training.tracking import write_json
+from sparkjoy_lab.bench import timing
+from sparkjoy_lab.bench.timing import median, print_table
+from sparkjoy_lab.training.tracking import write_json
 
 SIZE = {"width": 192, "layers": 6, "heads": 4}
 PLAIN = "TRL's own"

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sparkjoy.gates import KondoGate, UnbiasedGate
-from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
-from sparkjoy.lab.training.loop import Training
-from sparkjoy.lab.training.settings import Settings
 from sparkjoy.losses import delightful
 from sparkjoy.scores import delight
 from sparkjoy.sizes import update_size
+from sparkjoy_lab.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy_lab.training.loop import Training
+from sparkjoy_lab.training.settings import Settings
 
 STEPS = (100, 500, 2000)
 BATCHES, DRAWS = 10, 100

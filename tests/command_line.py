@@ -2,7 +2,7 @@
 
 import sys
 
-from sparkjoy.lab import cli
+from sparkjoy_lab import cli
 
 
 def sparkjoy(monkeypatch, capsys, *arguments):

@@ -12,10 +12,10 @@ from hostile_values import ACTIONS, ROWS, TOKENS, WIDTH
 import sparkjoy as sj
 from sparkjoy import baselines, losses, prices, scores, sizes
 from sparkjoy.baselines import expected_confidence_advantage, good_and_bad_advantage
-from sparkjoy.lab import guards
 from sparkjoy.logprobs import token_log_probs
 from sparkjoy.prices import FixedPrice, RollingQuantile
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab import guards
 
 POLICY = TinyPolicy(WIDTH, ACTIONS)
 Arguments = dict[str, Any]

@@ -12,11 +12,11 @@ from hostile_values import ACTIONS, TOKENS, WIDTH
 import sparkjoy as sj
 from sparkjoy import drafts
 from sparkjoy.drafts.audit import Audit
-from sparkjoy.lab import guards
-from sparkjoy.lab.policies.early_exit import EarlyExit
-from sparkjoy.lab.policies.transformer import Transformer
 from sparkjoy.prices import FixedPrice, RollingQuantile
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab import guards
+from sparkjoy_lab.policies.early_exit import EarlyExit
+from sparkjoy_lab.policies.transformer import Transformer
 
 LAYERS = Transformer(vocab_size=2, positions=7, layers=2)
 

@@ -2,7 +2,7 @@ import mnist_step
 import pytest
 import torch
 
-from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy_lab.tasks.mnist import MnistConfig, MnistTask
 
 
 @pytest.mark.timing

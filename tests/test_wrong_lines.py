@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sparkjoy.lab import cli
+from sparkjoy_lab import cli
 
 WRONG = {
     "train mnist": """

@@ -13,6 +13,6 @@ if "unpacked" not in where.parts:
 blocks = re.findall(r"^```python\n(.*?)^```", Path(sys.argv[1]).read_text(), flags=re.MULTILINE | re.DOTALL)
 for block in blocks:
     exec(compile(block, sys.argv[1], "exec"), {})
-command = subprocess.run([sys.executable, "-m", "sparkjoy", "--help"], capture_output=True, text=True)
+command = subprocess.run([sys.executable, "-m", "sparkjoy_lab", "--help"], capture_output=True, text=True)
 print(f"{where.parent}: {len(blocks)} blocks ran; sparkjoy --help ends with {command.returncode}")
 sys.exit(not blocks or command.returncode)

@@ -1,10 +1,5 @@
 """sparkjoy: policy gradients that pay for a backward pass only where a sample is worth it."""
 
-from sparkjoy.starting import quiet_if_command as _quiet_if_command
-
-_quiet_if_command()  # first: the rest takes a second
-
-# ruff: noqa: E402
 from sparkjoy.baselines import group_mean_advantage as group_mean_advantage
 from sparkjoy.baselines import group_standardised_advantage as group_standardised_advantage
 from sparkjoy.baselines import leave_one_out_advantage as leave_one_out_advantage

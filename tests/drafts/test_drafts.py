@@ -6,10 +6,10 @@ import torch
 from sparkjoy import Draft, GatedBackward, KondoGate
 from sparkjoy.drafts import AdvantageOnly, CachedLogProbs, DistilledDraft, LowerPrecision, StaleWeights
 from sparkjoy.drafts.audit import Audit
-from sparkjoy.lab.policies.early_exit import EarlyExit
-from sparkjoy.lab.policies.mlp import MLP
-from sparkjoy.lab.policies.transformer import Transformer
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab.policies.early_exit import EarlyExit
+from sparkjoy_lab.policies.mlp import MLP
+from sparkjoy_lab.policies.transformer import Transformer
 
 
 def transformer():

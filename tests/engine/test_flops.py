@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import sparkjoy as sj
 from sparkjoy.engine.flops import CALLS_TO_A_CHECK, SHAPES_MEASURED, FlopCount
-from sparkjoy.lab.token_gate import TokenGatedBackward
+from sparkjoy_lab.token_gate import TokenGatedBackward
 
 ROW = 2 * WIDTH * ACTIONS
 """FLOPs of a `TinyPolicy` forward, and as many backward: the input needs no gradient."""

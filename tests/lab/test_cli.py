@@ -8,13 +8,13 @@ import sys
 import pytest
 from command_line import sparkjoy
 
-from sparkjoy.lab import cli, command_names, commands
-from sparkjoy.lab.studies.pareto import ParetoConfig
-from sparkjoy.lab.studies.pareto_figure import SHOWN
-from sparkjoy.lab.tasks import digits
-from sparkjoy.lab.tasks.mnist import MnistConfig
-from sparkjoy.lab.tasks.reversal import ReversalConfig
-from sparkjoy.lab.training.settings import Settings
+from sparkjoy_lab import cli, command_names, commands
+from sparkjoy_lab.studies.pareto import ParetoConfig
+from sparkjoy_lab.studies.pareto_figure import SHOWN
+from sparkjoy_lab.tasks import digits
+from sparkjoy_lab.tasks.mnist import MnistConfig
+from sparkjoy_lab.tasks.reversal import ReversalConfig
+from sparkjoy_lab.training.settings import Settings
 
 
 def test_train_leaves_a_run_folder(monkeypatch, capsys, tmp_path):
@@ -178,7 +178,7 @@ def test_help_names_every_command(monkeypatch, capsys):
 
 def test_figures_are_files_whatever_a_notebook_s_shell_says(tmp_path):
     flags = ["--methods", "kondo", "--rates", "0.5", "--seeds", "0", "--steps", "5", "--evaluate-every", "5"]
-    command = [sys.executable, "-m", "sparkjoy", "pareto", "mnist", *flags, "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "sparkjoy_lab", "pareto", "mnist", *flags, "--out", str(tmp_path)]
     subprocess.run(command, check=True, env={**os.environ, "MPLBACKEND": "not installed here"})
     assert list(tmp_path.glob("*.png"))
 
@@ -227,7 +227,7 @@ def test_help_of_pareto_has_the_task_s_flags_apart(monkeypatch, capsys):
 
 
 def test_without_the_extra_it_says_what_to_install():
-    code = "import sys; sys.modules['tyro'] = None; from sparkjoy.lab.cli import main; main()"
+    code = "import sys; sys.modules['tyro'] = None; from sparkjoy_lab.cli import main; main()"
     finished = subprocess.run(
         [sys.executable, "-c", code, "train", "mnist"], capture_output=True, text=True, check=False
     )

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparkjoy as sj
-from sparkjoy.lab.guards import GuardedDelight, RepeatedDraws
+from sparkjoy_lab.guards import GuardedDelight, RepeatedDraws
 
 
 @given(seed=st.integers(0, 1000), batches=st.lists(st.integers(0, 20), min_size=1, max_size=5))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import sparkjoy
-from sparkjoy.lab.output import warnings_in_a_line
+from sparkjoy_lab.output import warnings_in_a_line
 
 RUN = (
     "import sys; sys.argv = ['sparkjoy']\n"
-    "from sparkjoy.lab import cli, commands\n"
+    "from sparkjoy_lab import cli, commands\n"
     "def work(arguments):\n"
     "    for number in range(2000): print('±', number, flush=True)\n"
     "    print('done', file=sys.stderr)\n"

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import sparkjoy as sj
-from sparkjoy.lab.token_gate import TokenGatedBackward
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab.token_gate import TokenGatedBackward
 
 ROWS, TOKENS = 12, 6
 

@@ -8,8 +8,8 @@ import torch
 from reference import masked_gradient
 
 import sparkjoy as sj
-from sparkjoy.lab.bench.arms import WITHOUT_RATE, Arm, greatest_variance, step_of
-from sparkjoy.lab.bench.models import Workload, build
+from sparkjoy_lab.bench.arms import WITHOUT_RATE, Arm, greatest_variance, step_of
+from sparkjoy_lab.bench.models import Workload, build
 
 TINY = {"rows": 6, "length": 5, "vocabulary": 30}
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 from sparkjoy.frontier import Frontier, Setting
-from sparkjoy.lab.bench import own_model
-from sparkjoy.lab.bench.frontier import FrontierConfig, plot, run
-from sparkjoy.lab.bench.own_model import OwnModel, read_prompts, sample
-from sparkjoy.lab.cli import main
-from sparkjoy.lab.training.stopping import Terminated
+from sparkjoy_lab.bench import own_model
+from sparkjoy_lab.bench.frontier import FrontierConfig, plot, run
+from sparkjoy_lab.bench.own_model import OwnModel, read_prompts, sample
+from sparkjoy_lab.cli import main
+from sparkjoy_lab.training.stopping import Terminated
 
 PROMPTS = ["12>", "345>", "6>", "7890>"]
 REWARD = """

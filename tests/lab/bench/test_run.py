@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparkjoy.lab.cli import main
+from sparkjoy_lab.cli import main
 
 BASELINE = Path(__file__).parents[3] / "benchmarks" / "baselines" / "gpt2-2m.json"
 FLAGS = ["--rows", "6", "--length", "5", "--vocabulary", "30", "--rounds", "1", "--micro-batch-sizes", "2", "6"]

@@ -2,7 +2,7 @@ from itertools import count
 
 import pytest
 
-from sparkjoy.lab.bench.timing import collect, machine, options, percentiles, ratio, turns
+from sparkjoy_lab.bench.timing import collect, machine, options, percentiles, ratio, turns
 
 
 def test_arms_take_turns_and_warm_up_is_left_out():

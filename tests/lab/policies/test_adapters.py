@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sparkjoy.lab.policies.adapters import LowRankAdapter, add_adapters
-from sparkjoy.lab.policies.transformer import Transformer
+from sparkjoy_lab.policies.adapters import LowRankAdapter, add_adapters
+from sparkjoy_lab.policies.transformer import Transformer
 
 
 def make():

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparkjoy.lab.policies import transformer
-from sparkjoy.lab.policies.transformer import Transformer
+from sparkjoy_lab.policies import transformer
+from sparkjoy_lab.policies.transformer import Transformer
 
 
 def make(groups, prompt_length, answer_length, generator, shared):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sparkjoy.lab.policies.prefixes import SharedPrefixes
-from sparkjoy.lab.policies.transformer import Transformer
+from sparkjoy_lab.policies.prefixes import SharedPrefixes
+from sparkjoy_lab.policies.transformer import Transformer
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from plain_sampling import plain_sample
 
-from sparkjoy.lab.policies.transformer import Transformer
+from sparkjoy_lab.policies.transformer import Transformer
 
 
 def make(vocab_size=3, positions=12, **sizes):

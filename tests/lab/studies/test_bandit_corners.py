@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparkjoy.lab.studies import bandit_corners as corners
+from sparkjoy_lab.studies import bandit_corners as corners
 
 mpl.use("Agg")
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from sparkjoy.lab.studies import budget, budget_results
-from sparkjoy.lab.studies.study import run_study
-from sparkjoy.lab.studies.tuning import most_accurate, soonest
-from sparkjoy.lab.tasks.mnist import MnistConfig
-from sparkjoy.lab.tasks.reversal import ReversalConfig
+from sparkjoy_lab.studies import budget, budget_results
+from sparkjoy_lab.studies.study import run_study
+from sparkjoy_lab.studies.tuning import most_accurate, soonest
+from sparkjoy_lab.tasks.mnist import MnistConfig
+from sparkjoy_lab.tasks.reversal import ReversalConfig
 
 TINY = ReversalConfig(prompt_length=2, vocab_size=2, prompts=4, answers=4, held_out=20, layers=1, width=8, heads=2)
 

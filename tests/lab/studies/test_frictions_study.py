@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from sparkjoy.lab.studies.frictions import FrictionsStudy
-from sparkjoy.lab.studies.frictions_results import plot, table
-from sparkjoy.lab.studies.study import run_study
+from sparkjoy_lab.studies.frictions import FrictionsStudy
+from sparkjoy_lab.studies.frictions_results import plot, table
+from sparkjoy_lab.studies.study import run_study
 
 TINY = FrictionsStudy(
     prompt_lengths=(2,),

@@ -8,11 +8,11 @@ from command_line import sparkjoy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparkjoy.lab.studies.language import ARMS, LanguageStudy
-from sparkjoy.lab.studies.language_results import DENSE, PARTS, crossing, table
-from sparkjoy.lab.studies.language_runs import most_learnt
-from sparkjoy.lab.studies.language_tasks import TASKS, right_number, without_e
-from sparkjoy.lab.studies.language_training import MaxVariance, train_one
+from sparkjoy_lab.studies.language import ARMS, LanguageStudy
+from sparkjoy_lab.studies.language_results import DENSE, PARTS, crossing, table
+from sparkjoy_lab.studies.language_runs import most_learnt
+from sparkjoy_lab.studies.language_tasks import TASKS, right_number, without_e
+from sparkjoy_lab.studies.language_training import MaxVariance, train_one
 
 CHARACTERS = "0123456789+= \n"
 

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from sparkjoy.lab.studies.memory import peak_memory
+from sparkjoy_lab.studies.memory import peak_memory
 
 MEGABYTES = 40
 

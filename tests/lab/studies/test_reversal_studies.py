@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from sparkjoy.lab.studies import token_gate
-from sparkjoy.lab.studies.gain import GainStudy
-from sparkjoy.lab.studies.scaling import ScalingStudy
-from sparkjoy.lab.studies.study import run_study
-from sparkjoy.lab.studies.token_gate import TokenGateStudy
+from sparkjoy_lab.studies import token_gate
+from sparkjoy_lab.studies.gain import GainStudy
+from sparkjoy_lab.studies.scaling import ScalingStudy
+from sparkjoy_lab.studies.study import run_study
+from sparkjoy_lab.studies.token_gate import TokenGateStudy
 
 
 def test_scaling_tunes_runs_and_stops_where_a_method_fails(tmp_path):

@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from sparkjoy.lab.studies import screening
-from sparkjoy.lab.studies.screening import ScreeningStudy, arms
-from sparkjoy.lab.studies.study import run_study
+from sparkjoy_lab.studies import screening
+from sparkjoy_lab.studies.screening import ScreeningStudy, arms
+from sparkjoy_lab.studies.study import run_study
 
 COLUMNS = {"screener", "task", "rate", "recall", "spearman", "seconds_over_forward", "error", "error_exact"}
 

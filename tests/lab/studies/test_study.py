@@ -16,16 +16,16 @@ import pytest
 from command_line import sparkjoy
 from matplotlib.figure import Figure
 
-from sparkjoy.lab.studies import budget, study
-from sparkjoy.lab.studies.budget import BudgetStudy
-from sparkjoy.lab.studies.frictions import FrictionsStudy
-from sparkjoy.lab.studies.pareto import ParetoConfig, ParetoReversal
-from sparkjoy.lab.studies.runs import Run
-from sparkjoy.lab.studies.scaling import ScalingStudy
-from sparkjoy.lab.studies.score_comparison import ScoresStudy
-from sparkjoy.lab.studies.study import Study, run_study
-from sparkjoy.lab.tasks.reversal import ReversalConfig
-from sparkjoy.lab.training.settings import Settings
+from sparkjoy_lab.studies import budget, study
+from sparkjoy_lab.studies.budget import BudgetStudy
+from sparkjoy_lab.studies.frictions import FrictionsStudy
+from sparkjoy_lab.studies.pareto import ParetoConfig, ParetoReversal
+from sparkjoy_lab.studies.runs import Run
+from sparkjoy_lab.studies.scaling import ScalingStudy
+from sparkjoy_lab.studies.score_comparison import ScoresStudy
+from sparkjoy_lab.studies.study import Study, run_study
+from sparkjoy_lab.tasks.reversal import ReversalConfig
+from sparkjoy_lab.training.settings import Settings
 
 TINY = ReversalConfig(prompt_length=2, prompts=4, answers=4, held_out=20, layers=1, width=8, heads=2, feed_forward=8)
 STUDIES = {
@@ -50,7 +50,7 @@ def started():
     def start(out):
         line = ["pareto", "mnist", "--methods", "dg", "pg", "--seeds", "0", "--steps", "1000000", "--jobs", "2"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "sparkjoy", *line, "--evaluate-every", "20", "--out", str(out)],
+            [sys.executable, "-m", "sparkjoy_lab", *line, "--evaluate-every", "20", "--out", str(out)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,

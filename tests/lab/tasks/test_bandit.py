@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparkjoy as sj
-from sparkjoy.lab.tasks.bandit import (
+from sparkjoy_lab.tasks.bandit import (
     SoftmaxBandit,
     arm_gradients,
     closed_form,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparkjoy.lab.tasks.digits import load_digits
+from sparkjoy_lab.tasks.digits import load_digits
 
 
 def write_folder(folder, compress, train=20, test=5):

@@ -6,14 +6,14 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from sparkjoy.lab.tasks.frictions import Actors, Frictions
-from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.training import loop
-from sparkjoy.lab.training.checkpoint import load_checkpoint, save_checkpoint
-from sparkjoy.lab.training.loop import Training, train
-from sparkjoy.lab.training.processes import Share
-from sparkjoy.lab.training.settings import Settings
+from sparkjoy_lab.tasks.frictions import Actors, Frictions
+from sparkjoy_lab.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy_lab.training import loop
+from sparkjoy_lab.training.checkpoint import load_checkpoint, save_checkpoint
+from sparkjoy_lab.training.loop import Training, train
+from sparkjoy_lab.training.processes import Share
+from sparkjoy_lab.training.settings import Settings
 
 SMALL = ReversalConfig(
     prompt_length=4, vocab_size=5, prompts=3, answers=4, held_out=10, layers=1, width=8, feed_forward=8

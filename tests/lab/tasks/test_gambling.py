@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparkjoy as sj
-from sparkjoy.lab.tasks.bandit import method_weight
-from sparkjoy.lab.tasks.gambling import Gambling, draw_actions, draw_rewards, mean_above_zero, normal_cdf, tipping_sigma
+from sparkjoy_lab.tasks.bandit import method_weight
+from sparkjoy_lab.tasks.gambling import Gambling, draw_actions, draw_rewards, mean_above_zero, normal_cdf, tipping_sigma
 
 CHANCE = st.floats(0.05, 0.95)
 SIGMA = st.floats(0.05, 10)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy_lab.tasks.mnist import MnistConfig, MnistTask
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
 
 SMALL = {"prompt_length": 4, "vocab_size": 5, "prompts": 3, "answers": 2, "layers": 1, "width": 8, "feed_forward": 8}
 

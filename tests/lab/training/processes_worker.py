@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from processes import leave
 
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.training.loop import train
-from sparkjoy.lab.training.processes import Share
-from sparkjoy.lab.training.settings import Settings
+from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy_lab.training.loop import train
+from sparkjoy_lab.training.processes import Share
+from sparkjoy_lab.training.settings import Settings
 
 METHODS = {
     "kondo": {"rate": 0.1},

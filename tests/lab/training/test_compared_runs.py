@@ -6,9 +6,9 @@ import pytest
 import torch
 from command_line import sparkjoy
 
-from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
-from sparkjoy.lab.training.loop import Training
-from sparkjoy.lab.training.settings import Settings
+from sparkjoy_lab.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy_lab.training.loop import Training
+from sparkjoy_lab.training.settings import Settings
 
 
 def stepped(training, count):

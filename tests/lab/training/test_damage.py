@@ -8,8 +8,8 @@ import shutil
 import pytest
 from command_line import sparkjoy
 
-from sparkjoy.lab.training import loop
-from sparkjoy.lab.training.checkpoint import load_checkpoint
+from sparkjoy_lab.training import loop
+from sparkjoy_lab.training.checkpoint import load_checkpoint
 
 
 def damage_bit(path, chance):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from command_line import sparkjoy
 
-from sparkjoy.lab.training.folder import LOCK, opened
-from sparkjoy.lab.training.tracking import write_json, write_whole
+from sparkjoy_lab.training.folder import LOCK, opened
+from sparkjoy_lab.training.tracking import write_json, write_whole
 
 CONFIG = {"steps": 10, "rates": (0.1, 0.3), "price": None}
 
@@ -201,7 +201,7 @@ def test_out_may_be_below_home_and_not_be_empty(monkeypatch, capsys, tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_leaves_no_lock(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "sparkjoy", "train", "mnist", "--steps", "100000", "--out", str(out)]
+    command = [sys.executable, "-m", "sparkjoy_lab", "train", "mnist", "--steps", "100000", "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (out / "records.jsonl").exists():

@@ -9,13 +9,13 @@ import torch
 
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.gates import KondoGate
-from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.training import loop
-from sparkjoy.lab.training.checkpoint import load_checkpoint
-from sparkjoy.lab.training.loop import Training, summary, train
-from sparkjoy.lab.training.settings import Settings
 from sparkjoy.scores import sequence_delight
+from sparkjoy_lab.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy_lab.training import loop
+from sparkjoy_lab.training.checkpoint import load_checkpoint
+from sparkjoy_lab.training.loop import Training, summary, train
+from sparkjoy_lab.training.settings import Settings
 
 CONFIG = MnistConfig()
 

@@ -14,12 +14,12 @@ import torch
 from command_line import sparkjoy
 from processes import descendants, kill, run_processes, start
 
-from sparkjoy.lab import cli
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.training.building import build_step
-from sparkjoy.lab.training.checkpoint import load_checkpoint
-from sparkjoy.lab.training.processes import WHOLE, Share
-from sparkjoy.lab.training.settings import Settings
+from sparkjoy_lab import cli
+from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy_lab.training.building import build_step
+from sparkjoy_lab.training.checkpoint import load_checkpoint
+from sparkjoy_lab.training.processes import WHOLE, Share
+from sparkjoy_lab.training.settings import Settings
 
 
 def records_of(out):
@@ -52,7 +52,7 @@ def test_two_processes_train_as_one_by_every_method(tmp_path):
 
 
 FLAGS = ["--prompt-length", "5", "--steps", "120", "--evaluate-every", "5", "--rate", "0.1"]
-CODE = "import sparkjoy.lab.training.loop as l; l.CHECKPOINT_SECONDS = 0.0; import sparkjoy.lab.cli as c; c.main()"
+CODE = "import sparkjoy_lab.training.loop as l; l.CHECKPOINT_SECONDS = 0.0; import sparkjoy_lab.cli as c; c.main()"
 
 
 def command(processes, script, out):
@@ -60,7 +60,7 @@ def command(processes, script, out):
     return [
         sys.executable,
         *(torchrun if processes > 1 else []),
-        *(("-m", "sparkjoy") if script == "-m" else (str(script),)),
+        *(("-m", "sparkjoy_lab") if script == "-m" else (str(script),)),
         "train",
         "reversal",
         *FLAGS,
@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path):
     assert first["policy"].keys() == second["policy"].keys()
 
 
-WATCHFUL = "import sparkjoy.lab.training.processes as p; p.LOST_BEATS = 4; " + CODE
+WATCHFUL = "import sparkjoy_lab.training.processes as p; p.LOST_BEATS = 4; " + CODE
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparkjoy.lab.tasks.mnist import MnistConfig, MnistTask
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.training.loop import Training
-from sparkjoy.lab.training.settings import Settings
+from sparkjoy_lab.tasks.mnist import MnistConfig, MnistTask
+from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy_lab.training.loop import Training
+from sparkjoy_lab.training.settings import Settings
 
 SMALL = ReversalConfig(prompt_length=4, prompts=4, answers=5, layers=2, width=16, heads=2, feed_forward=16, held_out=20)
 SCREENS = {

@@ -7,11 +7,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from sparkjoy.lab.tasks.reversal import ReversalConfig, ReversalTask
-from sparkjoy.lab.training.checkpoint import load_checkpoint
-from sparkjoy.lab.training.loop import train
-from sparkjoy.lab.training.settings import Settings
-from sparkjoy.lab.training.stopping import Stopping, Terminated, ending_on_sigterm
+from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
+from sparkjoy_lab.training.checkpoint import load_checkpoint
+from sparkjoy_lab.training.loop import train
+from sparkjoy_lab.training.settings import Settings
+from sparkjoy_lab.training.stopping import Stopping, Terminated, ending_on_sigterm
 
 TASK = ReversalConfig(prompt_length=3, prompts=2, answers=4, layers=1, width=8, heads=1, feed_forward=8, held_out=10)
 SETTINGS = Settings(steps=12, evaluate_every=4, price=0.0, temperature=0.5)

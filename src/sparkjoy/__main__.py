@@ -1,5 +1,0 @@
-"""`python -m sparkjoy` is the `sparkjoy` command."""
-
-from sparkjoy.lab.cli import main
-
-main()

@@ -1,0 +1,135 @@
+"""The engine's step that a run's settings ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparkjoy.drafts import Audit
+from sparkjoy.drafts.draft import Draft
+from sparkjoy.engine.backward import GatedBackward
+from sparkjoy.gates import BudgetGate, Gate, KondoGate, SoftGate, UnbiasedGate
+from sparkjoy.losses import Loss, clipped, delightful, importance_weighted, reinforce, weighted_by
+from sparkjoy.prices import EffectiveSize, Nucleus, RollingQuantile
+from sparkjoy.scores import (
+    ScoreFunction,
+    absolute_advantage_score,
+    additive_score,
+    advantage_score,
+    delight,
+    noisy_score,
+    reads_log_probs,
+    surprisal_score,
+    uniform_score,
+)
+from sparkjoy_lab.token_gate import TokenGatedBackward
+from sparkjoy_lab.training.method_settings import MethodSettings
+from sparkjoy_lab.training.processes import WHOLE, Share
+
+if TYPE_CHECKING:  # settings are checked by building their step
+    from sparkjoy_lab.training.settings import Settings
+
+
+def build_step(
+    settings: Settings,
+    generator: torch.Generator,
+    trim: Callable[[Any, int], Any] | None = None,
+    source: Callable[[Any], Tensor] | None = None,
+    share: Share = WHOLE,
+    module: Any = None,
+) -> GatedBackward | TokenGatedBackward:
+    """The step of a method, whole samples or tokens, drafted or not.
+
+    Args:
+        settings: of the run.
+        generator: source of the gate's draws.
+        trim: shortens answers, where tokens are gated.
+        source: the draft's log-probs, where this run has a draft.
+        share: this process's part of a batch.
+        module: what averages the gradients of several processes.
+
+    Raises:
+        ValueError: a number outside its range, or what several processes cannot do.
+    """
+    if share.count > 1 and (settings.unit == "token" or settings.drafted or settings.score_noise):
+        raise ValueError(
+            "--unit token, --screen, --verify and --score-noise run in one process; start it without torchrun."
+        )
+    loss = _loss(settings, generator)
+    gate = _gate(settings, generator) if settings.gated else None
+    if gate is not None and settings.unit == "token":
+        return TokenGatedBackward(gate, loss=loss, trim=trim, count_flops=True)
+    score = _score(settings, generator, share)
+    noisy = _noisy(score, settings, generator) if gate is not None and score is not None else score
+    draft = None
+    if settings.drafted:
+        if score is not None and not reads_log_probs(score):
+            raise ValueError(f"--score {settings.score} reads no log-probs, so that --screen and --verify have no use.")
+        audit = Audit(settings.audit_every, floor=settings.recall_floor)
+        draft = Draft(source, verify=settings.verify, audit=audit, score=noisy)
+    return GatedBackward(
+        gate,
+        draft=draft,
+        loss=loss,
+        score=noisy if draft is None else score,
+        micro_batch_size=settings.micro_batch_size,
+        normalizer="batch",
+        module=module if share.count > 1 else None,
+        count_flops=True,
+        compare_every=settings.compare_every,
+    )
+
+
+def _loss(method: MethodSettings, generator: torch.Generator) -> Loss:
+    if method.method in ("dg", "unbiased"):
+        return (
+            weighted_by(_noisy(delight, method, generator)) if method.score_noise else delightful(unit=method.dg_unit)
+        )
+    if method.method in ("ppo", "grpo"):
+        return clipped(method.clip)
+    return importance_weighted if method.method == "importance" else reinforce
+
+
+def _gate(method: MethodSettings, generator: torch.Generator) -> Gate:
+    rate = method.gate_rate
+    if method.method == "unbiased":
+        return UnbiasedGate(method.gate_noise, rate, method.floor, generator)
+    if rate is not None and method.price_kind == "budget":
+        return BudgetGate(rate)
+    prices = {"rolling": RollingQuantile, "effective": EffectiveSize, "nucleus": Nucleus}
+    if rate is not None and method.price_kind in prices:
+        return KondoGate(price=prices[method.price_kind](rate), negative_share=method.negative_share)
+    if method.temperature:
+        return SoftGate(method.temperature, rate, method.price, generator)
+    return KondoGate(rate, method.price, method.negative_share)
+
+
+def _score(method: MethodSettings, generator: torch.Generator, share: Share) -> ScoreFunction | None:
+    """What the gate ranks by; None for unbiased, which goes by the size of a row in the loss."""
+    draw = uniform_score(generator)
+
+    def uniform(advantages: Tensor, log_probs: Tensor) -> Tensor:
+        """The draws for all processes' rows, of which this one's count."""
+        total = share.count * len(advantages)
+        return draw(advantages.new_empty(total), log_probs)[share.rows(total)]
+
+    scores: dict[str, ScoreFunction] = {
+        "delight": delight,
+        "advantage": advantage_score,
+        "absolute-advantage": absolute_advantage_score,
+        "surprisal": surprisal_score,
+        "additive": additive_score(method.alpha),
+        "uniform": uniform,
+    }
+    if method.method == "unbiased":
+        return None
+    return scores["uniform" if method.method == "uniform" else method.score]
+
+
+def _noisy(score: ScoreFunction, method: MethodSettings, generator: torch.Generator) -> ScoreFunction:
+    if not method.score_noise:
+        return score
+    return noisy_score(score, method.score_noise, method.score_noise_kind, generator)
