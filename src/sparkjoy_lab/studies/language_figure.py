@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 
 from sparkjoy_lab.studies.drawing import WIDTH, legend
 from sparkjoy_lab.studies.frames import grouped
-from sparkjoy_lab.studies.language_results import DENSE, PARTS
+from sparkjoy_lab.studies.language_results import DENSE, PARTS, SHARED
 from sparkjoy_lab.training.loop import Record
 
 SHOWN = {
     DENSE: ("black", "o"),
+    SHARED: ("0.5", "o"),
+    "zero advantages dropped": ("tab:green", "D"),
     "noise 0.3": ("tab:blue", "s"),
     "delight 15%": ("tab:orange", "^"),
-    "max variance": ("tab:green", "D"),
-    "uniform 15%": ("gray", "x"),
 }
 """At most five arms can be told apart; the table has them all."""
 COSTS: dict[str, Callable[[Record], float]] = {

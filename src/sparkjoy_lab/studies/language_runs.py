@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 
-from sparkjoy_lab.studies.language import ARMS, LONGEST, LanguageStudy
-from sparkjoy_lab.studies.language_results import DENSE
+from sparkjoy_lab.studies.language import ARMS, LONGEST, LanguageStudy, by_seconds
+from sparkjoy_lab.studies.language_results import DENSE, LORA, SHARED, dense_of
 from sparkjoy_lab.studies.language_tasks import TASKS
 from sparkjoy_lab.studies.language_training import train_one
 from sparkjoy_lab.studies.study import Rows, Work
@@ -36,35 +35,43 @@ class _Runs:
     def all(self) -> list[Record]:
         study = self.study
         torch.set_num_threads(study.threads)
-        tuning = {rate: self.one(DENSE, rate, study.tuning_seed) for rate in study.learning_rates}
-        best = most_learnt(tuning)
-        longer: dict[str, Any] = {}
-        if study.tunes:
-            allowed = tuning[best][-1]["seconds"]["total"]
-            gate = {rate: self.one(study.tuned, rate, study.tuning_seed, allowed) for rate in study.learning_rates}
-            longer = {"name": f"{study.tuned}, as many seconds", "arm": study.tuned, "rate": most_learnt(gate)}
+        dense = SHARED if study.share_tokens else DENSE  # which learn alike
+        tuning = {rate: self.tuning(dense, rate) for rate in study.learning_rates}
+        rates = dict.fromkeys(study.compared, most_learnt(tuning))
+        if study.lora:
+            best = most_learnt({rate: self.tuning(LORA, rate) for rate in study.lora_learning_rates})
+            rates |= {arm: best for arm in study.compared if dense_of(arm) == LORA}
+        allowed = tuning[rates[DENSE]][-1]["seconds"]["total"]
+        for gate in study.tuned:
+            rates[by_seconds(gate)] = most_learnt(
+                {rate: self.tuning(gate, rate, allowed) for rate in study.learning_rates}
+            )
         rows: list[Record] = []
-        for seed in study.seeds:
-            for arm in dict.fromkeys([DENSE, *study.arms]):
-                rows += [{"arm": arm, "seed": seed, "learning_rate": best, **row} for row in self.one(arm, best, seed)]
-                self.work.save(rows)
-            if longer:
-                allowed = next(row for row in reversed(rows) if (row["arm"], row["seed"]) == (DENSE, seed))
-                of_gate = self.one(longer["arm"], longer["rate"], seed, allowed["seconds"]["total"])
-                named = {"arm": longer["name"], "seed": seed, "learning_rate": longer["rate"]}
-                rows += [{**named, **row} for row in of_gate]
+        for number, seed in enumerate(study.seeds):
+            of_seed: dict[str, list[Record]] = {}
+            for arm in study.compared:
+                if number >= len(study.seeds_of(arm)):
+                    continue
+                gate, timed = arm.removesuffix(by_seconds("")), arm.endswith(by_seconds(""))
+                seconds = of_seed.get(dense, of_seed[DENSE])[-1]["seconds"]["total"] if timed else math.inf
+                of_seed[arm] = self.one(gate, rates[arm], seed, study.steps, seconds)
+                named = {"arm": arm, "seed": seed, "learning_rate": rates[arm]}
+                rows += [{**named, **row} for row in of_seed[arm]]
                 self.work.save(rows)
         return rows
 
-    def one(self, arm: str, rate: float, seed: int, until_seconds: float = math.inf) -> list[Record]:
+    def tuning(self, arm: str, rate: float, until_seconds: float = math.inf) -> list[Record]:
+        return self.one(arm, rate, self.study.tuning_seed, self.study.tuning_steps, until_seconds)
+
+    def one(self, arm: str, rate: float, seed: int, steps: int, until_seconds: float) -> list[Record]:
         study = self.study
-        long, shares = until_seconds < math.inf, study.share_tokens and arm != DENSE
+        long, shares = until_seconds < math.inf, (study.share_tokens and arm != DENSE) or arm == SHARED
         name = f"{arm.replace(' ', '-').replace('%', 'pct').replace('|', '')}-{rate:g}-{seed}"
         name += "-long" * long + "-shared" * shares
-        steps, every = study.steps * (LONGEST if long else 1), study.evaluate_every * (3 if long else 1)
+        steps, every = steps * (LONGEST if long else 1), study.evaluate_every * (3 if long else 1)
 
         def on_step(row: Record) -> None:
-            part = row["seconds"]["total"] / until_seconds if long else row["step"] / study.steps
+            part = row["seconds"]["total"] / until_seconds if long else row["step"] / steps
             said = f"{arm}, rate {rate:g}, seed {seed}: step {row['step']}, {row['seconds']['total']:.0f} s"
             said += f", reward {row['reward']:.2f}" if "reward" in row else ""
             self.work.progress(min(1.0, (self.done + part) / study.runs), said)

@@ -58,6 +58,34 @@ def chains() -> list[Problem]:
     return [{"prompt": f"{question} {answer}\n{other} ".rstrip(), "answer": of_other} for other, of_other in others]
 
 
+def largest() -> list[Problem]:
+    """The largest of five numbers of two digits, after one example."""
+    source = random.Random(SHUFFLED_BY)
+    prompts: dict[str, str] = {}
+    while len(prompts) < 4_500:
+        numbers = source.sample(range(10, 100), 5)
+        prompts[f"31 84 12 57 40 -> 84\n{' '.join(map(str, numbers))} ->"] = str(max(numbers))
+    return [{"prompt": prompt, "answer": answer} for prompt, answer in prompts.items()]
+
+
+def one_more() -> list[Problem]:
+    """Twelve numbers of one digit, each to be answered with the next one, after one example."""
+    source = random.Random(SHUFFLED_BY)
+    prompts: dict[str, str] = {}
+    example = "3 7 1 8 5 2 9 4 6 0 5 3\nresult: 4 8 2 9 6 3 10 5 7 1 6 4"
+    while len(prompts) < 4_500:
+        numbers = [source.randrange(10) for _ in range(12)]
+        prompt = f"numbers: {example}\nnumbers: {' '.join(map(str, numbers))}\nresult:"
+        prompts[prompt] = " ".join(str(number + 1) for number in numbers)
+    return [{"prompt": prompt, "answer": answer} for prompt, answer in prompts.items()]
+
+
+def right_places(completion: str, problem: Problem) -> float:
+    """The part of the answer's numbers that stand in their place on the first line."""
+    given, wanted = completion.strip().partition("\n")[0].split(), problem["answer"].split()
+    return sum(map(str.__eq__, given, wanted)) / len(wanted)
+
+
 def right_number(completion: str, problem: Problem) -> float:
     """1 if the first number is the answer."""
     number = re.search(r"-?\d+", completion)
@@ -89,5 +117,7 @@ def without_e(completion: str, problem: Problem) -> float:
 TASKS = {
     "sums": LanguageTask(sums, right_number, max_tokens=5, target=0.6),
     "sentences": LanguageTask(sentences, without_e, max_tokens=40, target=0.5),
+    "largest": LanguageTask(largest, right_number, max_tokens=5, target=0.6),
+    "one more": LanguageTask(one_more, right_places, max_tokens=32, target=0.5),
     "gym": LanguageTask(chains, right_number, max_tokens=5, target=0.6),
 }

@@ -164,8 +164,11 @@ def train_one(
 ) -> list[Record]:
     """The records of a run, one a step; read where it is finished, gone on with where it was killed.
 
+    A finished run that is too short is trained anew.
+
     Args:
-        arm: options of `KondoGRPOConfig`; besides `group`, answers to a prompt, and `max_variance` for PODS.
+        arm: options of `KondoGRPOConfig`; besides `group`, answers to a prompt, `max_variance` for PODS, and `lora`,
+            the rank of adapters.
         task: what is learnt.
         folder: of this run.
         model: as `pretrained` takes it.
@@ -183,12 +186,14 @@ def train_one(
             raise ValueError(
                 f"{finished} holds no records of a run; put a copy of it back, or remove it to train anew."
             )
-        return list(records)
+        if len(records) > steps or records[-1]["seconds"]["total"] >= until_seconds:
+            return list(records[: steps + 1])
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, across that of the study
     options = dict(arm)
     group = options.pop("group", group)
     trainer_of_arm = MaxVariance if options.pop("max_variance", False) else Timed
+    rank = options.pop("lora", None)
     policy, tokenizer = pretrained(model)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer("\n", add_special_tokens=False).input_ids[-1])
     problems = task.problems()
@@ -226,6 +231,7 @@ def train_one(
                 **options,
             ),
             callbacks=[watching],
+            peft_config=None if rank is None else adapters(rank),
         )
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         watching.trainer = trainer
@@ -235,6 +241,19 @@ def train_one(
         shutil.rmtree(checkpoint)
     (folder / "steps.json").unlink()
     return watching.rows
+
+
+def adapters(rank: int) -> Any:
+    """LoRA on every linear layer, alpha twice the rank, as most recipes have it.
+
+    Raises:
+        ValueError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ValueError("arms of LoRA need peft: pip install peft.") from None
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @torch.no_grad()
@@ -255,6 +274,7 @@ def score(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             ids = model.generate(
                 **inputs,
+                **common_beginning(model, inputs["input_ids"]),
                 max_new_tokens=task.max_tokens,
                 do_sample=False,
                 eos_token_id=tokenizer.eos_token_id,
@@ -264,3 +284,14 @@ def score(
         scores += [task.score(text, row) for text, row in zip(texts, rows, strict=True)]
     model.train(was_training)
     return sum(scores) / len(scores)
+
+
+def common_beginning(model: Any, ids: Tensor) -> dict[str, Any]:
+    """A cache of the tokens that all rows (n, P) begin with, read once; nothing where there are none."""
+    common = int((ids == ids[0]).all(dim=0).long().cumprod(dim=0).sum())
+    if common < 2 or common == ids.shape[1]:
+        return {}
+    output = model(input_ids=ids[:1, :common], use_cache=True, logits_to_keep=1)
+    name = "cache" if "cache" in output else "past_key_values"  # the older name
+    output[name].batch_repeat_interleave(len(ids))
+    return {name: output[name]}

@@ -8,11 +8,12 @@ from command_line import sparkjoy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sparkjoy.integrations.language_model import pretrained
 from sparkjoy_lab.studies.language import ARMS, LanguageStudy
 from sparkjoy_lab.studies.language_results import DENSE, PARTS, crossing, table
 from sparkjoy_lab.studies.language_runs import most_learnt
 from sparkjoy_lab.studies.language_tasks import TASKS, right_number, without_e
-from sparkjoy_lab.studies.language_training import MaxVariance, train_one
+from sparkjoy_lab.studies.language_training import MaxVariance, common_beginning, train_one
 
 CHARACTERS = "0123456789+= \n"
 
@@ -76,8 +77,8 @@ def test_words_without_e_count_once_each_and_share_with_the_others():
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_runs_and_its_seconds_add_up(arm, model, tmp_path):
-    task = TASKS["sums"]
-    records = train_one(ARMS[arm], task, tmp_path / "run", **small(model))
+    task, options = TASKS["sums"], ARMS[arm] | {"share_tokens": arm != DENSE}
+    records = train_one(options, task, tmp_path / "run", **small(model))
     assert [row["step"] for row in records] == [0, 1, 2]
     assert all(0 <= row["score"] <= 1 for row in records)
     last = records[-1]
@@ -86,7 +87,8 @@ def test_every_arm_runs_and_its_seconds_add_up(arm, model, tmp_path):
     if arm.startswith(DENSE):
         rows, longest = 2 * 2 * 4, len("12 + 35 = 47\n48 + 19 =") + task.max_tokens
         assert 0 < last["backward_tokens"] <= rows * longest * (0.6 if "shared" in arm else 1)
-    assert train_one(ARMS[arm], task, tmp_path / "run", **small(model)) == records  # read, not run
+    assert train_one(options, task, tmp_path / "run", **small(model)) == records  # read, not run
+    assert len(train_one(options, task, tmp_path / "run", **small(model, steps=1))) == 2  # its first step, read
 
 
 @pytest.mark.slow
@@ -115,22 +117,31 @@ def timeless(records):
 
 
 @pytest.mark.slow
-def test_the_study_tunes_compares_and_draws(model, tmp_path, monkeypatch, capsys):
+def test_the_study_tunes_compares_and_draws_and_grows(model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     line = f"study language --out {out} --model {model} --steps 2 --prompts 2 --group 4 --micro-batch 4 --held-out 6"
-    line += " --evaluate-every 1 --no-bf16 --seeds 0 --learning-rates 1e-3 1e-2"
-    words = [*line.split(), "--arms", "noise 0.3", "uniform 15%"]
-    status, said = sparkjoy(monkeypatch, capsys, *words)
+    line += " --evaluate-every 1 --tuning-steps 1 --no-bf16 --learning-rates 1e-3 1e-2 --lora-learning-rates 1e-2"
+    words = [*line.split(), "--few", "uniform 15%", "--tuned", "noise 0.3", "--lora", "LoRA, noise 0.3"]
+    status, said = sparkjoy(monkeypatch, capsys, *words, "--arms", "noise 0.3", "--seeds", "0")
     assert status == 0, said
     found = json.loads((out / "summary.json").read_text())
-    arms = ["TRL's own", "noise 0.3", "uniform 15%", "noise 0.3, as many seconds"]
+    arms = [DENSE, "noise 0.3", "uniform 15%", "LoRA", "LoRA, noise 0.3", "noise 0.3, as many seconds"]
     assert [row["arm"] for row in found["table"]] == arms
     assert found["table"][0]["kept"] == 1
     assert all((out / f"{name}.png").exists() for name in ("language", "language_seconds"))
     before = (out / "summary.json").read_bytes()
-    status, said = sparkjoy(monkeypatch, capsys, *words)
+    status, said = sparkjoy(monkeypatch, capsys, *words, "--arms", "noise 0.3", "--seeds", "0")
     assert status == 0, said
     assert (out / "summary.json").read_bytes() == before
+    grown = ["--arms", "noise 0.3", "zero advantages dropped", "--seeds", "0", "1", "--steps", "3"]
+    status, said = sparkjoy(monkeypatch, capsys, *words, *grown)
+    assert status == 0, said
+    found = json.loads((out / "summary.json").read_text())["table"]
+    assert [(row["arm"], row["seeds"], row["steps"]) for row in found[:3]] == [
+        (DENSE, 2, 3),
+        ("noise 0.3", 2, 3),
+        ("zero advantages dropped", 2, 3),
+    ]
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "[1]", '[{"step": 0}]', "{"])
@@ -168,21 +179,52 @@ def test_the_target_is_reached_on_the_line_between_two_scores():
     assert crossing(run, 0.9) is None
 
 
-def test_the_table_says_none_where_a_seed_failed():
-    of_arm = {DENSE: [0.4, 0.8], "noise 0.3": [0.4, 0.5]}
-    rows = [
+def of_arms(scores):
+    return [
         {"arm": arm, "seed": seed, "learning_rate": 1e-5, **row(step, score, 2.0 * step)}
-        for arm, scores in of_arm.items()
-        for seed in (0, 1)
-        for step, score in enumerate([0.2, *scores] if seed == 0 else [0.2, 0.4, 0.8], start=0)
+        for arm, seeds in scores.items()
+        for seed, of_seed in enumerate(seeds)
+        for step, score in enumerate(of_seed)
     ]
-    dense, gated = table(rows, 0.6)
-    assert dense["step_to_target"] == 1.5
-    assert dense["seconds_of_dense"] == 1
-    assert gated["step_to_target"] is None
-    assert gated["score"] == pytest.approx(0.65)
-    assert gated["standard_error"] == pytest.approx(0.15)
-    assert math.isclose(gated["seconds_a_step"]["total"], 2)
+
+
+def test_an_arm_is_compared_with_the_dense_one_at_the_end_and_at_90_percent_of_its_gain():
+    dense, gated, other = table(
+        of_arms(
+            {
+                DENSE: [[0.2, 0.4, 0.8, 0.8, 0.8], [0.2, 0.6, 0.8, 0.8, 0.8]],
+                "noise 0.3": [[0.2, 0.8, 0.8, 0.8, 0.8], [0.2, 0.8, 0.9, 0.9, 0.9]],
+                "uniform 15%": [[0.2, 0.3, 0.3, 0.3, 0.3]],
+            }
+        )
+    )
+    assert dense["target"] == pytest.approx(0.2 + 0.9 * 0.6)
+    assert dense["seconds_of_dense"][0] == 1
+    assert dense["difference"][0] == 0
+    assert gated["difference"][0] == pytest.approx(0.05)
+    half = 12.706 * 0.0707 / 2**0.5  # Student's t of two seeds
+    assert gated["difference"][1:] == pytest.approx([0.05 - half, 0.05 + half], abs=1e-3)
+    reached = [(1.85 + 1.7) / 2, 0.54 / 0.6]
+    assert [dense["step_to_target"], gated["step_to_target"]] == pytest.approx(reached)
+    ratio, low, high = gated["seconds_of_dense"]
+    assert ratio == pytest.approx(reached[1] / reached[0])
+    assert low <= ratio <= high
+    assert other["step_to_target"] is None
+    assert other["seconds_of_dense"] is None
+    assert math.isnan(other["difference"][1])
+
+
+def test_all_prompts_beginnings_are_read_once_for_the_score(model):
+    policy, _ = pretrained(model)
+    policy.eval()
+    ids = torch.tensor([[3, 4, 5, 6, 7], [3, 4, 5, 8, 9], [3, 4, 5, 6, 10]])
+    plain = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
+    seen = []
+    policy.get_input_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
+    cache = common_beginning(policy, ids)
+    assert torch.equal(policy.generate(ids, **plain, **cache), policy.generate(ids, **plain))
+    assert seen[:2] == [(1, 3), (3, 2)]
+    assert common_beginning(policy, torch.tensor([[3, 4], [5, 6]])) == {}
 
 
 def test_the_rate_is_chosen_by_the_whole_curve():
@@ -196,7 +238,8 @@ def test_the_rate_is_chosen_by_the_whole_curve():
     [
         ({"task": "poems"}, "--task"),
         ({"arms": ("dense",)}, "--arms"),
-        ({"tuned": DENSE}, "--tuned"),
+        ({"tuned": (DENSE,)}, "--tuned"),
+        ({"lora": ("noise 0.3",)}, "--lora"),
         ({"seeds": (0, 0)}, "--seeds"),
         ({"seeds": (100,)}, "--tuning-seed"),
         ({"learning_rates": ()}, "--learning-rates"),
