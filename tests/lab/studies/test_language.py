@@ -119,10 +119,11 @@ def timeless(records):
 @pytest.mark.slow
 def test_the_study_tunes_compares_and_draws_and_grows(model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    line = f"study language --out {out} --model {model} --steps 2 --prompts 2 --group 4 --micro-batch 4 --held-out 6"
+    line = f"study language --out {out} --model {model} --prompts 2 --group 4 --micro-batch 4 --held-out 6"
     line += " --evaluate-every 1 --tuning-steps 1 --no-bf16 --learning-rates 1e-3 1e-2 --lora-learning-rates 1e-2"
     words = [*line.split(), "--few", "uniform 15%", "--tuned", "noise 0.3", "--lora", "LoRA, noise 0.3"]
-    status, said = sparkjoy(monkeypatch, capsys, *words, "--arms", "noise 0.3", "--seeds", "0")
+    first = ["--arms", "noise 0.3", "--seeds", "0", "--steps", "2"]
+    status, said = sparkjoy(monkeypatch, capsys, *words, *first)
     assert status == 0, said
     found = json.loads((out / "summary.json").read_text())
     arms = [DENSE, "noise 0.3", "uniform 15%", "LoRA", "LoRA, noise 0.3", "noise 0.3, as many seconds"]
@@ -130,7 +131,7 @@ def test_the_study_tunes_compares_and_draws_and_grows(model, tmp_path, monkeypat
     assert found["table"][0]["kept"] == 1
     assert all((out / f"{name}.png").exists() for name in ("language", "language_seconds"))
     before = (out / "summary.json").read_bytes()
-    status, said = sparkjoy(monkeypatch, capsys, *words, "--arms", "noise 0.3", "--seeds", "0")
+    status, said = sparkjoy(monkeypatch, capsys, *words, *first)
     assert status == 0, said
     assert (out / "summary.json").read_bytes() == before
     grown = ["--arms", "noise 0.3", "zero advantages dropped", "--seeds", "0", "1", "--steps", "3"]
