@@ -10,6 +10,7 @@ the same round. The limit is all tokens over the distinct ones: answers of rando
 from __future__ import annotations
 
 import time
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -66,6 +67,7 @@ def draw(found: dict[int, list[float]]) -> Figure:
     axis.plot([], [], "k--", linewidth=1, label="all tokens over the distinct ones")
     axis.axhline(1, color="black", linewidth=0.5)
     axis.set_xscale("log", base=2)
+    axis.set_xticks([prompt / ANSWER for prompt in PROMPTS], [str(Fraction(prompt, ANSWER)) for prompt in PROMPTS])
     axis.set_xlabel("tokens of the prompt over tokens of an answer")
     axis.set_ylabel("times as fast")
     axis.grid(alpha=0.3)
