@@ -51,11 +51,11 @@ def test_two_processes_train_as_one_by_every_method(tmp_path):
             torch.testing.assert_close(weights[0][key], weights[1][key], rtol=1e-3, atol=1e-4)
 
 
-FLAGS = ["--prompt-length", "5", "--steps", "120", "--evaluate-every", "5", "--rate", "0.1"]
+FLAGS = {"--prompt-length": "5", "--steps": "120", "--evaluate-every": "5", "--rate": "0.1"}
 CODE = "import sparkjoy_lab.training.loop as l; l.CHECKPOINT_SECONDS = 0.0; import sparkjoy_lab.cli as c; c.main()"
 
 
-def command(processes, script, out):
+def command(processes, script, out, **flags):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [
         sys.executable,
@@ -63,7 +63,7 @@ def command(processes, script, out):
         *(("-m", "sparkjoy_lab") if script == "-m" else (str(script),)),
         "train",
         "reversal",
-        *FLAGS,
+        *(part for flag in (FLAGS | {f"--{name}": value for name, value in flags.items()}).items() for part in flag),
         "--out",
         out,
     ]
@@ -119,7 +119,7 @@ def test_a_process_that_is_stopped_ends_the_others_and_is_named_once(tmp_path):
     script, out = tmp_path / "run.py", tmp_path / "out"
     script.write_text(WATCHFUL)
     log = out.with_suffix(".log")
-    process = start([*command(2, script, out), "--steps", "1000000"], os.environ, log)
+    process = start(command(2, script, out, steps="1000000"), os.environ, log)
     deadline = time.monotonic() + 180
     stopped = None
     try:
@@ -150,7 +150,7 @@ def rank_of(pid):
 @pytest.mark.slow
 def test_what_is_refused_is_said_once_for_all_processes(tmp_path):
     log = tmp_path / "log"
-    process = start([*command(2, "-m", tmp_path / "out"), "--rate", "7"], os.environ, log)
+    process = start(command(2, "-m", tmp_path / "out", rate="7"), os.environ, log)
     try:
         assert process.wait(timeout=120) != 0
     finally:
