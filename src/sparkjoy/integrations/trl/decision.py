@@ -19,7 +19,7 @@ from sparkjoy.integrations.trl.config import KondoGRPOConfig
 from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score, part_of, sized_figures, worth
 from sparkjoy.integrations.trl.packing import Rows, loss_mask, whole
 from sparkjoy.integrations.trl.sharing import SharingMixin
-from sparkjoy.integrations.trl.sizes import DIVIDES_BY_LENGTH, RowSize
+from sparkjoy.integrations.sizes import DIVIDES_BY_LENGTH, RowSize
 from sparkjoy.noise import NoiseSums, expected_noise
 from sparkjoy.prefix_tree import fold
 from sparkjoy.signs import undecided
