@@ -7,7 +7,9 @@ INSTALLED := $(VENV)/installed
 # A worker per core, each with one thread of torch; a file's tests stay together, for what they share.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: help install demo test slow timing doctest docs dist lint types check clean
+VERL := .venv-verl
+
+.PHONY: help install demo test verl slow timing doctest docs dist lint types check clean
 
 help:  ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,6 +29,16 @@ demo: install  ## the main job: quality against cost on MNIST, in about two minu
 test: install  ## the fast tests
 	$(PYTEST) -m "not slow and not timing"
 
+verl: $(VERL)/installed  ## the tests of the gate in verl, in .venv-verl: verl and TRL do not go into one environment
+	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/with_verl
+
+$(VERL)/installed: requirements/constraints.txt requirements/verl.txt
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/pip install --quiet -r requirements/constraints.txt
+	$(VERL)/bin/pip install --quiet -c requirements/constraints.txt -r requirements/verl.txt
+	$(VERL)/bin/pip install --quiet --no-deps verl==0.9.1
+	touch $@
+
 slow: install  ## the slow tests
 	$(PYTEST) -m slow
 
@@ -34,7 +46,7 @@ timing: install  ## ratios of seconds within one run, with nothing else running
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing
 
 doctest: install  ## every example in the docstrings and the pages; the README's runs in the tests
-	$(PYTEST) --doctest-modules src/sparkjoy src/sparkjoy_lab
+	$(PYTEST) --doctest-modules --ignore=src/sparkjoy/integrations/verl.py src/sparkjoy src/sparkjoy_lab
 	$(BIN)/python -m pytest --doctest-glob='*.md' docs
 
 docs: install  ## the site, in out/site; a link or name that leads nowhere is an error
@@ -53,7 +65,7 @@ lint: install  ## ruff
 types: install  ## mypy
 	$(BIN)/mypy
 
-check: test slow timing doctest docs dist lint types  ## all of it
+check: test verl slow timing doctest docs dist lint types  ## all of it
 
 clean:  ## remove the environment and the outputs
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VERL) out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,381 @@
+"""The gate in verl's FSDP and FSDP2 engines: an update costs what the kept rows cost.
+
+Two options more in a verl run:
+
+    actor_rollout_ref.actor.fsdp_config._target_=sparkjoy.integrations.verl.gated
+    +actor_rollout_ref.actor.fsdp_config.gate_noise=0.3
+
+Each worker of the actor imports this module to read them, and the import registers the engine. All ranks decide alike,
+on the numbers of all; a rank with less to train on runs dummy rows of weight 0, so that all run as many micro-batches.
+It needs verl 0.9 and no TRL beside it: `pip install sparkjoy[verl]`. See docs/other_trainers.md.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BREAKS = (1, 14)
+"""The TRL from which on verl 0.9 builds no model beside it: its patches import a module that is gone."""
+
+
+def _version_of(package: str) -> tuple[int, ...] | None:
+    try:
+        return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if (_trl := _version_of("trl")) is not None and _trl >= BREAKS:
+    raise ImportError(
+        "verl 0.9 builds no model where TRL 1.14 or later is installed: give verl an environment of its own, or "
+        "pip uninstall trl."
+    )
+if _version_of("verl") != (0, 9):
+    raise ImportError("sparkjoy.integrations.verl rests on the engines of verl 0.9: pip install sparkjoy[verl]")
+
+from tensordict import NonTensorData, TensorDict  # noqa: E402
+from verl.utils import tensordict_utils as tu  # noqa: E402
+from verl.utils.device import get_device_id, get_device_name, get_vendor  # noqa: E402
+from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions  # noqa: E402
+from verl.workers.config import ActorConfig, FSDPEngineConfig  # noqa: E402
+from verl.workers.engine.base import EngineRegistry  # noqa: E402
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
+from verl.workers.utils.losses import ppo_loss  # noqa: E402
+from verl.workers.utils.padding import no_padding_2_padding  # noqa: E402
+
+from sparkjoy.engine.deciding import row_scores  # noqa: E402
+from sparkjoy.engine.inputs import check_inputs  # noqa: E402
+from sparkjoy.gates import Gate, KondoGate, UnbiasedGate  # noqa: E402
+from sparkjoy.gates.decision import load_state, rule_of, state_of, weighted  # noqa: E402
+from sparkjoy.integrations.sizes import RowSize  # noqa: E402
+from sparkjoy.noise import NoiseSums, expected_noise, noise_sums  # noqa: E402
+from sparkjoy.scores import advantage_score, delight  # noqa: E402
+from sparkjoy.selecting import select  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ["fsdp", "fsdp2"]
+NOT_PROPORTIONAL = {
+    "clip_cov": "chooses tokens by their covariance with the others of a micro-batch",
+    "kl_cov": "chooses tokens by their covariance with the others of a micro-batch",
+    "dro": "has a gradient where the advantage is 0",
+}
+"""verl's policy losses whose rows cannot be left out one by one, and why."""
+
+
+@dataclass
+class GatedFSDPEngineConfig(FSDPEngineConfig):
+    """verl's `FSDPEngineConfig` with a gate; with none of the three it is exactly verl's.
+
+    Args:
+        gate_noise: noise that skipping may add to the gradient, as a multiple of the batch's own: start with 0.3. Rows
+            are kept at random, in proportion to how far each would move the policy, and weighted, so that the expected
+            gradient is verl's own, KL and entropy too. It finds its own rate. 0 skips only rows without a gradient,
+            such as those of groups of equal rewards.
+        gate_rate: fraction of the rows of a mini-batch, over all ranks, to train on: those of greatest delight.
+        gate_price: keep only rows whose delight is above this; 0 keeps what did better than its group.
+
+    Raises:
+        ValueError: an option outside its range, or another engine in the place of this one.
+    """
+
+    gate_noise: float | None = None
+    gate_rate: float | None = None
+    gate_price: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.gate()
+        chosen = {EngineRegistry.get_engine_cls("language_model", backend) for backend in BACKENDS}
+        if chosen != {GatedFSDPEngine}:
+            raise ValueError(
+                f"verl would run {', '.join(sorted(cls.__name__ for cls in chosen))}, without the gate; unset "
+                "VERL_ENGINE_DEVICE and VERL_ENGINE_VENDOR."
+            )
+
+    def gate(self) -> Gate | None:
+        """The gate that these options describe; None where they keep every row."""
+        noise, rate, price = self.gate_noise, self.gate_rate, self.gate_price
+        if noise is not None:
+            if rate is not None or price is not None:
+                raise ValueError(
+                    f"gate_noise={noise!r} finds its own rate; give it alone, without gate_rate or gate_price."
+                )
+            return UnbiasedGate(noise=noise) if noise != 0 else UnbiasedGate(rate=1.0)
+        if rate is None and price is None:
+            return None
+        gate = KondoGate(rate, price)
+        rule = rule_of(gate)
+        return None if rule is not None and rule.keeps_everything else gate
+
+
+def gated(**options: Any) -> GatedFSDPEngineConfig:
+    """`GatedFSDPEngineConfig` of the options of verl's `fsdp_config`: what its `_target_` names.
+
+    Raises:
+        ValueError: options of another engine, such as Megatron's.
+    """
+    others = sorted(set(options) - {field.name for field in fields(GatedFSDPEngineConfig)})
+    if others:
+        raise ValueError(
+            f"the gate acts in verl's FSDP and FSDP2 engines, which have no {', '.join(others)}. Of another engine, "
+            "such as Megatron's, it can be no part: set actor_rollout_ref.actor.strategy=fsdp2 and give the options to "
+            "actor_rollout_ref.actor.fsdp_config."
+        )
+    return GatedFSDPEngineConfig(**options)
+
+
+@EngineRegistry.register("language_model", BACKENDS, device=get_device_name(), vendor=get_vendor())
+class GatedFSDPEngine(FSDPEngineWithLMHead):
+    """verl's engine, whose updates run over the rows that the gate keeps; without a gate it is exactly verl's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.engine_config
+        self._gate = config.gate() if isinstance(config, GatedFSDPEngineConfig) else None
+        self._draws = torch.Generator().manual_seed(config.seed)  # the same on every rank, which all draw as often
+        self._sums = torch.zeros(4, dtype=torch.float64)  # `noise_sums` of what this rank has run in this mini-batch
+        if self._gate is not None and self.ulysses_sequence_parallel_size > 1:
+            raise ValueError(
+                f"ulysses_sequence_parallel_size={self.ulysses_sequence_parallel_size}: the gate takes whole rows, and "
+                "Ulysses splits each over ranks. Set it to 1, or train without a gate."
+            )
+        if weighted(self._gate):
+            self._gate.generator = self._draws  # type: ignore[union-attr]  # it draws, so it has one
+
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False
+    ) -> Any:
+        """verl's, over the kept rows; metrics `gate/*` say what was kept."""
+        gate = self._gate
+        if gate is None or forward_only:
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        start = time.perf_counter()
+        config = self._config_of(loss_function, data)
+        score = _score(data, config, data["old_log_probs"]) if weighted(gate) else _delight(data)
+        rows, figures = self._decide(gate, data, score)
+        kept = tu.index_select_tensor_dict(data, rows.pop("row"))
+        kept.update({name: values.to(kept.device or get_device_id()) for name, values in rows.items()})
+        figures["seconds"] = time.perf_counter() - start
+        loss = partial(self._weighted_loss, loss_function, figures.pop("loss_tokens"))
+        output = super().forward_backward_batch(kept, loss)
+        if weighted(gate):
+            measured = self._noise()
+            figures["noise"] *= measured.ratio
+            gate.learn(measured)  # type: ignore[attr-defined]  # as those that weigh do
+        output["metrics"] |= {f"gate/{name}": [value] for name, value in figures.items()}
+        return output
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """verl's, and the gate's state beside it."""
+        super().save_checkpoint(local_path, *args, **kwargs)
+        if self._gate is not None and local_path is not None and self.checkpoint_manager.should_save_extra:
+            torch.save({"gate": state_of(self._gate), "draws": self._draws.get_state()}, self._state_file(local_path))
+
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """verl's, and the gate's state with it."""
+        super().load_checkpoint(local_path, *args, **kwargs)
+        if self._gate is None or local_path is None or not self.checkpoint_manager.should_load_extra:
+            return
+        if not os.path.exists(self._state_file(local_path)):
+            logger.warning("%s has no state of a gate: it starts anew.", local_path)
+            return
+        state = torch.load(self._state_file(local_path), weights_only=True)
+        load_state(self._gate, state["gate"])
+        self._draws.set_state(state["draws"])
+
+    def _state_file(self, local_path: str) -> str:
+        return os.path.join(local_path, f"gate_rank_{self.rank}.pt")
+
+    def _config_of(self, loss_function: Callable[..., Any], data: TensorDict) -> ActorConfig:
+        """The actor's options, of which the gate goes with all but these."""
+        named = getattr(loss_function, "func", loss_function)
+        if named is not ppo_loss:
+            raise ValueError(
+                f"the loss is {getattr(named, '__name__', named)}; the gate goes with verl's ppo_loss alone. Train "
+                "without a gate."
+            )
+        config = loss_function.keywords["config"]  # type: ignore[attr-defined]  # a partial of ppo_loss
+        mode = config.policy_loss.get("loss_mode", "vanilla")
+        if mode in NOT_PROPORTIONAL:
+            raise ValueError(
+                f"policy_loss.loss_mode={mode!r} {NOT_PROPORTIONAL[mode]}, so that skipping a row changes the others. "
+                "Choose another, or train without a gate."
+            )
+        if config.get("use_prefix_grouper", False) or tu.get_non_tensor_data(data, "force_group_size", 1) != 1:
+            raise ValueError("the gate skips rows, and groups of rows are kept whole: set use_prefix_grouper=False.")
+        if config.loss_agg_mode == "seq-mean-token-sum-norm" and config.loss_scale_factor is None:
+            raise ValueError(
+                "loss_agg_mode='seq-mean-token-sum-norm' divides by the longest row of each micro-batch, and the gate "
+                "makes other micro-batches: set actor.loss_scale_factor, such as the longest response."
+            )
+        if tu.get_non_tensor_data(data, "return_model_output", False):
+            raise ValueError("return_model_output=True asks for every row, and the gate skips most: train without one.")
+        if not weighted(self._gate) and (_beta(config) or config.entropy_coeff):
+            raise ValueError(
+                f"use_kl_loss with kl_loss_coef={config.kl_loss_coef:g} and entropy_coeff={config.entropy_coeff:g}: "
+                "these terms need the gradient of every row, and the gate skips most. Set both to 0 and take the KL "
+                "off the reward, or train with gate_noise=0.3, which weights them."
+            )
+        return config
+
+    def _decide(self, gate: Gate, data: TensorDict, score: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Which rows of this rank to run, with the weight of their gradients and their size, and figures of all ranks.
+
+        Raises:
+            ValueError: on every rank alike, where a score of one is NaN or infinite.
+        """
+        group = self.get_data_parallel_group()
+        loss_tokens = data["loss_mask"].sum().item()
+        mine = (score.double().cpu(), data["input_ids"].offsets().diff().cpu(), loss_tokens)
+        of_all: list[Any] = [None] * self.get_data_parallel_size()
+        torch.distributed.all_gather_object(of_all, mine, group)
+        for rank, (scores, _, _) in enumerate(of_all):
+            if not bool(scores.isfinite().all()):
+                raise ValueError(
+                    f"rank {rank} has {int((~scores.isfinite()).sum())} of {len(scores)} rows with NaN or infinite "
+                    "advantages or log-probs; expected finite numbers wherever response_mask is 1."
+                )
+        scores, tokens = (torch.cat([part[column] for part in of_all]) for column in (0, 1))
+        chosen = select(gate, scores, score=None if weighted(gate) else advantage_score, cost=tokens)
+        keeps = chosen.decision.keep.split([len(part[0]) for part in of_all])
+        kept = [keep.nonzero().squeeze(1) for keep in keeps]
+        lengths = [part[1] for part in of_all]
+        passes, per_pass = self._passes(
+            data, [length[rows] for length, rows in zip(lengths, kept, strict=True)], lengths
+        )
+        rank = torch.distributed.get_rank(group)
+        rows, weight = kept[rank], chosen.decision.weight.split([len(keep) for keep in keeps])[rank]
+        dummies = max(passes * per_pass - len(rows), 0)
+        fill = lengths[rank].argmin().expand(dummies)
+        figures = {
+            "kept_rate": len(chosen.rows) / len(scores),
+            "kept_token_rate": float(tokens[chosen.rows].sum() / tokens.sum()),
+            "teaching_rate": float((scores != 0).double().mean()),
+            "tokens": float(tokens.sum()),
+            "backward_tokens": float(tokens[chosen.rows].sum()),
+            "dummy_rows": float(dummies),
+            "micro_batches": float(passes),
+            "loss_tokens": sum(part[2] for part in of_all),
+        }
+        if weighted(gate):
+            figures["noise"] = expected_noise(scores, chosen.decision.probability)
+        return {
+            "row": torch.cat([rows, fill]),
+            "gate_weight": torch.cat([weight[rows], torch.zeros(dummies)]).float(),
+            "gate_size": torch.cat([score.cpu()[rows], torch.zeros(dummies)]).float(),
+        }, figures
+
+    def _passes(self, data: TensorDict, kept: list[Tensor], lengths: list[Tensor]) -> tuple[int, int]:
+        """How many micro-batches all ranks run, and how many rows each must have for it, a fixed or a least number.
+
+        Under dynamic batching as many as verl itself will find to hold the rows of each rank with the dummy rows.
+
+        Args:
+            data: the mini-batch, for how it is batched.
+            kept: tokens of each kept row, by rank.
+            lengths: tokens of each row, by rank.
+        """
+        if not tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
+            size = data["micro_batch_size_per_gpu"]
+            return max(1, math.ceil(max(map(len, kept)) / size)), size
+        limit = data["max_token_len_per_gpu"]
+        if (longest := max(int(length.max()) for length in lengths)) > limit:
+            raise ValueError(f"a row has {longest} tokens; ppo_max_token_len_per_gpu={limit} holds none of them.")
+        passes = max(1, *(math.ceil(int(length.sum()) / limit) for length in kept))
+        while not all(_fits(own, passes, int(length.min()), limit) for own, length in zip(kept, lengths, strict=True)):
+            passes += 1
+        return passes, 1
+
+    def _weighted_loss(
+        self,
+        loss_function: Callable[..., Any],
+        loss_tokens: float,
+        model_output: dict[str, Any],
+        data: TensorDict,
+        dp_group: Any = None,
+    ) -> Any:
+        """verl's loss, divided by the tokens of all rows, with the gradient of each row times its weight.
+
+        The weight is on what the model returned, of which policy loss, KL and entropy are made alike.
+        """
+        weight = data["gate_weight"]
+        if weighted(self._gate):
+            config = loss_function.keywords["config"]  # type: ignore[attr-defined]
+            log_probs = no_padding_2_padding(model_output["log_probs"].detach(), data)
+            exact = _score(data, config, log_probs)
+            self._sums += noise_sums(exact, data["gate_size"], weight).cpu()
+        for name in ("log_probs", "entropy"):
+            if name in model_output:
+                model_output[name] = _weighted(model_output[name], weight)
+        data["batch_num_tokens"] = NonTensorData(loss_tokens)
+        return loss_function(model_output=model_output, data=data, dp_group=dp_group)
+
+    def _noise(self) -> NoiseSums:
+        """What the rows that all ranks have run since the last call tell of the noise."""
+        sums = self._sums.to(get_device_id())
+        torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
+        self._sums = torch.zeros(4, dtype=torch.float64)
+        return NoiseSums(*sums.tolist())
+
+
+def _beta(config: ActorConfig) -> float:
+    return config.kl_loss_coef if config.use_kl_loss else 0.0
+
+
+def _padded(data: TensorDict, *names: str) -> dict[str, Tensor]:
+    """Those of the fields that there are, (B, T), zeros where a row has ended."""
+    present: Any = data.select(*(name for name in ("response_mask", *names) if name in data)).to_padded_tensor()
+    return dict(present.items())
+
+
+def _delight(data: TensorDict) -> Tensor:
+    """(B,) the delight of each row, NaN where one of its numbers is."""
+    rows = _padded(data, "advantages", "old_log_probs", "rollout_is_weights")
+    mask, log_probs = rows["response_mask"].bool(), rows["old_log_probs"].clamp(max=0)
+    advantages = rows["advantages"]
+    if "rollout_is_weights" in rows:  # what it sets to 0 has no term in the loss
+        mask = mask & (rows["rollout_is_weights"] != 0)
+    return row_scores(delight, check_inputs({}, advantages, log_probs, None, mask, score_tells=True), log_probs)
+
+
+def _score(data: TensorDict, config: ActorConfig, log_probs: Tensor) -> Tensor:
+    """(B,) the size of each row's gradient in verl's loss by these log-probs, NaN where one of its numbers is."""
+    rows = _padded(data, "advantages", "rollout_is_weights", "ref_log_prob")
+    size = RowSize(config.loss_agg_mode == "seq-mean-token-mean", _beta(config), config.entropy_coeff)
+    log_probs = log_probs.to_padded_tensor(0) if log_probs.is_nested else log_probs
+    width = rows["response_mask"].shape[1]
+    return size(
+        rows["advantages"],
+        log_probs[:, :width],
+        rows["response_mask"],
+        rows.get("rollout_is_weights"),
+        rows.get("ref_log_prob"),
+    )
+
+
+def _weighted(values: Any, weight: Tensor) -> Tensor:
+    """The same nested values, of which the gradient of each row is multiplied by its weight."""
+    flat = values.values()
+    if flat.requires_grad:
+        per_token = weight.to(flat).repeat_interleave(values.offsets().diff())
+        flat.register_hook(lambda gradient: gradient * per_token)
+    return torch.nested.nested_tensor_from_jagged(flat, values.offsets())
+
+
+def _fits(tokens: Tensor, passes: int, dummy: int, limit: int) -> bool:
+    """Whether verl splits rows of so many tokens, with dummy rows up to one a micro-batch, within the limit."""
+    filled = torch.cat([tokens.long(), tokens.new_full((max(passes - len(tokens), 0),), dummy).long()])
+    parts = get_seqlen_balanced_partitions(calculate_workload(filled).tolist(), passes, equal_size=False)
+    return all(int(filled[part].sum()) <= limit for part in parts)
