@@ -86,6 +86,18 @@ def test_what_needs_every_row_is_refused_before_anything_is_run(options, gate, a
         engine.forward_backward_batch(verl_cases.mini_batch(**batch), loss)
 
 
+def test_sequences_split_over_ranks_are_refused(options, monkeypatch):
+    from sparkjoy.integrations import verl
+
+    def init(self, config):
+        self.engine_config, self.ulysses_sequence_parallel_size = config, 2
+
+    monkeypatch.setattr(verl.FSDPEngineWithLMHead, "__init__", init)
+    verl.GatedFSDPEngine(options())
+    with pytest.raises(ValueError, match="ulysses_sequence_parallel_size=2"):
+        verl.GatedFSDPEngine(options(gate_price=0))
+
+
 def run(code, **environment):
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

@@ -166,7 +166,7 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         score = _score(data, config, data["old_log_probs"]) if weighted(gate) else _delight(data)
         rows, figures = self._decide(gate, data, score)
         kept = tu.index_select_tensor_dict(data, rows.pop("row"))
-        kept.update({name: values.to(kept.device or get_device_id()) for name, values in rows.items()})
+        kept.update({name: values.to(score.device) for name, values in rows.items()})
         figures["seconds"] = time.perf_counter() - start
         loss = partial(self._weighted_loss, loss_function, figures.pop("loss_tokens"))
         output = super().forward_backward_batch(kept, loss)
@@ -251,14 +251,11 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         chosen = select(gate, scores, score=None if weighted(gate) else advantage_score, cost=tokens)
         keeps = chosen.decision.keep.split([len(part[0]) for part in of_all])
         kept = [keep.nonzero().squeeze(1) for keep in keeps]
-        lengths = [part[1] for part in of_all]
-        passes, per_pass = self._passes(
-            data, [length[rows] for length, rows in zip(lengths, kept, strict=True)], lengths
-        )
+        passes, per_pass = self._passes(data, [part[1][rows] for part, rows in zip(of_all, kept, strict=True)], mine[1])
         rank = torch.distributed.get_rank(group)
         rows, weight = kept[rank], chosen.decision.weight.split([len(keep) for keep in keeps])[rank]
         dummies = max(passes * per_pass - len(rows), 0)
-        fill = lengths[rank].argmin().expand(dummies)
+        fill = mine[1].argmin().expand(dummies)  # the shortest row
         figures = {
             "kept_rate": len(chosen.rows) / len(scores),
             "kept_token_rate": float(tokens[chosen.rows].sum() / tokens.sum()),
@@ -277,26 +274,28 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
             "gate_size": torch.cat([score.cpu()[rows], torch.zeros(dummies)]).float(),
         }, figures
 
-    def _passes(self, data: TensorDict, kept: list[Tensor], lengths: list[Tensor]) -> tuple[int, int]:
+    def _passes(self, data: TensorDict, kept: list[Tensor], mine: Tensor) -> tuple[int, int]:
         """How many micro-batches all ranks run, and how many rows each must have for it, a fixed or a least number.
 
-        Under dynamic batching as many as verl itself will find to hold the rows of each rank with the dummy rows.
+        Under dynamic batching at least as many as verl will find to hold the rows of each rank and its dummies.
 
         Args:
             data: the mini-batch, for how it is batched.
             kept: tokens of each kept row, by rank.
-            lengths: tokens of each row, by rank.
+            mine: tokens of each row of this rank.
         """
         if not tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
             size = data["micro_batch_size_per_gpu"]
             return max(1, math.ceil(max(map(len, kept)) / size)), size
-        limit = data["max_token_len_per_gpu"]
-        if (longest := max(int(length.max()) for length in lengths)) > limit:
-            raise ValueError(f"a row has {longest} tokens; ppo_max_token_len_per_gpu={limit} holds none of them.")
-        passes = max(1, *(math.ceil(int(length.sum()) / limit) for length in kept))
-        while not all(_fits(own, passes, int(length.min()), limit) for own, length in zip(kept, lengths, strict=True)):
+        group, limit = self.get_data_parallel_group(), data["max_token_len_per_gpu"]
+        passes = max(1, *(math.ceil(int(tokens.sum()) / limit) for tokens in kept))
+        while True:
+            fits = _fits(kept[torch.distributed.get_rank(group)], passes, int(mine.min()), limit)
+            everywhere = torch.tensor(fits, dtype=torch.int32, device=get_device_id())
+            torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MIN, group=group)
+            if everywhere.item() or passes >= max(map(len, kept)):  # a row too long alone is verl's to refuse
+                return passes, 1
             passes += 1
-        return passes, 1
 
     def _weighted_loss(
         self,
