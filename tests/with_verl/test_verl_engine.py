@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from processes import run_processes
@@ -88,9 +89,9 @@ def test_a_resumed_run_is_the_unbroken_one(case):
 
 def test_ten_steps_learn_as_verls_own(case):
     figures = case("learning")[0]
-    gain = {name: one["last"] - one["first"] for name, one in figures.items()}
-    assert gain["dense"] > 0.05
-    assert gain["noise"] > 0.5 * gain["dense"]
-    assert gain["price"] > 0.5 * gain["dense"]
-    assert figures["noise"]["passes"] < 0.7 * figures["dense"]["passes"]
-    assert figures["price"]["passes"] < 0.5 * figures["dense"]["passes"]
+    dense = figures["dense"]["gains"]
+    spread = max(dense) - min(dense)
+    for name, share in {"noise": 0.6, "price": 0.4}.items():
+        assert abs(mean(figures[name]["gains"]) - mean(dense)) < spread, name
+        assert min(figures[name]["gains"]) > 0.02, name
+        assert figures[name]["passes"] < share * figures["dense"]["passes"], name

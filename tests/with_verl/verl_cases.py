@@ -113,12 +113,12 @@ def with_advantages(data, change):
     return changed
 
 
-def gradient(engine, data, loss):
+def gradient(engine, data, loss, part=lambda gradient: whole(gradient)):
     """The whole gradient of one mini-batch, in one vector in float64, with the metrics and the passes that it took."""
     with engine.train_mode(), counted(engine) as passes:
         engine.optimizer_zero_grad()
         output = engine.forward_backward_batch(data.clone(), loss)
-        parts = [whole(parameter.grad) for parameter in engine.module.parameters()]
+        parts = [part(parameter.grad) for parameter in engine.module.parameters()]
     return torch.cat(parts).double(), output["metrics"], len(passes)
 
 
@@ -136,6 +136,11 @@ def whole(tensor):
     if tensor is None:
         return torch.zeros(0)
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone().flatten()
+
+
+def own(tensor):
+    """What this process has of a tensor: no collective."""
+    return tensor.to_local().detach().clone().flatten()
 
 
 def train(engine, data, loss):

@@ -80,17 +80,18 @@ def budget(folder, strategy, rank, draws=200):
     options = KL | {"entropy_coeff": 0.05}
     soft, plain = engine(folder, strategy, gate_noise=1.0), dense(folder, strategy=strategy)
     data = mini_batch(rank=rank, seed=5, micro=8, calculate_entropy=True)
-    reference, _, _ = gradient(plain, data, actor_loss(**options))
+    reference, _, _ = gradient(plain, data, actor_loss(**options), cases.own)
     rates, noises = [], []
-    total, squares = torch.zeros_like(reference), 0.0
+    total, squares = torch.zeros_like(reference), torch.zeros(2, dtype=torch.float64)
     for _ in range(draws):
-        kept, metrics, _ = gradient(soft, data, actor_loss(**options))
-        total, squares = total + kept, squares + float((kept - reference).square().sum())
+        kept, metrics, _ = gradient(soft, data, actor_loss(**options), cases.own)
+        total, squares[0] = total + kept, squares[0] + (kept - reference).square().sum()
         rates += metrics["gate/kept_rate"]
         noises += metrics["gate/noise"]
-    standard_error = (squares / draws / draws) ** 0.5
+    squares[1] = (total / draws - reference).square().sum()
+    dist.all_reduce(squares)
     return {
-        "off": float((total / draws - reference).norm()) / standard_error,
+        "off": float((squares[1] / (squares[0] / draws**2)).sqrt()),
         "rate": sum(rates) / draws,
         "noise": sum(noises) / draws,
     }
@@ -156,20 +157,22 @@ def weighed(folder, strategy, rank):
     return {"error": distance(kept, expected), "weights": weight.flatten().tolist()}
 
 
-def learning(folder, strategy, rank, steps=10):
-    """Ten steps that make token 7 more likely, with verl's own engine and gated ones: rewards and passes."""
+def learning(folder, strategy, rank, steps=10, seeds=3):
+    """Ten steps that make token 7 more likely, with verl's own engine and gated ones: each seed's gain, and passes."""
     found = {}
     for name, gate in {"dense": {}, "noise": {"gate_noise": 0.3}, "price": {"gate_price": 0}}.items():
-        trained = engine(folder, strategy, lr=1e-2, **gate) if gate else dense(folder, strategy=strategy, lr=1e-2)
-        rewards, passes = [], 0
-        torch.manual_seed(rank)
-        for _ in range(steps):
-            data, reward = sampled(trained, rank)
-            rewards.append(reward)
-            passes += train(trained, data, actor_loss())[1]
-        totals = torch.tensor([sum(rewards[:2]) / 2, sum(rewards[-2:]) / 2, float(passes)])
-        dist.all_reduce(totals)
-        found[name] = dict(zip(("first", "last", "passes"), (totals / 2).tolist(), strict=True))
+        gains, passes = torch.zeros(seeds), 0
+        for seed in range(seeds):
+            trained = engine(folder, strategy, lr=1e-2, **gate) if gate else dense(folder, strategy=strategy, lr=1e-2)
+            torch.manual_seed(2 * seed + rank)
+            rewards = []
+            for _ in range(steps):
+                data, reward = sampled(trained, rank)
+                rewards.append(reward)
+                passes += train(trained, data, actor_loss())[1]
+            gains[seed] = (sum(rewards[-2:]) - sum(rewards[:2])) / 2
+        dist.all_reduce(gains)
+        found[name] = {"gains": (gains / 2).tolist(), "passes": passes}
     return found
 
 
