@@ -5,8 +5,13 @@ from pathlib import Path
 
 import ray
 import torch
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.rollout import base, replica
 
+# verl's own engine, which the reference runs in: verl has none for a CPU, and for other devices this line is in it.
+EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cpu")(FSDPEngineWithLMHead)
+torch.Tensor.pin_memory = lambda self, *_: self  # the reference's weights wait in pinned memory
 base._ROLLOUT_REGISTRY["stub", "async"] = "stub_rollout.Adapter"
 
 
@@ -73,8 +78,3 @@ class Replica(replica.RolloutReplica):
 
 
 replica.RolloutReplicaRegistry.register("stub", lambda: Replica)
-
-
-def share_of_letter(data_source, solution_str, ground_truth, extra_info=None, **_):
-    """The reward."""
-    return solution_str.count(ground_truth) / max(len(solution_str), 1)

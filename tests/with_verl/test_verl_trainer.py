@@ -1,4 +1,4 @@
-"""The example, through verl's own trainer: Ray, its queue, two workers under FSDP 2, and a sampler in vLLM's place."""
+"""The example in verl's own trainer: Ray, its queue, two workers, a reference, and a sampler in vLLM's place."""
 
 import os
 import re
@@ -18,10 +18,17 @@ ON_A_CPU = [
     "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     f"{ACTOR}.ppo_mini_batch_size=4", f"{ACTOR}.ppo_max_token_len_per_gpu=64", f"{ACTOR}.optim.lr=0.01",
     f"{ACTOR}.use_torch_compile=False", f"{ACTOR}.fsdp_config.use_torch_compile=False",
-    *(f"+{ACTOR}.fsdp_config.mixed_precision.{kind}_dtype=fp32" for kind in ("param", "reduce", "buffer")),
+    *(
+        f"+actor_rollout_ref.{role}.fsdp_config.mixed_precision.{kind}_dtype=fp32"
+        for role in ("actor", "ref")
+        for kind in ("param", "reduce", "buffer")
+    ),
+    f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_coef=0.1", f"{ACTOR}.entropy_coeff=0.01",
+    "actor_rollout_ref.ref.fsdp_config.use_torch_compile=False",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=64",
     "actor_rollout_ref.rollout.name=stub", "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.rollout.agent.num_workers=1", "actor_rollout_ref.rollout.free_cache_engine=False",
-    f"reward.custom_reward_function.path={Path(__file__).with_name('stub_rollout.py')}",
+    f"reward.custom_reward_function.path={Path(__file__).with_name('v1_data.py')}",
     "reward.custom_reward_function.name=share_of_letter", "reward.num_workers=1",
     "trainer.device=cpu", "trainer.n_gpus_per_node=2", "trainer.val_before_train=False", "trainer.test_freq=-1",
     "trainer.save_freq=3", "trainer.total_training_steps=3",

@@ -1,4 +1,4 @@
-"""A model of a few thousand parameters, its tokenizer and its prompts, on disk as verl wants them."""
+"""A model of a few thousand parameters, its tokenizer and its prompts, on disk as verl wants them; and the reward."""
 
 import sys
 from pathlib import Path
@@ -33,6 +33,11 @@ def write(folder):
     ]
     for name in ("train", "test"):
         pandas.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
+
+
+def share_of_letter(data_source, solution_str, ground_truth, extra_info=None, **_):
+    """The reward."""
+    return solution_str.count(ground_truth) / max(len(solution_str), 1)
 
 
 if __name__ == "__main__":
