@@ -258,7 +258,6 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         fill = mine[1].argmin().expand(dummies)  # the shortest row
         figures = {
             "kept_rate": len(chosen.rows) / len(scores),
-            "kept_token_rate": float(tokens[chosen.rows].sum() / tokens.sum()),
             "teaching_rate": float((scores != 0).double().mean()),
             "tokens": float(tokens.sum()),
             "backward_tokens": float(tokens[chosen.rows].sum()),
@@ -277,12 +276,8 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
     def _passes(self, data: TensorDict, kept: list[Tensor], mine: Tensor) -> tuple[int, int]:
         """How many micro-batches all ranks run, and how many rows each must have for it, a fixed or a least number.
 
-        Under dynamic batching at least as many as verl will find to hold the rows of each rank and its dummies.
-
-        Args:
-            data: the mini-batch, for how it is batched.
-            kept: tokens of each kept row, by rank.
-            mine: tokens of each row of this rank.
+        `kept` are the tokens of each rank's kept rows, `mine` those of all rows of this rank. Under dynamic batching at
+        least as many as verl will find to hold the rows of each rank and its dummies.
         """
         if not tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
             size = data["micro_batch_size_per_gpu"]
