@@ -9,9 +9,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_cases import Drawing, drawn, far_from, trained, trainer
 
 import sparkjoy as sj
+from sparkjoy.integrations.sizes import LEAST_DOUBT, RowSize
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
 from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS
-from sparkjoy.integrations.sizes import LEAST_DOUBT, RowSize
 
 FAST = [("dapo", "exact"), ("grpo", "none"), ("bnpo", "stale")]
 SLOW = [(loss, sizes) for loss in LOSS_NORMALIZERS for sizes in ("exact", "stale", "none") if (loss, sizes) not in FAST]

@@ -13,13 +13,13 @@ from sparkjoy.engine.coverage import Coverage
 from sparkjoy.gates import Gate
 from sparkjoy.gates.decision import rule_of, weighted
 from sparkjoy.integrations.sampling import base_of
+from sparkjoy.integrations.sizes import DIVIDES_BY_LENGTH, RowSize
 from sparkjoy.integrations.transformers import prepends_tokens
 from sparkjoy.integrations.trl.advantages import of_the_gate
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
 from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score, part_of, sized_figures, worth
 from sparkjoy.integrations.trl.packing import Rows, loss_mask, whole
 from sparkjoy.integrations.trl.sharing import SharingMixin
-from sparkjoy.integrations.sizes import DIVIDES_BY_LENGTH, RowSize
 from sparkjoy.noise import NoiseSums, expected_noise
 from sparkjoy.prefix_tree import fold
 from sparkjoy.signs import undecided
