@@ -23,10 +23,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from sparkjoy.frontier.cost import SavedBytes
-from sparkjoy.integrations.language_model import pretrained
 from sparkjoy.integrations.trl import KondoGRPOConfig
 from sparkjoy_lab.bench import timing
 from sparkjoy_lab.bench.timing import median, print_table
+from sparkjoy_lab.language_model import pretrained
 from sparkjoy_lab.studies.language_results import DENSE
 from sparkjoy_lab.studies.language_tasks import TASKS
 from sparkjoy_lab.studies.language_training import Timed

@@ -12,9 +12,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from sparkjoy.integrations.language_model import pretrained
 from sparkjoy.integrations.trl.recording import recording
 from sparkjoy_lab.bench.timing import collect, machine, median, options, print_table, turns
+from sparkjoy_lab.language_model import pretrained
 from sparkjoy_lab.studies.language_tasks import TASKS
 from sparkjoy_lab.training.tracking import write_json
 

@@ -14,8 +14,8 @@ import tempfile
 import torch
 from datasets import Dataset
 
-from sparkjoy.integrations.language_model import pretrained
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
+from sparkjoy_lab.language_model import pretrained
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a causal language model's name or folder")

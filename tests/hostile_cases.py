@@ -12,7 +12,6 @@ from hostile_values import ACTIONS, ROWS, TOKENS, WIDTH
 import sparkjoy as sj
 from sparkjoy import baselines, losses, prices, scores, sizes
 from sparkjoy.baselines import expected_confidence_advantage, good_and_bad_advantage
-from sparkjoy.logprobs import token_log_probs
 from sparkjoy.prices import FixedPrice, RollingQuantile
 from sparkjoy.testing import TinyPolicy
 from sparkjoy_lab import guards
@@ -169,27 +168,6 @@ def formula_cases() -> dict[str, Case]:
     found["noisy_score"] = Case(
         made(scores.noisy_score, "score", "level", "kind", "generator"),
         lambda: {"score": sj.delight, "level": 0.5, "kind": "additive", "generator": None, **of_rows()},
-    )
-    found["token_log_probs"] = Case(
-        token_log_probs,
-        lambda: {
-            "hidden": torch.ones(ROWS, TOKENS, WIDTH),
-            "output_layer": torch.eye(ACTIONS, WIDTH),
-            "targets": torch.ones(ROWS, TOKENS, dtype=torch.long),
-            "bias": torch.zeros(ACTIONS),
-            "mask": mask(),
-            "chunk_tokens": 4,
-            "temperature": 0.7,
-        },
-    )
-    found["token_log_probs of a layer"] = Case(
-        token_log_probs,
-        lambda: {
-            "hidden": torch.ones(ROWS, TOKENS, WIDTH),
-            "output_layer": lambda hidden: POLICY.layer(hidden),
-            "targets": torch.ones(ROWS, TOKENS, dtype=torch.long),
-            "chunk_tokens": 4,
-        },
     )
     found["RepeatedDraws"] = Case(
         lambda size, keys, rewards, memory, device: guards.RepeatedDraws(size, memory, device).update(keys, rewards),

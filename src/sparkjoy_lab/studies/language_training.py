@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from sparkjoy.integrations.language_model import pretrained
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOTrainer
+from sparkjoy_lab.language_model import pretrained
 from sparkjoy_lab.studies.language_results import PARTS
 from sparkjoy_lab.studies.language_tasks import LanguageTask, Problem
 from sparkjoy_lab.training.loop import Record

@@ -8,7 +8,7 @@ from command_line import sparkjoy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparkjoy.integrations.language_model import pretrained
+from sparkjoy_lab.language_model import pretrained
 from sparkjoy_lab.studies.language import ARMS, LanguageStudy
 from sparkjoy_lab.studies.language_results import DENSE, PARTS, crossing, table
 from sparkjoy_lab.studies.language_runs import most_learnt

@@ -5,8 +5,8 @@ import torch
 import trl_task
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparkjoy.integrations import language_model
-from sparkjoy.integrations.language_model import pretrained, unquantised
+from sparkjoy_lab import language_model
+from sparkjoy_lab.language_model import pretrained, unquantised
 
 
 def test_a_folder_is_loaded_in_float32_and_padded_on_the_left(tmp_path):
