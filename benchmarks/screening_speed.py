@@ -14,9 +14,9 @@ from functools import partial
 
 import torch
 
-from sparkjoy.drafts import AdvantageOnly, DistilledDraft, LowerPrecision
 from sparkjoy.engine.batches import take
 from sparkjoy_lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
+from sparkjoy_lab.drafts import AdvantageOnly, DistilledDraft, LowerPrecision
 from sparkjoy_lab.policies.early_exit import EarlyExit
 from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy_lab.training.tracking import write_json

@@ -10,11 +10,10 @@ from hostile_cases import POLICY, Arguments, Case, batch, loaded, log_probs, mad
 from hostile_values import ACTIONS, TOKENS, WIDTH
 
 import sparkjoy as sj
-from sparkjoy import drafts
 from sparkjoy.drafts.audit import Audit
 from sparkjoy.prices import FixedPrice, RollingQuantile
 from sparkjoy.testing import TinyPolicy
-from sparkjoy_lab import guards
+from sparkjoy_lab import drafts, guards
 from sparkjoy_lab.policies.early_exit import EarlyExit
 from sparkjoy_lab.policies.transformer import Transformer
 

@@ -6,8 +6,8 @@ from draft_cases import draft_of, gradients
 from engine_cases import ACTIONS, ROWS, WIDTH, make_case
 
 from sparkjoy import Draft, GatedBackward, KondoGate, UnbiasedGate, clipped
-from sparkjoy.drafts import StaleWeights
 from sparkjoy.drafts.audit import Audit, recall, spearman
+from sparkjoy_lab.drafts import StaleWeights
 
 
 class Wrong:

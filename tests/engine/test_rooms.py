@@ -9,8 +9,9 @@ import torch
 from engine_cases import ACTIONS, WIDTH, make_case
 
 import sparkjoy as sj
-from sparkjoy.drafts import Audit, StaleWeights
+from sparkjoy.drafts import Audit
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab.drafts import StaleWeights
 
 DIAGRAM = Path(__file__).parents[2] / "docs" / "how_a_step_runs.md"
 ROOMS = 8

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from sparkjoy.drafts import AdvantageOnly, CachedLogProbs, DistilledDraft, LowerPrecision, StaleWeights
+from sparkjoy_lab.drafts import AdvantageOnly, CachedLogProbs, DistilledDraft, LowerPrecision, StaleWeights
 from sparkjoy_lab.policies.early_exit import EarlyExit
 from sparkjoy_lab.training.draft_settings import DraftSettings
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparkjoy import checks, states
-from sparkjoy.drafts.policy import checked_policy, log_probs_of
+from sparkjoy_lab.drafts.policy import checked_policy, log_probs_of
 
 
 class StaleWeights:

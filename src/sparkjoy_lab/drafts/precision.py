@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkjoy import checks
-from sparkjoy.drafts.policy import checked_policy, log_probs_of
+from sparkjoy_lab.drafts.policy import checked_policy, log_probs_of
 
 
 class LowerPrecision:

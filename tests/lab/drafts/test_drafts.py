@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sparkjoy import Draft, GatedBackward, KondoGate
-from sparkjoy.drafts import AdvantageOnly, CachedLogProbs, DistilledDraft, LowerPrecision, StaleWeights
 from sparkjoy.drafts.audit import Audit
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab.drafts import AdvantageOnly, CachedLogProbs, DistilledDraft, LowerPrecision, StaleWeights
 from sparkjoy_lab.policies.early_exit import EarlyExit
 from sparkjoy_lab.policies.mlp import MLP
 from sparkjoy_lab.policies.transformer import Transformer
