@@ -14,13 +14,10 @@ def code_lines(path: Path) -> int:
         tokens = [token for token in tokenize.generate_tokens(lines.readline) if token.type not in SILENT]
     code = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
     for node in ast.walk(ast.parse(path.read_text())):
-        for part in getattr(node, "body", []) if not isinstance(node, ast.Lambda | ast.IfExp) else []:
-            if (
-                isinstance(part, ast.Expr)
-                and isinstance(part.value, ast.Constant)
-                and isinstance(part.value.value, str)
-            ):
-                code -= set(range(part.lineno, (part.end_lineno or part.lineno) + 1))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            for part in node.body:
+                if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
+                    code -= set(range(part.lineno, (part.end_lineno or part.lineno) + 1))
     return len(code)
 
 
