@@ -15,6 +15,7 @@ from sparkjoy.baselines import expected_confidence_advantage, good_and_bad_advan
 from sparkjoy.prices import FixedPrice, RollingQuantile
 from sparkjoy.testing import TinyPolicy
 from sparkjoy_lab import guards
+from sparkjoy_lab import scores as compared
 
 POLICY = TinyPolicy(WIDTH, ACTIONS)
 Arguments = dict[str, Any]
@@ -153,8 +154,8 @@ def formula_cases() -> dict[str, Case]:
     for function in (
         sj.delight,
         scores.advantage_score,
-        scores.absolute_advantage_score,
-        scores.surprisal_score,
+        compared.absolute_advantage_score,
+        compared.surprisal_score,
         sj.update_size,
         sizes.policy_gradient_size,
         sizes.advantage_size,
@@ -163,10 +164,10 @@ def formula_cases() -> dict[str, Case]:
         found[f"{function.__name__} of rows"] = Case(function, of_rows)
     found["surprisal"] = Case(sj.surprisal, lambda: {"log_probs": log_probs()})
     found["sequence_delight"] = Case(sj.sequence_delight, lambda: {**of_tokens(), "mask": mask()})
-    found["additive_score"] = Case(made(scores.additive_score, "alpha"), lambda: {"alpha": 0.5, **of_tokens()})
-    found["uniform_score"] = Case(made(scores.uniform_score, "generator"), lambda: {"generator": None, **of_rows()})
+    found["additive_score"] = Case(made(compared.additive_score, "alpha"), lambda: {"alpha": 0.5, **of_tokens()})
+    found["uniform_score"] = Case(made(compared.uniform_score, "generator"), lambda: {"generator": None, **of_rows()})
     found["noisy_score"] = Case(
-        made(scores.noisy_score, "score", "level", "kind", "generator"),
+        made(compared.noisy_score, "score", "level", "kind", "generator"),
         lambda: {"score": sj.delight, "level": 0.5, "kind": "additive", "generator": None, **of_rows()},
     )
     found["RepeatedDraws"] = Case(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sparkjoy as sj
-from sparkjoy import scores
+from sparkjoy_lab import scores as compared
 
 
 def test_delight_is_advantage_times_surprisal_and_has_no_graph():
@@ -58,13 +58,15 @@ def test_sequence_delight_refuses_one_dimension_and_a_misshapen_mask():
 
 
 def test_additive_score_weighs_advantage_and_surprisal():
-    score = scores.additive_score(0.25)(torch.tensor([1.0]), torch.tensor([-2.0]))
+    score = compared.additive_score(0.25)(torch.tensor([1.0]), torch.tensor([-2.0]))
     assert score.item() == pytest.approx(0.25 * 1 + 0.75 * 2)
     with pytest.raises(ValueError, match="alpha"):
-        scores.additive_score(1.5)
+        compared.additive_score(1.5)
 
 
 def test_uniform_score_follows_its_generator():
-    draws = [scores.uniform_score(torch.Generator().manual_seed(3))(torch.ones(5), torch.ones(5, 2)) for _ in range(2)]
+    draws = [
+        compared.uniform_score(torch.Generator().manual_seed(3))(torch.ones(5), torch.ones(5, 2)) for _ in range(2)
+    ]
     assert torch.equal(*draws)
     assert draws[0].shape == (5,)

@@ -10,8 +10,9 @@ from sparkjoy import Draft, GatedBackward, KondoGate, SoftGate, UnbiasedGate, cl
 from sparkjoy.drafts.audit import Audit
 from sparkjoy.engine.deciding import row_scores
 from sparkjoy.engine.inputs import check_inputs
-from sparkjoy.scores import delight, surprisal_score
+from sparkjoy.scores import delight
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab.scores import surprisal_score
 
 
 def scores_of(policy, batch, advantages, mask, kept=4):

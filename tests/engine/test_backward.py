@@ -10,9 +10,9 @@ from engine_cases import ACTIONS, ROWS, SHAPES, TOKENS, WIDTH, make_case
 from reference import masked_gradient
 
 import sparkjoy as sj
-from sparkjoy import scores
 from sparkjoy.drafts.audit import Audit
 from sparkjoy.testing import TinyPolicy, assert_backward_rows
+from sparkjoy_lab import scores as compared
 
 GATES = {
     "rate": lambda: sj.KondoGate(rate=0.3),
@@ -203,7 +203,7 @@ def test_zero_advantage_rows_are_dropped_below_rate_one_whatever_the_score():
     policy, batch, _, _ = make_case("rows")
     advantages = torch.zeros(ROWS, dtype=torch.float64)
     advantages[[1, 5]] = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    for score in (scores.uniform_score(torch.Generator().manual_seed(0)), scores.surprisal_score):
+    for score in (compared.uniform_score(torch.Generator().manual_seed(0)), compared.surprisal_score):
         report = sj.gated_backward(policy.log_probs, batch, advantages, sj.KondoGate(rate=0.9), score=score)
         assert report.decision.keep.nonzero().flatten().tolist() == [1, 5]
     assert sj.gated_backward(policy.log_probs, batch, advantages, None).kept == ROWS

@@ -10,8 +10,8 @@ from engine_cases import make_case
 import sparkjoy as sj
 from sparkjoy.engine.options import first_difference, in_words
 from sparkjoy.losses import weighted_by
-from sparkjoy.scores import additive_score, noisy_score, uniform_score
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab.scores import additive_score, noisy_score, uniform_score
 
 
 class Plain:

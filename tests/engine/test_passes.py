@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from engine_cases import ROWS, SHAPES, make_case
 
 import sparkjoy as sj
-from sparkjoy.scores import absolute_advantage_score, advantage_score, surprisal_score
+from sparkjoy.scores import advantage_score
+from sparkjoy_lab.scores import absolute_advantage_score, surprisal_score
 
 GATES = [None, sj.KondoGate(rate=0.4), sj.KondoGate(price=0), sj.KondoGate(rate=1), sj.UnbiasedGate(rate=0.4)]
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from reference import masked_gradient
 
 import sparkjoy as sj
-from sparkjoy.scores import advantage_score, uniform_score
+from sparkjoy.scores import advantage_score
+from sparkjoy_lab.scores import uniform_score
 
 TOKENS = 3
 

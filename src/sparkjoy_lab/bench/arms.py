@@ -11,10 +11,10 @@ from torch import Tensor
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
-from sparkjoy.scores import uniform_score
 from sparkjoy.signs import rate_count
 from sparkjoy_lab.bench.models import Problem, Workload, build
 from sparkjoy_lab.bench.timing import Laps
+from sparkjoy_lab.scores import uniform_score
 
 Arm = Literal["dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened", "noise", "shared"]
 """Ways to take a step.

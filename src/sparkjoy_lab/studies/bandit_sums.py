@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparkjoy.scores import ScoreFunction, additive_score, advantage_score, delight, surprisal_score
+from sparkjoy.scores import ScoreFunction, advantage_score, delight
+from sparkjoy_lab.scores import additive_score, surprisal_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,17 +14,8 @@ from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.gates import BudgetGate, Gate, KondoGate, SoftGate, UnbiasedGate
 from sparkjoy.losses import Loss, clipped, delightful, importance_weighted, reinforce, weighted_by
 from sparkjoy.prices import EffectiveSize, Nucleus, RollingQuantile
-from sparkjoy.scores import (
-    ScoreFunction,
-    absolute_advantage_score,
-    additive_score,
-    advantage_score,
-    delight,
-    noisy_score,
-    reads_log_probs,
-    surprisal_score,
-    uniform_score,
-)
+from sparkjoy.scores import ScoreFunction, advantage_score, delight, reads_log_probs
+from sparkjoy_lab.scores import absolute_advantage_score, additive_score, noisy_score, surprisal_score, uniform_score
 from sparkjoy_lab.token_gate import TokenGatedBackward
 from sparkjoy_lab.training.method_settings import MethodSettings
 from sparkjoy_lab.training.processes import WHOLE, Share

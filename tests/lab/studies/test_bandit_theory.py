@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparkjoy as sj
-from sparkjoy.scores import additive_score
+from sparkjoy_lab.scores import additive_score
 from sparkjoy_lab.studies import bandit_contexts, bandit_gambling, bandit_guards, bandit_sums, bandit_theory
 from sparkjoy_lab.studies.bandit_zero_price import CosineSearch, baseline_sweep, fitted_slopes, zero_price_records
 from sparkjoy_lab.tasks.bandit import SoftmaxBandit, arm_gradients, method_weight
