@@ -11,11 +11,12 @@ from hostile_values import ACTIONS, ROWS, TOKENS, WIDTH
 
 import sparkjoy as sj
 from sparkjoy import baselines, losses, prices, scores, sizes
-from sparkjoy.baselines import expected_confidence_advantage, good_and_bad_advantage
 from sparkjoy.prices import FixedPrice, RollingQuantile
 from sparkjoy.testing import TinyPolicy
 from sparkjoy_lab import guards
 from sparkjoy_lab import scores as compared
+from sparkjoy_lab.baselines import expected_confidence_advantage, good_and_bad_advantage
+from sparkjoy_lab.losses import weighted_by
 
 POLICY = TinyPolicy(WIDTH, ACTIONS)
 Arguments = dict[str, Any]
@@ -145,7 +146,7 @@ def formula_cases() -> dict[str, Case]:
         made(sj.delightful, "temperature", "unit"), lambda: {"temperature": 1.0, "unit": "sample", **loss_arguments()}
     )
     found["weighted_by"] = Case(
-        made(losses.weighted_by, "score", "temperature"),
+        made(weighted_by, "score", "temperature"),
         lambda: {"score": lambda a, p: a, "temperature": 1.0, **loss_arguments()},
     )
     found["delightful_weight"] = Case(

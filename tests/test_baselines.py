@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparkjoy as sj
-from sparkjoy.baselines import as_tensor, centred, expected_confidence_advantage, good_and_bad_advantage
+from sparkjoy.baselines import as_tensor, centred
+from sparkjoy_lab.baselines import expected_confidence_advantage, good_and_bad_advantage
 
 WEIGHT = torch.zeros(9, requires_grad=True)
 GROUP_BASELINES = [sj.group_mean_advantage, sj.leave_one_out_advantage, sj.group_standardised_advantage]

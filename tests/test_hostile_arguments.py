@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import sparkjoy as sj
 from sparkjoy import checks
-from sparkjoy.baselines import expected_confidence_advantage, good_and_bad_advantage
 from sparkjoy.prices import BatchQuantile, FixedPrice, RollingQuantile, quantile
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab.baselines import expected_confidence_advantage, good_and_bad_advantage
 
 FOREIGN_STATES = {
     "KondoGate": lambda: sj.KondoGate(price=RollingQuantile(0.5)),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sparkjoy as sj
-from sparkjoy.losses import importance_weighted
+from sparkjoy_lab.losses import importance_weighted
 
 
 def test_reinforce_has_the_policy_gradient():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.scores import SCORE, ScoreFunction, per_row
+from sparkjoy.scores import ScoreFunction, per_row
 from sparkjoy.sizes import delightful_size, is_size, policy_gradient_size
 
 Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -58,36 +58,7 @@ def reinforce(
     return -per_row(advantages, log_probs) * log_probs
 
 
-def importance_weighted(
-    log_probs: Tensor,
-    advantages: Tensor,
-    behavior_log_probs: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The policy gradient of what another policy sampled: −ρU, ρ = π/π_behavior, each token by its own ratio.
-
-    The gradient is −ρU ∇log π. Exact over whole answers only with the product of their tokens' ratios, whose variance
-    grows with their length; a token's own is the usual compromise.
-
-    >>> importance_weighted(torch.tensor([-0.5]), torch.tensor([2.0]), torch.tensor([-0.5]))
-    tensor([-2.])
-
-    Args:
-        log_probs: (B,) or (B, T), differentiable.
-        advantages: (B,), or (B, T) with (B, T).
-        behavior_log_probs: the shape of `log_probs`, those the actions were sampled with.
-        mask: not used.
-
-    Returns:
-        Terms to minimise, the shape of `log_probs`.
-
-    Raises:
-        ValueError: no `behavior_log_probs`.
-    """
-    return -_ratio(log_probs, behavior_log_probs, "importance_weighted") * per_row(advantages, log_probs)
-
-
-def _ratio(log_probs: Tensor, behavior_log_probs: Tensor | None, loss: str) -> Tensor:
+def ratio(log_probs: Tensor, behavior_log_probs: Tensor | None, loss: str) -> Tensor:
     """π/π_behavior, at most e^20: far beyond any clip; beyond e^88 it would be infinite and its gradient NaN."""
     checks.tensor("log_probs", log_probs, kinds=checks.FLOATING)
     if behavior_log_probs is None:
@@ -133,8 +104,8 @@ def _clipped(
     epsilon: float,
 ) -> Tensor:
     advantages = per_row(advantages, log_probs)
-    ratio = _ratio(log_probs, behavior_log_probs, "clipped")
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    found = ratio(log_probs, behavior_log_probs, "clipped")
+    return -torch.minimum(found * advantages, found.clamp(1 - epsilon, 1 + epsilon) * advantages)
 
 
 def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "token") -> Loss:
@@ -156,7 +127,7 @@ def delightful(temperature: float = 1.0, unit: Literal["token", "sample"] = "tok
     Raises:
         ValueError: a temperature that is not above 0, or an unknown unit.
     """
-    temperature = _checked_temperature(temperature)
+    temperature = checked_temperature(temperature)
     checks.choice("unit", unit, UNITS)
 
     loss = partial(_delightful, temperature=temperature, unit=unit)
@@ -177,49 +148,6 @@ def _delightful(
     return -weight * per_row(advantages, log_probs) * log_probs
 
 
-def weighted_by(score: ScoreFunction, temperature: float = 1.0) -> Loss:
-    """DG by another score than the exact delight: −σ(s/η) U log π, s the score of the row, detached.
-
-    >>> loss = weighted_by(lambda advantages, log_probs: torch.zeros(2))
-    >>> loss(torch.tensor([-3.0, -3.0]), torch.tensor([1.0, -1.0]), None, None)
-    tensor([ 1.5000, -1.5000])
-
-    Args:
-        score: `(advantages, log_probs) -> (B,)`.
-        temperature: η > 0.
-
-    Returns:
-        A loss: `(log_probs, advantages, behavior_log_probs, mask) -> terms`.
-
-    Raises:
-        ValueError: a temperature that is not above 0.
-    """
-    score = checks.function("score", score, SCORE, ..., ...)
-    temperature = _checked_temperature(temperature)
-
-    return partial(_weighted_by, score=score, temperature=temperature)
-
-
-def _weighted_by(
-    log_probs: Tensor,
-    advantages: Tensor,
-    behavior_log_probs: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    score: ScoreFunction,
-    temperature: float,
-) -> Tensor:
-    advantages = checks.advantages(advantages)
-    shaped = per_row(advantages, log_probs)
-    found = score(advantages, log_probs.detach())
-    checks.tensor("what score returned", found, (1,), checks.FLOATING, "(B,)")
-    if len(found) != len(log_probs):
-        raise ValueError(f"score returned shape {tuple(found.shape)} for {len(log_probs)} rows; expected (B,).")
-    weight = torch.sigmoid(found / temperature)
-    weight = weight.unsqueeze(1) if log_probs.dim() == 2 else weight
-    return -weight * shaped * log_probs
-
-
 def delightful_weight(
     log_probs: Tensor, advantages: Tensor, mask: Tensor | None, temperature: float, unit: Literal["token", "sample"]
 ) -> Tensor:
@@ -238,7 +166,7 @@ def delightful_weight(
     Returns:
         The shape of `log_probs`; (B, 1) for samples of several tokens.
     """
-    temperature = _checked_temperature(temperature)
+    temperature = checked_temperature(temperature)
     checks.choice("unit", unit, UNITS)
     chi = -per_row(advantages, log_probs) * log_probs.detach()
     if unit == "sample" and chi.dim() == 2:
@@ -246,5 +174,5 @@ def delightful_weight(
     return torch.sigmoid(chi / temperature)
 
 
-def _checked_temperature(temperature: float) -> float:
+def checked_temperature(temperature: float) -> float:
     return checks.number("temperature", temperature, "a number above 0", lambda temperature: temperature > 0)

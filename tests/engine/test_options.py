@@ -9,8 +9,8 @@ from engine_cases import make_case
 
 import sparkjoy as sj
 from sparkjoy.engine.options import first_difference, in_words
-from sparkjoy.losses import weighted_by
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab.losses import weighted_by
 from sparkjoy_lab.scores import additive_score, noisy_score, uniform_score
 
 

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparkjoy.baselines import expected_confidence_advantage, group_mean_advantage
+from sparkjoy.baselines import group_mean_advantage
+from sparkjoy_lab.baselines import expected_confidence_advantage
 from sparkjoy_lab.policies.mlp import MLP
 from sparkjoy_lab.tasks.digits import load_digits
 from sparkjoy_lab.tasks.frictions import DelayKind, Frictions

@@ -12,9 +12,10 @@ from sparkjoy.drafts import Audit
 from sparkjoy.drafts.draft import Draft
 from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.gates import BudgetGate, Gate, KondoGate, SoftGate, UnbiasedGate
-from sparkjoy.losses import Loss, clipped, delightful, importance_weighted, reinforce, weighted_by
+from sparkjoy.losses import Loss, clipped, delightful, reinforce
 from sparkjoy.prices import EffectiveSize, Nucleus, RollingQuantile
 from sparkjoy.scores import ScoreFunction, advantage_score, delight, reads_log_probs
+from sparkjoy_lab.losses import importance_weighted, weighted_by
 from sparkjoy_lab.scores import absolute_advantage_score, additive_score, noisy_score, surprisal_score, uniform_score
 from sparkjoy_lab.token_gate import TokenGatedBackward
 from sparkjoy_lab.training.method_settings import MethodSettings

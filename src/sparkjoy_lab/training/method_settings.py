@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparkjoy.baselines import good_and_bad_advantage, group_standardised_advantage
+from sparkjoy.baselines import group_standardised_advantage
+from sparkjoy_lab.baselines import good_and_bad_advantage
 from sparkjoy_lab.training.flags import refuse_idle
 
 Method = Literal["pg", "importance", "dg", "kondo", "uniform", "unbiased", "ppo", "grpo", "pmpo"]
