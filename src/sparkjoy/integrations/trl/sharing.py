@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -51,16 +52,16 @@ class SharingMixin(GRPOTrainer):
         compute_entropy: bool = False,
         **others: Any,
     ) -> Any:
-        as_ever = super()._get_per_token_logps_and_entropies
+        trls = functools.partial(super()._get_per_token_logps_and_entropies, model, compute_entropy=compute_entropy)
         if self._shared is None or not self._shares:
-            return as_ever(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others)
+            return trls(input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **others)
         found = []
         size = batch_size or len(input_ids)
         for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
             scored = mask * (torch.arange(ids.shape[1], device=mask.device) >= ids.shape[1] - logits_to_keep)
             tree = self._shared.fold(ids, mask, scored)
             if tree is None:
-                found.append(as_ever(model, ids, mask, logits_to_keep, None, compute_entropy)[:2])
+                found.append(trls(ids, mask, logits_to_keep)[:2])
             else:
                 found.append(self._of_tree(model, tree, logits_to_keep, compute_entropy))
         log_probs, entropies = (None if values[0] is None else torch.cat(values) for values in zip(*found, strict=True))
