@@ -67,6 +67,13 @@ def test_another_engine_in_its_place_is_refused(options, monkeypatch):
         ({"gate_rate": 0.1}, {"use_kl_loss": True, "kl_loss_coef": 0.1}, {}, "kl_loss_coef=0.1"),
         ({"gate_price": 0}, {"entropy_coeff": 0.01}, {}, "entropy_coeff=0.01"),
         ({"gate_noise": 1}, {"policy_loss": {"loss_mode": "clip_cov"}}, {}, "covariance"),
+        ({"gate_rate": 0.5}, {"policy_loss": {"loss_mode": "geo_mean"}}, {}, "mean over the rows of each"),
+        (
+            {"gate_rate": 0.5},
+            {"policy_loss": {"loss_mode": "bypass_mode", "rollout_correction": {"rollout_is_batch_normalize": True}}},
+            {},
+            "rollout_is_batch_normalize=True",
+        ),
         ({"gate_noise": 1}, {"use_prefix_grouper": True}, {}, "use_prefix_grouper=False"),
         ({"gate_noise": 1}, {"loss_agg_mode": "seq-mean-token-sum-norm"}, {}, "loss_scale_factor"),
         ({"gate_noise": 1}, {}, {"return_model_output": True}, "return_model_output=True"),

@@ -70,6 +70,7 @@ NOT_PROPORTIONAL = {
     "clip_cov": "chooses tokens by their covariance with the others of a micro-batch",
     "kl_cov": "chooses tokens by their covariance with the others of a micro-batch",
     "dro": "has a gradient where the advantage is 0",
+    "geo_mean": "is a mean over the rows of each micro-batch",
 }
 """verl's policy losses whose rows cannot be left out one by one, and why."""
 
@@ -212,6 +213,12 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
             raise ValueError(
                 f"policy_loss.loss_mode={mode!r} {NOT_PROPORTIONAL[mode]}, so that skipping a row changes the others. "
                 "Choose another, or train without a gate."
+            )
+        correction = config.policy_loss.get("rollout_correction", None) or {}
+        if mode == "bypass_mode" and correction.get("rollout_is_batch_normalize", False):
+            raise ValueError(
+                "rollout_is_batch_normalize=True divides by the mean of each micro-batch, and the gate makes others: "
+                "set it to False, or train without a gate."
             )
         if config.get("use_prefix_grouper", False) or tu.get_non_tensor_data(data, "force_group_size", 1) != 1:
             raise ValueError("the gate skips rows, and groups of rows are kept whole: set use_prefix_grouper=False.")
