@@ -7,20 +7,19 @@ import queue
 import numpy as np
 import pytest
 import torch
+import trl_task
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl_cases import Gradients, relative_error
-from trl_task import tokenizer
+from transformers import Qwen2ForCausalLM
+from trl_cases import Gradients, far_from, relative_error
 
 import sparkjoy as sj
 
-trls = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
-from trl.experimental.async_grpo import packing  # noqa: E402
-from trl.experimental.async_grpo.async_rollout_worker import RolloutSample  # noqa: E402
-
-from sparkjoy.integrations.trl import asynchronous  # noqa: E402
-from sparkjoy.integrations.trl.asynchronous import KondoAsyncGRPOConfig, KondoAsyncGRPOTrainer  # noqa: E402
+asynchronous = pytest.importorskip(
+    "sparkjoy.integrations.trl.asynchronous", reason="TRL before its asynchronous trainer's tree", exc_type=ImportError
+)
+packing = pytest.importorskip("trl.experimental.async_grpo.packing")
+RolloutSample = pytest.importorskip("trl.experimental.async_grpo.async_rollout_worker").RolloutSample
 
 
 def over_paths(module, query, key, value, attention_mask, *, scaling=None, **tree):
@@ -70,26 +69,15 @@ class NoTransfer:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder, words = tmp_path_factory.mktemp("model"), tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pad_token_id=words.pad_token_id,
-        eos_token_id=words.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("model")
+    trl_task.model().save_pretrained(folder)
+    trl_task.tokenizer().save_pretrained(folder)
     return folder
 
 
 def answers(folder, advantages, group=4):
     """One completion for each advantage, `group` to a prompt; log-probs a little off the policy's."""
-    model, random = LlamaForCausalLM.from_pretrained(folder), torch.Generator().manual_seed(1)
+    model, random = Qwen2ForCausalLM.from_pretrained(folder), torch.Generator().manual_seed(1)
     made = []
     for row, advantage in enumerate(advantages):
         if row % group == 0:
@@ -117,7 +105,7 @@ def answers(folder, advantages, group=4):
 
 def trainer(monkeypatch, folder, out, completions, gate=None, **options):
     monkeypatch.setattr(packing, "tree_attention", over_paths)
-    monkeypatch.setattr(trls, "get_peak_flops_per_device", lambda *_: 1.0)
+    monkeypatch.setattr(asynchronous.trls, "get_peak_flops_per_device", lambda *_: 1.0)
     gradients = Gradients()
     settings = {
         "output_dir": str(out), "dtype": "float32", "max_steps": 1, "per_device_train_batch_size": 8, "seed": 3,
@@ -125,10 +113,10 @@ def trainer(monkeypatch, folder, out, completions, gate=None, **options):
         "max_staleness": 10_000, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
         "bf16": False, "gradient_checkpointing": False, "use_cpu": True, "disable_tqdm": True, "token_budget": 0,
     }  # fmt: skip
-    made = KondoAsyncGRPOTrainer(
+    made = asynchronous.KondoAsyncGRPOTrainer(
         str(folder),
         reward_funcs=None,
-        args=KondoAsyncGRPOConfig(**settings | options),
+        args=asynchronous.KondoAsyncGRPOConfig(**settings | options),
         train_dataset=Dataset.from_dict({"prompt": ["a"] * 64}),
         callbacks=[gradients],
         rollout_worker=Worker(completions),
@@ -191,12 +179,8 @@ def test_the_mean_of_draws_is_trls_gradient(monkeypatch, folder, tmp_path):
         monkeypatch, folder, tmp_path / "gated", completions, gate_noise=1.0, max_steps=200, learning_rate=0.0
     )
     expected, _ = trained(monkeypatch, folder, tmp_path / "own", completions)
-    draws = torch.stack(found).double()
-    assert len(draws) == 200
-    off = (draws.mean(0) - expected[0]).norm()
-    error = (draws.var(0).sum() / len(draws)).sqrt()
-    assert error > 0
-    assert off < 4 * error
+    assert len(found) == 200
+    assert max(far_from(torch.stack(found), expected[0])) < 4
 
 
 def test_two_processes_get_a_row_each_where_one_completion_is_kept(folder):
@@ -249,7 +233,7 @@ def test_a_gate_of_ones_own_and_what_is_refused(monkeypatch, folder, tmp_path):
         ({"gate_noise": 0.3, "token_budget": 64}, "Leave token_budget out"),
     ):
         with pytest.raises(ValueError, match=words):
-            KondoAsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+            asynchronous.KondoAsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
     nan = answers(folder, [float("nan"), *ADVANTAGES[1:]])
     with pytest.raises(ValueError, match="NaN"):
         trained(monkeypatch, folder, tmp_path, nan, gate_noise=0.3)
@@ -273,5 +257,5 @@ def test_a_run_learns(monkeypatch, folder, tmp_path):
     )
     made.save_model(str(tmp_path / "learnt"))
     assert (
-        gain(LlamaForCausalLM.from_pretrained(tmp_path / "learnt")) > gain(LlamaForCausalLM.from_pretrained(folder)) + 1
+        gain(Qwen2ForCausalLM.from_pretrained(tmp_path / "learnt")) > gain(Qwen2ForCausalLM.from_pretrained(folder)) + 1
     )

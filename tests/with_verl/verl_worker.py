@@ -46,7 +46,7 @@ def chosen(folder, strategy, rank):
         hard, data = engine(folder, strategy, **gate), mini_batch(rank=rank, seed=3)
         kept, metrics, passes = gradient(hard, data, actor_loss())
         ran = hard.ran
-        zeroed = with_advantages(data, lambda row, values: values if row in ran else values * 0)  # noqa: B023
+        zeroed = with_advantages(data, lambda row, values, ran=ran: values if row in ran else values * 0)
         reference, _, _ = gradient(plain, zeroed, actor_loss())
         found[name] = {
             "error": distance(kept, reference),

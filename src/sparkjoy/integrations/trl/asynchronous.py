@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparkjoy.gates import Decision, Gate, KondoGate, UnbiasedGate
@@ -28,7 +29,8 @@ from sparkjoy.gates.decision import load_state, state_of, weighted
 from sparkjoy.integrations.gate_state import load_gate, save_gate
 from sparkjoy.integrations.sizes import RowSize
 from sparkjoy.noise import expected_noise
-from sparkjoy.scores import sequence_delight
+from sparkjoy.scores import advantage_score, sequence_delight
+from sparkjoy.selecting import select
 from sparkjoy.signs import with_sign
 
 try:
@@ -135,38 +137,36 @@ class GatedBatcher(IterableDataset[Window]):
         tokens = torch.tensor([int(completion["completion_mask"].sum()) for completion in seen])
         if not bool(score.isfinite().all()):
             raise ValueError("advantages or log-probs of the rollout worker are NaN or infinite; expected numbers.")
-        teaches = score != 0
-        decision: Decision = self.gate(score, cost)
-        keep = decision.keep & teaches
+        picked, weights, decision = select(
+            self.gate, score, score=None if weighted(self.gate) else advantage_score, cost=cost
+        )
         kept = [
-            seen[row] | {"advantage": seen[row]["advantage"] * float(decision.weight[row])}
-            for row in keep.nonzero().flatten().tolist()
+            seen[row] | {"advantage": seen[row]["advantage"] * weight}
+            for row, weight in zip(picked.tolist(), weights.tolist(), strict=True)
         ]
         dummies = max(0, self.processes - len(kept))
         shortest = min(seen, key=lambda completion: len(completion["input_ids"]))
         kept += [shortest | {"advantage": 0.0}] * dummies
         rows = next(iter(trls.FixedCountBatcher(kept, self.processes, len(kept))))
         figures = {
-            "kept_rate": (int(keep.sum()), len(seen)),
-            "kept_token_rate": (int(tokens[keep].sum()), int(tokens.sum())),
+            "kept_rate": (len(picked), len(seen)),
+            "kept_token_rate": (int(tokens[picked].sum()), int(tokens.sum())),
             "backward_tokens": float(sum(len(row.tokens) for row in rows)),
             "distinct_tokens": float(cost.sum()),
             "dummies": float(dummies),
         }
         if weighted(self.gate):
-            figures["noise"] = expected_noise(score, decision.probability.where(teaches, 0))
+            figures["noise"] = expected_noise(score, decision.probability)
         for name, value in figures.items():
             self.metrics[f"gate/{name}"].append(value)
         return Window(rows, seen)
 
     def _scores(self, seen: list[dict[str, Any]]) -> Tensor:
         """(N,) sizes or delights, by the sampler's log-probs; 0 for what has no advantage."""
-        width = max(len(completion["input_ids"]) for completion in seen)
-        log_probs, mask = torch.zeros(len(seen), width), torch.zeros(len(seen), width)
-        for row, completion in enumerate(seen):
-            length = len(completion["input_ids"])
-            log_probs[row, :length] = torch.as_tensor(completion["old_log_probs"])
-            mask[row, :length] = torch.as_tensor(completion["completion_mask"])
+        log_probs, mask = (
+            pad_sequence([torch.as_tensor(completion[name]).float() for completion in seen], batch_first=True)
+            for name in ("old_log_probs", "completion_mask")
+        )
         advantages = torch.tensor([float(completion["advantage"]) for completion in seen])
         advantages = advantages.where(mask.any(dim=1), 0)
         if weighted(self.gate):
