@@ -182,7 +182,9 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         """verl's, and the gate's state beside it."""
         super().save_checkpoint(local_path, *args, **kwargs)
         if self._gate is not None and local_path is not None and self.checkpoint_manager.should_save_extra:
-            torch.save({"gate": state_of(self._gate), "draws": self._draws.get_state()}, self._state_file(local_path))
+            file = self._state_file(local_path)
+            torch.save({"gate": state_of(self._gate), "draws": self._draws.get_state()}, f"{file}.tmp")
+            os.replace(f"{file}.tmp", file)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """verl's, and the gate's state with it."""

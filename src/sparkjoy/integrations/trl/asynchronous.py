@@ -248,7 +248,7 @@ class KondoAsyncGRPOTrainer(AsyncGRPOTrainer):
 
     def _inner_training_loop(self, *given: Any, **options: Any) -> Any:
         folder = options.get("resume_from_checkpoint")
-        if folder is not None and self.accelerator.is_main_process:
+        if folder is not None:  # on every process, so that what does not fit is raised on all
             load_gate(None if self._gate is None else _WithDraws(self._gate), Path(folder))
         return super()._inner_training_loop(*given, **options)
 
