@@ -221,6 +221,7 @@ def test_a_gate_of_ones_own_and_what_is_refused(monkeypatch, folder, tmp_path):
     completions = answers(folder, ADVANTAGES)
 
     def best_one(score, cost=None):
+        assert float(cost.sum()) == pytest.approx(_distinct([dataclasses.asdict(one) for one in completions]))
         keep = score == score.max()
         return sj.Decision(keep, None, keep.to(score.dtype), torch.ones_like(score))
 
