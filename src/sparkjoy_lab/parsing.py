@@ -22,7 +22,7 @@ def parse(command: type, flags: list[str], program: str) -> Any:
         with contextlib.redirect_stderr(said):
             return tyro.cli(command, args=flags, prog=program)
     except SystemExit as stop:
-        if not stop.code:
+        if stop.code != 2:  # --help, or a SIGTERM that came meanwhile
             raise
         lines = [line.strip(" │|") for line in said.getvalue().splitlines()]
         words = itertools.dropwhile(_is_rule, lines[1:])  # after the box's own upper edge

@@ -7,11 +7,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from sparkjoy_lab import parsing
 from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy_lab.training.checkpoint import load_checkpoint
 from sparkjoy_lab.training.loop import train
 from sparkjoy_lab.training.settings import Settings
-from sparkjoy_lab.training.stopping import Stopping, Terminated, ending_on_sigterm
+from sparkjoy_lab.training.stopping import Stopping, Terminated, end, ending_on_sigterm
 
 TASK = ReversalConfig(prompt_length=3, prompts=2, answers=4, layers=1, width=8, heads=1, feed_forward=8, held_out=10)
 SETTINGS = Settings(steps=12, evaluate_every=4, price=0.0, temperature=0.5)
@@ -73,3 +74,9 @@ def test_sigterm_ends_with_128_and_its_number_and_only_inside():
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_while_flags_are_read_is_no_wrong_flag(monkeypatch):
+    monkeypatch.setattr(parsing.tyro, "cli", lambda *_, **__: end(signal.SIGTERM))
+    with pytest.raises(Terminated):
+        parsing.parse(object, [], "sparkjoy train mnist")
