@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import sparkjoy as sj
-from sparkjoy.prices import RollingQuantile
 from sparkjoy_lab.bench.timing import machine, options
+from sparkjoy_lab.prices import RollingQuantile
 from sparkjoy_lab.training.tracking import write_json
 
 Stream = Callable[[int, torch.Generator], Tensor]

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from plain_sampling import plain_sample
 
-from sparkjoy.engine.flops import FlopCount
 from sparkjoy.losses import delightful
 from sparkjoy_lab.bench.timing import collect, machine, options, percentiles, print_table, ratio, turns
+from sparkjoy_lab.flops import FlopCount
 from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy_lab.training.tracking import write_json
 

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from sparkjoy.engine.batches import take
+from sparkjoy.step.batches import take
 from sparkjoy_lab.bench.timing import collect, machine, median, options, print_table, ratio, turns
 from sparkjoy_lab.drafts import AdvantageOnly, DistilledDraft, LowerPrecision
 from sparkjoy_lab.policies.early_exit import EarlyExit

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sparkjoy.gates import KondoGate, UnbiasedGate
 from sparkjoy.losses import delightful
-from sparkjoy.scores import delight
-from sparkjoy.sizes import update_size
+from sparkjoy.scores import delight, update_size
 from sparkjoy_lab.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy_lab.training.loop import Training
 from sparkjoy_lab.training.settings import Settings

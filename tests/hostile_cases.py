@@ -10,13 +10,15 @@ import torch
 from hostile_values import ACTIONS, ROWS, TOKENS, WIDTH
 
 import sparkjoy as sj
-from sparkjoy import baselines, losses, prices, scores, sizes
-from sparkjoy.prices import FixedPrice, RollingQuantile
+from sparkjoy import baselines, losses, scores
+from sparkjoy.prices import EffectiveSize
 from sparkjoy.testing import TinyPolicy
 from sparkjoy_lab import guards
 from sparkjoy_lab import scores as compared
 from sparkjoy_lab.baselines import expected_confidence_advantage, good_and_bad_advantage
+from sparkjoy_lab.drafts.drafted import DraftedBackward
 from sparkjoy_lab.losses import weighted_by
+from sparkjoy_lab.prices import Nucleus, RollingQuantile
 
 POLICY = TinyPolicy(WIDTH, ACTIONS)
 Arguments = dict[str, Any]
@@ -87,7 +89,7 @@ def loaded(make: Callable[[], Any]) -> Case:
     def use(what: Any) -> Any:
         if hasattr(what, "update"):
             return what.update(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
-        if isinstance(what, sj.GatedBackward):
+        if isinstance(what, sj.GatedBackward | DraftedBackward):
             return what(POLICY.log_probs, batch(), per_row(), mask=mask())
         if hasattr(what, "observe"):
             return what.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
@@ -127,11 +129,12 @@ def formula_cases() -> dict[str, Case]:
     found["UnbiasedGate"] = gate(sj.UnbiasedGate, noise=0.3, rate=None, floor=0.0, generator=None)
     found["UnbiasedGate with a rate"] = gate(sj.UnbiasedGate, noise=None, rate=0.5, floor=0.1, generator=None)
     found["BudgetGate"] = gate(sj.BudgetGate, rate=0.5, tolerance=0.1, window=4)
-    found["FixedPrice"] = gate(FixedPrice, value=0.5)
-    found["RollingQuantile"] = gate(RollingQuantile, rate=0.5, window=4)
-    found["BatchQuantile"] = gate(prices.BatchQuantile, rate=0.5)
-    found["EffectiveSize"] = gate(prices.EffectiveSize, fraction=0.5)
-    found["Nucleus"] = gate(prices.Nucleus, share=0.5)
+    for kind, options in (
+        (RollingQuantile, {"rate": 0.5, "window": 4}),
+        (EffectiveSize, {"fraction": 0.5}),
+        (Nucleus, {"share": 0.5}),
+    ):
+        found[kind.__name__] = Case(made(kind, *options), lambda options=options: {**options, "score": per_row()})
 
     def own_gate(**parts: Any) -> Any:
         return sj.select(lambda score, cost=None: sj.Decision(**parts), per_row(), log_probs(False))
@@ -158,8 +161,8 @@ def formula_cases() -> dict[str, Case]:
         compared.absolute_advantage_score,
         compared.surprisal_score,
         sj.update_size,
-        sizes.policy_gradient_size,
-        sizes.advantage_size,
+        scores.policy_gradient_size,
+        scores.advantage_size,
     ):
         found[function.__name__] = Case(function, of_tokens)
         found[f"{function.__name__} of rows"] = Case(function, of_rows)

@@ -10,12 +10,13 @@ from hostile_cases import POLICY, Arguments, Case, batch, loaded, log_probs, mad
 from hostile_values import ACTIONS, TOKENS, WIDTH
 
 import sparkjoy as sj
-from sparkjoy.drafts.audit import Audit
-from sparkjoy.prices import FixedPrice, RollingQuantile
 from sparkjoy.testing import TinyPolicy
 from sparkjoy_lab import drafts, guards
+from sparkjoy_lab.drafts.audit import Audit
+from sparkjoy_lab.drafts.drafted import DraftedBackward
 from sparkjoy_lab.policies.early_exit import EarlyExit
 from sparkjoy_lab.policies.transformer import Transformer
+from sparkjoy_lab.prices import RollingQuantile
 
 LAYERS = Transformer(vocab_size=2, positions=7, layers=2)
 
@@ -34,7 +35,6 @@ ENGINE_OPTIONS: dict[str, Callable[[], Any]] = {
     "trim": lambda: lambda rows, kept: (rows, slice(None)),
     "module": lambda: None,
     "backward": lambda: torch.Tensor.backward,
-    "count_flops": lambda: False,
     "backward_over_forward": lambda: 2.0,
 }
 
@@ -157,22 +157,20 @@ def engine_cases() -> dict[str, Case]:
             lambda gate=gate, known=known: {"gate": gate, "known": known(), "micro_batch_size": 1, **firsts},
         )
 
-    def drafted(gate: Any, source: Any, verify: Any, audit: Any, draft_score: Any, **options: Any) -> Any:
-        draft = sj.Draft(source, verify=verify, audit=audit, score=draft_score)
+    def drafted(gate: Any, source: Any, verify: Any, draft_score: Any, **options: Any) -> Any:
+        draft = sj.Draft(source, verify=verify, score=draft_score)
         return sj.GatedBackward(gate, draft=draft, **options)
 
-    own = ("gate", "source", "verify", "audit", "draft_score", "score", "normalizer", "count_flops", "loss")
+    own = ("gate", "source", "verify", "draft_score", "score", "normalizer", "loss")
     found["Draft"] = Case(
         made(drafted, *own, *ENGINE_OPTIONS),
         lambda: {
             "gate": sj.KondoGate(rate=0.5),
             "source": POLICY.log_probs,
             "verify": 1.5,
-            "audit": Audit(every=1, rows=4),
             "draft_score": sj.delight,
             "score": sj.delight,
             "normalizer": "batch",
-            "count_flops": False,
             "micro_batch_size": 4,
             **engine_arguments(),
         },
@@ -183,7 +181,6 @@ def engine_cases() -> dict[str, Case]:
             "gate": sj.KondoGate(rate=0.5),
             "source": None,
             "verify": None,
-            "audit": None,
             "draft_score": None,
             **engine_arguments(),
             "log_probs": log_probs(),
@@ -226,12 +223,11 @@ def state_cases() -> dict[str, Case]:
         "UnbiasedGate": sj.UnbiasedGate,
         "BudgetGate": lambda: sj.BudgetGate(0.5),
         "RollingQuantile": lambda: RollingQuantile(0.5),
-        "FixedPrice": lambda: FixedPrice(0.5),
         "RepeatedDraws": lambda: guards.RepeatedDraws(8),
         "GuardedDelight": lambda: guards.GuardedDelight(guards.RepeatedDraws(8)),
-        "GatedBackward": lambda: sj.GatedBackward(sj.UnbiasedGate(), count_flops=True),
-        "GatedBackward with a draft": lambda: sj.GatedBackward(
-            sj.BudgetGate(0.5), draft=sj.Draft(drafts.StaleWeights(POLICY, 2), audit=Audit(every=1))
+        "GatedBackward": lambda: sj.GatedBackward(sj.UnbiasedGate()),
+        "DraftedBackward": lambda: DraftedBackward(
+            sj.BudgetGate(0.5), drafts.StaleWeights(POLICY, 2), audit=Audit(every=1)
         ),
         "StaleWeights": lambda: drafts.StaleWeights(POLICY, 2),
         "DistilledDraft": lambda: drafts.DistilledDraft(TinyPolicy(WIDTH, ACTIONS)),

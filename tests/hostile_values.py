@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 import sparkjoy as sj
-from sparkjoy.prices import FixedPrice, RollingQuantile
+from sparkjoy.prices import EffectiveSize
+from sparkjoy_lab.prices import RollingQuantile
 
 ROWS, TOKENS, WIDTH, ACTIONS = 6, 3, 4, 5
 
@@ -29,7 +30,7 @@ def general_values() -> dict[str, Any]:
         "an object": object(),
         "the class of a gate": sj.KondoGate,
         "a gate": sj.KondoGate(rate=0.5),
-        "a price": FixedPrice(0.0),
+        "a price": EffectiveSize(0.5),
         "a module": torch.nn.Linear(WIDTH, ACTIONS),
         "a function of nothing": lambda: None,
         "a function of one": lambda given: given,

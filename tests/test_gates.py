@@ -176,7 +176,7 @@ def test_wrong_scores_are_refused(score):
 
 
 def test_it_says_what_it_is():
-    assert repr(sj.KondoGate(rate=0.03, price=0)) == "KondoGate(rate=0.03, price=FixedPrice(0))"
+    assert repr(sj.KondoGate(rate=0.03, price=0)) == "KondoGate(rate=0.03, price=0)"
 
 
 def test_a_price_object_is_asked_once_and_saved():

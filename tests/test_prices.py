@@ -7,25 +7,19 @@ from hypothesis import strategies as st
 
 import sparkjoy as sj
 from sparkjoy.gates.budget import ONE_ROW
-from sparkjoy.prices import BatchQuantile, FixedPrice, Price, RollingQuantile
+from sparkjoy.gates.soft import quantile
 from sparkjoy.testing import TinyPolicy
+from sparkjoy_lab.prices import RollingQuantile
 
 
-def test_batch_quantile_is_torchs():
+def test_a_soft_gates_rate_is_torchs_quantile():
     score = torch.randn(101, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert BatchQuantile(0.1)(score).item() == pytest.approx(torch.quantile(score, 0.9).item())
-    assert int((score > BatchQuantile(0.1)(score)).sum()) == 10
+    assert quantile(score, 0.9).item() == pytest.approx(torch.quantile(score, 0.9).item())
+    assert int((score > quantile(score, 0.9)).sum()) == 10
 
 
-def test_batch_quantile_refuses_a_rate_outside_its_range():
-    with pytest.raises(ValueError, match="rate is 0"):
-        BatchQuantile(0)
-
-
-def test_prices_are_prices():
-    prices = (FixedPrice(1.0), BatchQuantile(0.5), RollingQuantile(0.5))
-    assert all(isinstance(price, Price) for price in prices)
-    assert repr(prices[2]) == "RollingQuantile(0.5, window=1024)"
+def test_prices_and_budgets_say_what_they_are():
+    assert repr(sj.KondoGate(price=RollingQuantile(0.5))) == "KondoGate(price=RollingQuantile(0.5, window=1024))"
     assert repr(sj.BudgetGate(0.5)) == "BudgetGate(0.5, tolerance=0.015, window=1024)"
 
 

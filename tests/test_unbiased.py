@@ -6,7 +6,7 @@ from engine_cases import SHAPES, make_case
 
 from sparkjoy import GatedBackward, KondoGate, UnbiasedGate, clipped, delightful, reinforce, select, update_size
 from sparkjoy.gates.unbiased import inclusion_probabilities
-from sparkjoy.sizes import advantage_size
+from sparkjoy.scores import advantage_size
 
 
 def test_probabilities_are_proportional_up_to_one_and_sum_to_the_count(generator):
@@ -22,7 +22,7 @@ def test_fewer_than_asked_for_are_kept_for_certain():
     assert probability.tolist() == [0, 1, 0, 1]
     decision = UnbiasedGate(rate=0.5)(torch.zeros(4))
     assert not decision.keep.any()
-    assert decision.price is None
+    assert select(UnbiasedGate(rate=0.5), torch.zeros(4)).decision.price is None
 
 
 def test_each_is_kept_as_often_as_its_probability_says(generator):

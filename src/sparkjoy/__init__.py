@@ -3,11 +3,7 @@
 from sparkjoy.baselines import group_mean_advantage as group_mean_advantage
 from sparkjoy.baselines import group_standardised_advantage as group_standardised_advantage
 from sparkjoy.baselines import leave_one_out_advantage as leave_one_out_advantage
-from sparkjoy.drafts.draft import Draft as Draft
-from sparkjoy.engine.backward import GatedBackward as GatedBackward
-from sparkjoy.engine.once import gated_backward as gated_backward
-from sparkjoy.engine.packing import TrimRight as TrimRight
-from sparkjoy.engine.report import BackwardReport as BackwardReport
+from sparkjoy.draft import Draft as Draft
 from sparkjoy.frontier import Frontier as Frontier
 from sparkjoy.frontier import frontier as frontier
 from sparkjoy.gates import BudgetGate as BudgetGate
@@ -22,8 +18,12 @@ from sparkjoy.losses import reinforce as reinforce
 from sparkjoy.scores import delight as delight
 from sparkjoy.scores import sequence_delight as sequence_delight
 from sparkjoy.scores import surprisal as surprisal
+from sparkjoy.scores import update_size as update_size
 from sparkjoy.selecting import select as select
-from sparkjoy.sizes import update_size as update_size
+from sparkjoy.step.backward import GatedBackward as GatedBackward
+from sparkjoy.step.backward import gated_backward as gated_backward
+from sparkjoy.step.packing import TrimRight as TrimRight
+from sparkjoy.step.report import BackwardReport as BackwardReport
 
 __all__ = [
     "BackwardReport",

@@ -168,7 +168,7 @@ def tensor(
     if value.dtype not in kinds:
         wanted = "floating point: float32, float64, bfloat16 or float16" if kinds is FLOATING else "real numbers"
         raise ValueError(f"{name} is {value.dtype}; expected {wanted}.")
-    if beside is not None:
+    if beside is not None and value.device != beside.device:
         same_device(name, value, beside.device)
     if value.is_nested or value.layout is not torch.strided or value.is_meta:
         kind = "nested" if value.is_nested else "on the device meta" if value.is_meta else f"of layout {value.layout}"
@@ -188,13 +188,21 @@ def row(name: str, value: Any) -> Tensor:
 
 def cost(value: Any, score: Tensor) -> Tensor:
     """`value`, a finite number of at least 0 for each score."""
-    found = tensor("cost", value, shape="(N,), such as the tokens of each row")
-    if found.shape == score.shape and bool((found.isfinite() & (found >= 0)).all()):
+    found = one_each("cost", value, score)
+    if bool((found.isfinite() & (found >= 0)).all()):
         return found
-    raise ValueError(
-        f"cost has shape {tuple(found.shape)} and values {found.flatten()[:3].tolist()} ...; expected a finite number "
-        f"of at least 0 for each of {len(score)} scores, such as its tokens."
-    )
+    raise ValueError(f"cost has values {found[:3].tolist()} ...; {COST.format(len(score))}")
+
+
+COST = "expected a finite number of at least 0 for each of {} scores, such as its tokens."
+
+
+def one_each(name: str, value: Any, score: Tensor) -> Tensor:
+    """`value`, a tensor with a number for each score."""
+    found = tensor(name, value, shape="(N,), such as the tokens of each row")
+    if found.shape != score.shape:
+        raise ValueError(f"{name} has shape {tuple(found.shape)}; {COST.format(len(score))}")
+    return found
 
 
 def advantages(value: Any) -> Tensor:
@@ -286,6 +294,27 @@ def finite(name: str, values: Tensor, advice: str = "") -> None:
         f"{name} has {int(bad.sum())} of {values.numel()} values NaN or infinite, the first at {first}; expected "
         f"finite numbers.{advice}"
     )
+
+
+NO_WAIT = {"cpu"}
+"""Devices on which reading a number waits for nothing, so that reading several one by one is quicker."""
+
+
+def read(*values: Tensor) -> list[float]:
+    """Numbers (0-dim) as the host has them, by one wait for the device.
+
+    >>> read(torch.tensor(1.5), torch.tensor(True))
+    [1.5, 1.0]
+    """
+    if values[0].device.type in NO_WAIT:
+        return [float(value) for value in values]
+    return together(*values).tolist()
+
+
+def together(*values: Tensor) -> Tensor:
+    """Numbers (0-dim) in one tensor, in float64, or in float32 on Apple's GPUs, which have no float64."""
+    dtype = torch.float32 if values[0].device.type == "mps" else torch.float64
+    return torch.stack([value.to(dtype) for value in values])
 
 
 def add_sentence(error: BaseException, sentence: str) -> None:

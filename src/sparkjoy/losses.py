@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.scores import ScoreFunction, per_row
-from sparkjoy.sizes import delightful_size, is_size, policy_gradient_size
+from sparkjoy.scores import ScoreFunction, delightful_size, is_size, per_row, policy_gradient_size
 
 Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 LOSS = "a function (log_probs, advantages, behavior_log_probs, mask) -> terms, such as sparkjoy.reinforce"

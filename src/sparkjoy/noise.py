@@ -8,10 +8,10 @@ itself has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from sparkjoy import checks
 
 LARGEST = 1e150
 """Of sizes whose squares are added: what is larger, such as an outlier of 1e155, counts as this."""
@@ -36,44 +36,30 @@ def price_for_noise(size: Tensor, root_cost: Tensor, allowed: float) -> Tensor:
     """
     size, root_cost = size.double(), root_cost.double()
     ratio, order = (size / root_cost).sort()
-    positive = ratio > 0
-    if not bool(positive[-1]):
-        return ratio[-1]
-    ratio, order = ratio[positive], order[positive]
-    linear = (size * root_cost)[order].cumsum(0)
-    squares = size[order].square().cumsum(0)
-    below = max(1, int((ratio * linear - squares <= allowed).count_nonzero()))  # rows that are not kept for certain
-    return torch.maximum((allowed + squares[below - 1]) / linear[below - 1], ratio[below - 1])
+    linear, squares = (size * root_cost)[order].cumsum(0), size[order].square().cumsum(0)
+    some = (ratio <= 0).count_nonzero() + 1  # a row of no size is never kept; the smallest other one may not be
+    below = torch.maximum((ratio * linear - squares <= allowed).count_nonzero(), some)  # not kept for certain
+    last = (below.clamp(max=len(size)) - 1).view(1)  # an index that the host need not know
+    price = torch.maximum((allowed + squares[last]) / linear[last], ratio[last])
+    return price.where(ratio[-1:] > 0, 0).squeeze(0)
 
 
-@dataclass(frozen=True)
-class NoiseSums:
-    """What the rows kept in one step tell of the noise, by their exact sizes g and by the sizes s that were decided on.
+def noise_ratio(added: float, own: float, expected_added: float, expected_own: float) -> float:
+    """Times as much noise as the sizes decided on let expect, from `noise_sums`; 1 where nothing tells otherwise.
 
-    Sums over the kept rows, weighted so that their expectation is the sum over all rows.
-
-    Args:
-        added: Σ g² (1/q − 1)/q.
-        own: Σ g²/q.
-        expected_added: Σ s² (1/q − 1)/q.
-        expected_own: Σ s²/q.
+    >>> noise_ratio(2.0, 4.0, 1.0, 4.0)
+    2.0
     """
-
-    added: float
-    own: float
-    expected_added: float
-    expected_own: float
-
-    @property
-    def ratio(self) -> float:
-        """Times as much noise as the sizes decided on let expect; 1 where nothing tells otherwise."""
-        if min(self.added, self.own, self.expected_added, self.expected_own) <= 0:
-            return 1.0
-        return (self.added / self.own) / (self.expected_added / self.expected_own)
+    if min(added, own, expected_added, expected_own) <= 0:
+        return 1.0
+    return (added / own) / (expected_added / expected_own)
 
 
 def noise_sums(exact: Tensor, used: Tensor, weight: Tensor) -> Tensor:
-    """(4,) the fields of `NoiseSums`, in double precision, so that several processes can add theirs.
+    """What the rows kept in one step tell of the noise, by their exact sizes g and the sizes s that were decided on.
+
+    (4,) Σ g² (1/q − 1)/q, Σ g²/q, and the same two of s, over the kept rows, whose expectations are the sums over all
+    rows; in double precision, so that several processes can add theirs.
 
     >>> noise_sums(torch.ones(1), torch.ones(1), torch.full((1,), 2.0)).tolist()
     [2.0, 2.0, 2.0, 2.0]
@@ -100,6 +86,5 @@ def expected_noise(size: Tensor, probability: Tensor) -> float:
     """
     size, probability = size.double(), probability.double()
     squares = (size / size.abs().max().clamp(min=torch.finfo(size.dtype).tiny)).square()
-    own = float(squares.sum())
-    added = torch.where(probability > 0, squares * (1 / probability - 1), 0).sum()
-    return float(added) / own if own > 0 else 0.0
+    own, added = checks.read(squares.sum(), torch.where(probability > 0, squares * (1 / probability - 1), 0).sum())
+    return added / own if own > 0 else 0.0

@@ -8,6 +8,8 @@ others to compare it with.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,18 +20,36 @@ from sparkjoy.checks import without_graph
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """`(advantages, log_probs) -> score`: (B,), or (B, T), which the engine sums over the valid tokens of a row.
 
-What a function may say of itself, as an attribute: `reads_log_probs = False`, so that none are computed for it;
-`sign_of_advantage = True`, so that signs may decide without them; `is_size = True`, for the size of a gradient,
+What a function may say of itself, by `says` or as an attribute: `reads_log_probs = False`, so that none are computed
+for it; `sign_of_advantage = True`, so that signs may decide without them; `is_size = True`, for the size of a gradient,
 whose squares are summed over tokens instead.
 """
+FACTS = ("reads_log_probs", "sign_of_advantage", "is_size")
 
 SCORE = "a function (advantages, log_probs) -> score, such as sparkjoy.delight, or None"
 
 
-def blind(score: ScoreFunction) -> ScoreFunction:
-    """Mark a score that does not read log-probs, so that the engine computes none for it."""
-    score.__dict__["reads_log_probs"] = False
-    return score
+def says(**facts: bool) -> Callable[[ScoreFunction], ScoreFunction]:
+    """Say of a score what the engine may rely on: `reads_log_probs=False`, `sign_of_advantage=True`, `is_size=True`.
+
+    >>> @says(reads_log_probs=False)
+    ... def gains(advantages, log_probs):
+    ...     return advantages.clamp(min=0)
+    >>> reads_log_probs(gains), sign_of_advantage(gains)
+    (False, False)
+
+    Raises:
+        ValueError: another name, or something else than a bool.
+    """
+    for name, value in facts.items():
+        checks.choice("a fact", name, FACTS)
+        checks.flag(name, value)
+
+    def said(score: ScoreFunction) -> ScoreFunction:
+        score.__dict__.update(facts)
+        return score
+
+    return said
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -80,6 +100,7 @@ def _rounded_elsewhere(log_probs: Tensor, greatest: float) -> bool:
     return any(greatest <= _rounding(dtype) and bool((log_probs == log_probs.to(dtype)).all()) for dtype in coarser)
 
 
+@says(sign_of_advantage=True)
 def delight(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """Delight, χ = U · ℓ: advantage times surprisal (arXiv 2603.14608 and 2603.20526).
 
@@ -127,7 +148,7 @@ def sequence_delight(advantages: Tensor, log_probs: Tensor, mask: Tensor | None 
     return delight(advantages, log_probs).sum(dim=1)
 
 
-@blind
+@says(reads_log_probs=False, sign_of_advantage=True)
 def advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """The advantage alone, U: better than expected, however likely it was. Shape of `advantages`, detached.
 
@@ -169,5 +190,92 @@ def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:
     )
 
 
-for _score in (delight, advantage_score):
-    _score.__dict__["sign_of_advantage"] = True
+def checked_score(score: Tensor) -> Tensor:
+    """The score (N,) without its graph and at least in float32, as a gate takes it. That it is finite, its gate checks.
+
+    Raises:
+        TypeError, ValueError: something else than a row of floating-point numbers.
+    """
+    return at_least_float32(checks.without_graph(checks.row("score", score)))
+
+
+# How far a row moves the policy in a loss: the sizes that `UnbiasedGate` keeps rows in proportion to.
+#
+# A term U log π(a) has a gradient of length |U| · ‖e_a − π‖ at the logits, which lies between |U| (1 − π(a)) and √2
+# times that; 1 − π(a) needs the taken action's log-prob only. Sizes have the sign of U, by which draws are ordered. A
+# size that is off costs noise, never a bias, unless it is 0 where the gradient is not.
+
+
+@says(is_size=True)
+def policy_gradient_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
+    """Size of a term of REINFORCE, PPO and GRPO: U (1 − π(a)).
+
+    Of a clipped loss it is the size while the policy is the one that sampled; later, rows that the clip stops keep
+    theirs, which costs a few rows and can never drop one that the clip lets through.
+
+    >>> policy_gradient_size(torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.75]).log())
+    tensor([ 0.5000, -0.2500])
+
+    Args:
+        advantages: (B,), or (B, T) when `log_probs` is (B, T).
+        log_probs: (B,) or (B, T), log-probabilities of the actions taken.
+
+    Returns:
+        The shape of `log_probs`, detached; over a row's tokens the engine adds squares.
+
+    Raises:
+        ValueError: shapes that do not go together, or a log-probability above 0.
+    """
+    return -per_row(advantages, log_probs) * torch.expm1(-surprisal(log_probs))
+
+
+@says(is_size=True)
+def update_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
+    """Size of a term of DG: σ(χ) U (1 − π(a)), χ the delight (arXiv 2603.14608).
+
+    >>> update_size(torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.5]).log())
+    tensor([ 0.3333, -0.1667])
+
+    Args:
+        advantages: (B,), or (B, T) when `log_probs` is (B, T).
+        log_probs: (B,) or (B, T), log-probabilities of the actions taken.
+
+    Returns:
+        The shape of `log_probs`, detached; over a row's tokens the engine adds squares.
+
+    Raises:
+        ValueError: shapes that do not go together, or a log-probability above 0.
+    """
+    return _delightful_size(advantages, log_probs, 1.0, "token")
+
+
+def delightful_size(temperature: float, unit: Literal["token", "sample"]) -> Callable[[Tensor, Tensor], Tensor]:
+    """`update_size` at another temperature, or with the delight of the whole answer."""
+    return says(is_size=True)(partial(_delightful_size, temperature=temperature, unit=unit))
+
+
+@says(is_size=True, reads_log_probs=False)
+def advantage_size(advantages: Tensor, log_probs: Tensor) -> Tensor:
+    """|U| alone, for each token: a size that needs no log-probs, and so no forward pass; more rows are kept by it.
+
+    >>> advantage_size(torch.tensor([1.0, -1.0]), torch.zeros(2, 3)).shape
+    torch.Size([2, 3])
+    """
+    return per_row(advantages, log_probs).expand_as(log_probs)
+
+
+def is_size(score: Any) -> bool:
+    """Whether a score function gives sizes.
+
+    >>> is_size(update_size), is_size(delight)
+    (True, False)
+    """
+    return bool(getattr(score, "is_size", False))
+
+
+def _delightful_size(advantages: Tensor, log_probs: Tensor, temperature: float, unit: str) -> Tensor:
+    advantages, surprised = per_row(advantages, log_probs), surprisal(log_probs)
+    chi = advantages * surprised
+    if unit == "sample" and chi.dim() == 2:
+        chi = chi.sum(dim=1, keepdim=True)
+    return -torch.sigmoid(chi / temperature) * advantages * torch.expm1(-surprised)

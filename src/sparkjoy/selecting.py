@@ -7,14 +7,22 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.engine.deciding import decide, row_scores, scored_rows
-from sparkjoy.engine.inputs import check_inputs
 from sparkjoy.gates import Decision, Gate
-from sparkjoy.gates.decision import GATE, rule_of, weighted
+from sparkjoy.gates.decision import GATE
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
-from sparkjoy.scores import SCORE, ScoreFunction, delight, reads_log_probs, sign_of_advantage
-from sparkjoy.signs import mixed, undecided, worth
-from sparkjoy.sizes import advantage_size
+from sparkjoy.scores import (
+    SCORE,
+    ScoreFunction,
+    advantage_score,
+    advantage_size,
+    delight,
+    is_size,
+    reads_log_probs,
+    sign_of_advantage,
+)
+from sparkjoy.signs import fates, worth
+from sparkjoy.step.deciding import decide, row_scores, to_decide_on
+from sparkjoy.step.inputs import check_inputs
 
 
 class Selection(NamedTuple):
@@ -75,25 +83,39 @@ def select(
     loss = checks.function("loss", loss, LOSS, ..., ..., ..., ...)
     if score is not None:
         checks.function("score", score, SCORE, ..., ...)
-    inputs = check_inputs({}, advantages, log_probs, None, mask)
+    inputs = check_inputs({}, advantages, log_probs, None, mask, counts_signs=log_probs is None)
     if score is None:
         size = advantage_size if log_probs is None else size_of(loss)
-        score = size if weighted(gate) else delight
+        score = size if getattr(gate, "weighted", None) else delight
     if log_probs is not None or not reads_log_probs(score):
         known = inputs.blank_log_probs() if inputs.log_probs is None else inputs.log_probs
         scores = row_scores(score, inputs, known)
     else:
+        assert inputs.signs is not None  # counted where log-probs are not known
+        good, bad, differs = inputs.signs
         scores = worth(inputs.advantages)
-        signs_tell = sign_of_advantage(score) and not mixed(inputs.advantages)
-        open_ = int(undecided(rule_of(gate) if signs_tell else None, scores).open.count_nonzero())
+        signs_tell = sign_of_advantage(score) and not differs
+        of_good, of_bad = fates(getattr(gate, "rule", None) if signs_tell else None, good, bad, len(scores))
+        open_ = good * (of_good is None) + bad * (of_bad is None)
         if open_:
             raise ValueError(
                 f"log_probs is None, and the signs of the advantages leave {open_} of {len(scores)} rows open; give "
                 "the log-probs of the actions taken, such as the sampler's."
             )
-    scored = scored_rows(gate, scores, inputs)
+    plain = getattr(gate, "rule", None) is not None and getattr(gate, "weighted", None) is False
+    scores, tokens, teaches = to_decide_on(scores, inputs, plain)
     if cost is not None:
         checks.cost(cost, scores)
-    decision = decide(gate, scored if cost is None else scored._replace(cost=cost), inputs, score)
-    rows = decision.keep.nonzero().squeeze(1)
+    decision, rows = decide(gate, scores, tokens if cost is None else cost, teaches, inputs, sized=is_size(score))
+    rows = rows.to(scores.device)
     return Selection(rows, decision.weight[rows], decision)
+
+
+def select_by_score(gate: Gate, score: Tensor, cost: Tensor | None = None) -> Selection:
+    """`select` for a trainer that scores its rows itself: (N,) delights, or for a weighted gate signed sizes.
+
+    >>> import torch, sparkjoy as sj
+    >>> select_by_score(sj.KondoGate(rate=0.5), torch.tensor([0.5, -1.0, 2.0, 0.0])).rows
+    tensor([0, 2])
+    """
+    return select(gate, score, score=advantage_size if getattr(gate, "weighted", None) else advantage_score, cost=cost)

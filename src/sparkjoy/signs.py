@@ -7,9 +7,7 @@ Only a row that teaches nothing has a score of 0, and a hard gate never keeps it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,50 +62,50 @@ class Rule:
         return min(good, kept - of_bad), of_bad
 
 
-class Undecided(NamedTuple):
-    """What signs leave to decide: (B,) bool each, no row in both. A row in neither is skipped.
-
-    Args:
-        kept: kept, whatever their log-probs.
-        open: their log-probs decide.
-    """
-
-    kept: Tensor
-    open: Tensor
+Fate = bool | None
+"""Of all rows of a sign: True kept, False skipped, None: their log-probs decide."""
 
 
-def undecided(rule: Rule | None, worth: Tensor, sum_of: Callable[[int], int] = int) -> Undecided:
-    """Sort rows by what the signs of their scores already decide.
+def fates(rule: Rule | None, good: int, bad: int, total: int) -> tuple[Fate, Fate]:
+    """What the signs alone decide about the rows of positive and of negative scores.
 
-    >>> undecided(Rule(rate=0.25), torch.tensor([1.0, 2.0, -1.0, 0.0])).open
-    tensor([ True,  True, False, False])
-    >>> undecided(Rule(rate=0.5), torch.tensor([1.0, 2.0, -1.0, 0.0])).kept
-    tensor([ True,  True, False, False])
+    >>> fates(Rule(rate=0.25), good=2, bad=1, total=4), fates(Rule(rate=0.5), good=2, bad=1, total=4)
+    ((None, False), (True, False))
 
     Args:
         rule: the gate's; None: it has none, so every row that teaches is open.
-        worth: (B,), of the sign of each row's score, 0 where a row teaches nothing (see `worth`).
-        sum_of: the sum of a count over all processes, where the decision is about the rows of several.
+        good: how many rows have a positive score.
+        bad: how many have a negative one.
+        total: all rows.
     """
-    good, bad = worth > 0, worth < 0
     if rule is None:
-        return Undecided(torch.zeros_like(good), good | bad)
-    goods, bads, total = (sum_of(int(count)) for count in (good.count_nonzero(), bad.count_nonzero(), len(worth)))
+        return None, None
     if rule.floor:  # how many pass it, scores tell; above 0 no negative one does
         quota = rule.quota(total)
-        of_good = goods if quota is None else min(goods, quota)
-        of_bad = bads if quota is None else min(bads, quota - of_good)
-        of_bad = of_bad if rule.floor < 0 else bads * (rule.negative_share > 0)
+        of_good = good if quota is None else min(good, quota)
+        of_bad = bad if quota is None else min(bad, quota - of_good)
+        of_bad = of_bad if rule.floor < 0 else bad * (rule.negative_share > 0)
     else:
-        of_good, of_bad = rule.kept_by_sign(goods, bads, total)
+        of_good, of_bad = rule.kept_by_sign(good, bad, total)
     good_passes, bad_passes = rule.floor is None or rule.floor <= 0, not rule.floor
-    kept, open_ = torch.zeros_like(good), torch.zeros_like(good)
-    for rows, count, of_rows, passes in ((good, goods, of_good, good_passes), (bad, bads, of_bad, bad_passes)):
-        if of_rows == count and passes:
-            kept = kept | rows
-        elif of_rows > 0:
-            open_ = open_ | rows
-    return Undecided(kept, open_)
+    kept = None if of_good > 0 else False
+    also = None if of_bad > 0 else False
+    return True if of_good == good and good_passes else kept, True if of_bad == bad and bad_passes else also
+
+
+def undecided(rule: Rule | None, worth: Tensor) -> Tensor:
+    """(B,) bool, rows whose log-probs decide: their sign does not.
+
+    >>> undecided(Rule(rate=0.25), torch.tensor([1.0, 2.0, -1.0, 0.0]))
+    tensor([ True,  True, False, False])
+
+    Args:
+        rule: the gate's; None: it has none.
+        worth: (B,), of the sign of each row's score, 0 where a row teaches nothing (see `worth`).
+    """
+    good, bad = worth > 0, worth < 0
+    of_good, of_bad = fates(rule, int(good.count_nonzero()), int(bad.count_nonzero()), len(worth))
+    return good * (of_good is None) | bad * (of_bad is None)
 
 
 def worth(advantages: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -130,15 +128,16 @@ def worth(advantages: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(total == 0, valid.abs().sum(dim=1), total)
 
 
-def mixed(advantages: Tensor) -> bool:
-    """Whether a row has tokens of positive and of negative advantage, so that its sign decides nothing.
+def mixed(advantages: Tensor) -> Tensor:
+    """0-dim bool: whether a row has tokens of positive and of negative advantage, so that its sign decides nothing.
 
-    >>> mixed(torch.tensor([[1.0, -1.0], [1.0, 1.0]])), mixed(torch.tensor([1.0, -1.0]))
-    (True, False)
+    >>> mixed(torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
+    tensor(True)
+
+    Args:
+        advantages: (B, T).
     """
-    if advantages.dim() == 1:
-        return False
-    return bool(((advantages > 0).any(dim=1) & (advantages < 0).any(dim=1)).any())
+    return ((advantages > 0).any(dim=1) & (advantages < 0).any(dim=1)).any()
 
 
 def with_sign(score: Tensor, worth: Tensor) -> Tensor:
@@ -147,9 +146,8 @@ def with_sign(score: Tensor, worth: Tensor) -> Tensor:
     >>> with_sign(torch.tensor([0.0, 0.0, 0.5]), torch.tensor([1.0, 0.0, 1.0])) > 0
     tensor([ True, False,  True])
     """
-    if int(score.count_nonzero()) == len(score):
-        return score
-    return score.where(score != 0, worth.sign().to(score.dtype) * torch.finfo(score.dtype).tiny)
+    least = torch.finfo(score.dtype).tiny  # what is added to another number is lost in its rounding
+    return torch.add(score, worth.sign().to(score.dtype), alpha=least)
 
 
 def rate_count(rate: float, total: int) -> int:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.scores import SCORE, ScoreFunction, blind, per_row, surprisal
+from sparkjoy.scores import SCORE, ScoreFunction, per_row, says, surprisal
 
 
-@blind
+@says(reads_log_probs=False)
 def absolute_advantage_score(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """|U|: far from expected, in either direction. Shape of `advantages`, detached.
 
@@ -60,7 +60,7 @@ def uniform_score(generator: torch.Generator | None = None) -> ScoreFunction:
     Args:
         generator: source of the draws; None: torch's global one.
     """
-    return blind(partial(_uniform, generator=checks.generator(generator)))
+    return says(reads_log_probs=False)(partial(_uniform, generator=checks.generator(generator)))
 
 
 def _uniform(advantages: Tensor, log_probs: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks, states
-from sparkjoy.engine.backward import GatedBackward
-from sparkjoy.engine.report import BackwardReport
-from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Decision, Gate
 from sparkjoy.gates.decision import GATE, load_state, state_of
 from sparkjoy.losses import Loss, reinforce
 from sparkjoy.scores import delight
+from sparkjoy.step.backward import GatedBackward
+from sparkjoy.step.inputs import LogProbFunction
+from sparkjoy.step.report import BackwardReport
 
 
 class TokenGatedBackward:
@@ -43,7 +43,7 @@ class TokenGatedBackward:
         gate: decides on all B · T tokens at once.
         loss: as `GatedBackward`'s.
         trim: `(batch, length) -> batch` with answers cut to their first `length` tokens; None: no tail is saved.
-        count_flops: as `GatedBackward`'s.
+        backward: as `GatedBackward`'s.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class TokenGatedBackward:
         *,
         loss: Loss = reinforce,
         trim: Callable[[Any, int], Any] | None = None,
-        count_flops: bool = False,
+        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
     ) -> None:
         self.gate = checks.function("gate", gate, GATE, ..., ...)
         if trim is not None:
             checks.function("trim", trim, "a function (batch, length) -> batch, or None", ..., ...)
         self.trim = trim
-        self._rows = GatedBackward(_every_row_that_teaches, loss=loss, count_flops=count_flops, normalizer=1.0)
+        self._options: dict[str, Any] = {"loss": loss, "backward": backward}
 
     def __call__(
         self,
@@ -90,8 +90,8 @@ class TokenGatedBackward:
         length = int(positions[-1]) + 1 if len(positions) and self.trim is not None else log_probs.shape[1]
         if self.trim is not None:
             batch = self.trim(batch, length)
-        self._rows.normalizer = int(valid.sum())
-        report = self._rows(
+        step = GatedBackward(_every_row_that_teaches, normalizer=max(1, int(valid.sum())), **self._options)
+        report = step(
             log_prob_fn,
             batch,
             advantages if advantages.dim() == 1 else advantages[:, :length],
@@ -103,13 +103,12 @@ class TokenGatedBackward:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"gate": state_of(self.gate), "rows": self._rows.state_dict()}
+        return {"gate": state_of(self.gate)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        states.check("TokenGatedBackward", state, gate=states.is_state, rows=states.is_state)
+        states.check("TokenGatedBackward", state, gate=states.is_state)
         load_state(self.gate, state["gate"])
-        self._rows.load_state_dict(state["rows"])
 
 
 def _every_row_that_teaches(score: Tensor, cost: Tensor | None = None) -> Decision:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import kill, start
+from launching import kill, start
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

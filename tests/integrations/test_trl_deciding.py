@@ -31,7 +31,7 @@ def test_only_rows_in_doubt_need_log_probs(values, rate, price, share, seed):
     gate = sj.KondoGate(rate, price, negative_share=share)
     worth, log_probs = with_surprisal(values, seed)
     full = delight_score(worth, log_probs, torch.ones_like(log_probs))
-    doubt = undecided(gate.rule, worth).open
+    doubt = undecided(gate.rule, worth)
     known = Scored(worth, doubt, full.where(doubt, math.nan))
     assert torch.equal(gate(known.score).keep, gate(full).keep)
 
@@ -40,7 +40,7 @@ def test_signs_alone_settle_most_of_it():
     worth = torch.tensor([1.0, 0.5, -1.0, -0.5, 0.0])
 
     def in_doubt(**options):
-        return undecided(sj.KondoGate(**options).rule, worth).open
+        return undecided(sj.KondoGate(**options).rule, worth)
 
     assert not in_doubt(price=0).any()
     assert not in_doubt(rate=0.4).any()  # 2 are wanted, 2 are positive

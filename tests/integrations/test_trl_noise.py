@@ -187,7 +187,6 @@ def test_only_a_row_without_a_term_has_a_size_of_zero():
         ({"gate_noise": 0.3, "gate_negative_share": 0.2}, "leave gate_negative_share"),
         ({"gate_noise": 0.3, "gate_score": "uniform"}, "leave gate_negative_share and gate_score"),
         ({"gate_rate": 0.3, "gate_log_probs": "none"}, "goes with gate_noise"),
-        ({"gate_noise": 0.0}, "noise is 0"),
         ({"gate_noise": -1.0}, "noise is -1"),
         ({"gate_noise": 0.3, "top_entropy_quantile": 0.2}, "Set top_entropy_quantile=1"),
         ({"gate_noise": 0.3, "use_adaptive_entropy": True}, "use_adaptive_entropy=False"),

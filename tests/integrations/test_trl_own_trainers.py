@@ -10,8 +10,8 @@ from datasets import IterableDataset
 from trl import GRPOTrainer
 from trl_cases import Masked, relative_error, trained, trainer
 
-from sparkjoy.engine import coverage
-from sparkjoy.engine.coverage import Coverage
+from sparkjoy import coverage
+from sparkjoy.coverage import Coverage
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOMixin, KondoGRPOTrainer
 from sparkjoy.integrations.trl.deciding import part_of
 from sparkjoy.integrations.trl.packing import whole

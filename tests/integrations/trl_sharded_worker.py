@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from processes import leave
+from launching import leave
 from torch.distributed.tensor import DTensor
 from trl_cases import Masked, trained
 from trl_worker import FORCED, forced

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from processes import leave
+from launching import leave
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl_cases import Masked, drawn, far_from, trained
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from processes import run_processes
+from launching import run_processes
 
 WORKER = Path(__file__).with_name("verl_worker.py")
 OF_FSDP1 = ("equal", "chosen", "one_sided", "weighed", "refused")  # its checkpoints need an accelerator

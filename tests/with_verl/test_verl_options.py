@@ -32,7 +32,7 @@ def options():
         ({"gate_rate": 1.0}, "None"),
         ({"gate_noise": 0.3}, "UnbiasedGate(noise=0.3)"),
         ({"gate_noise": 0}, "UnbiasedGate(rate=1)"),
-        ({"gate_rate": 0.1, "gate_price": 0}, "KondoGate(rate=0.1, price=FixedPrice(0))"),
+        ({"gate_rate": 0.1, "gate_price": 0}, "KondoGate(rate=0.1, price=0)"),
     ],
 )
 def test_options_describe_a_gate(options, changes, gate):

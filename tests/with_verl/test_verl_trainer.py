@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import kill, start
+from launching import kill, start
 
 ROOT = Path(__file__).parents[2]
 ACTOR = "actor_rollout_ref.actor"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import verl_cases as cases
-from processes import leave
+from launching import leave
 from verl_cases import actor_loss, dense, distance, engine, gradient, mini_batch, train, weights, with_advantages
 
 torch.set_num_threads(1)

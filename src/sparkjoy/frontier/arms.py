@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.engine.inputs import Inputs
-from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.frontier.result import Kind, Setting
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.gates.decision import GATE
 from sparkjoy.losses import Loss
-from sparkjoy.scores import ScoreFunction, at_least_float32
+from sparkjoy.scores import ScoreFunction, at_least_float32, says
 from sparkjoy.signs import worth
+from sparkjoy.step.inputs import Inputs, LogProbFunction
 
 Progress = Callable[[float, str], None]
 """Called with the fraction done and what comes next."""
@@ -117,6 +116,7 @@ def default_gates(rate: float, seed: int) -> Iterator[tuple[str, Kind, Gate, Sco
     yield "price 0", "biased", KondoGate(price=0.0), None
 
 
+@says(reads_log_probs=False)
 def all_alike(advantages: Tensor, log_probs: Tensor) -> Tensor:
     """(B,) scores by which all rows that teach something are kept with the same probability.
 
@@ -124,9 +124,6 @@ def all_alike(advantages: Tensor, log_probs: Tensor) -> Tensor:
     tensor([ 1., -1.,  0.])
     """
     return worth(advantages).sign()
-
-
-all_alike.__dict__["reads_log_probs"] = False
 
 
 def check_gates(gates: Mapping[str, Gate]) -> None:

@@ -8,24 +8,23 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.engine.backward import GatedBackward
-from sparkjoy.engine.inputs import Inputs, check_inputs
-from sparkjoy.engine.normalizer import Normalizer, check_unbiased, checked_normalizer
-from sparkjoy.engine.report import BackwardReport
-from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.frontier.arms import Arm, Outcome, PlainLoop, Progress, check_gates, default_gates, turns
 from sparkjoy.frontier.cost import PEAK_BYTES, timed, with_peak
 from sparkjoy.frontier.result import Frontier, Kind, checked_seconds
 from sparkjoy.gates import Gate, UnbiasedGate
-from sparkjoy.gates.decision import weighted
 from sparkjoy.gradients import Gradients, Snapshot, figures, same_random_state, sums
 from sparkjoy.losses import Loss, reinforce
 from sparkjoy.scores import ScoreFunction
 from sparkjoy.selecting import select
+from sparkjoy.step.backward import GatedBackward, check_unbiased, checked_normalizer
+from sparkjoy.step.inputs import Inputs, LogProbFunction, check_inputs
+from sparkjoy.step.passes import Normalizer
+from sparkjoy.step.report import BackwardReport
 
 SHARED = ", shared"
 """What ends the names of settings with shared tokens."""
@@ -217,7 +216,7 @@ class _Measuring:
         """Copies of the gates given, or the default ones."""
         if given is not None:
             return [
-                (name, "unbiased" if weighted(gate) else "biased", gate, None)
+                (name, "unbiased" if getattr(gate, "weighted", None) else "biased", gate, None)
                 for name, gate in copy.deepcopy(dict(given)).items()
             ]
         kept = select(UnbiasedGate(noise=0.3), self.inputs.advantages, known, self.inputs.mask, loss=self.loss)
@@ -269,8 +268,8 @@ class _Measuring:
         report, total = self._run(engine, log_prob_fn, slice(0, self.inputs.total)), self.inputs.total
         row_tokens = self.inputs.row_tokens
         if row_tokens is None:
-            row_tokens = torch.full((total,), self.tokens // total, device="cpu")
-        return report.kept, int(row_tokens[report.decision.keep.cpu()].sum()), report.noise
+            row_tokens = np.full(total, self.tokens // total)
+        return report.kept, int(row_tokens[report.decision.keep.cpu().numpy()].sum()), report.noise
 
     def take(self, arm: Arm) -> None:
         """A turn of a setting: its seconds, what came of it, its gradient beside the dense one, once its bytes."""

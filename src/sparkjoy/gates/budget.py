@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks, states
-from sparkjoy.gates.decision import Decision
-from sparkjoy.gates.inputs import checked_cost, checked_score
-from sparkjoy.prices import checked_window, just_below, remember
+from sparkjoy.gates.decision import Decision, Final, checked_cost
+from sparkjoy.prices import just_below
+from sparkjoy.scores import checked_score
 
 ONE_ROW = 0.8
 """Of a mean row: what a budget may owe when its tolerance is less than a row, and a little below one."""
@@ -30,7 +30,7 @@ STATE = {
 """What it remembers, and what each may be."""
 
 
-class BudgetGate:
+class BudgetGate(Final):
     """Keep the rows whose score is above a price that holds their cost at a fraction ρ of the cost of all rows.
 
     It keeps an account: its debt is the cost kept so far minus ρ times the cost seen so far. The price is the quantile
@@ -65,7 +65,7 @@ class BudgetGate:
         self.rate = checks.rate(rate)
         expected = "a number above 0, such as 0.02 for 2%"
         self.tolerance = checks.number("tolerance", tolerance, expected, lambda tolerance: tolerance > 0)
-        self.window = checked_window(window)
+        self.window = checks.whole("window", window, "a number of rows of at least 1")
         self._scores: Tensor | None = None
         self._costs: Tensor | None = None
         self._seen = 0.0
@@ -92,6 +92,7 @@ class BudgetGate:
             ValueError: an empty, non-finite or misshapen score or cost.
         """
         score = checked_score(score)
+        checks.finite("score", score)
         price = self._price(score, checked_cost(cost, score))
         keep = (score > price) & (score != 0)
         return Decision(keep, price if bool(keep.any()) else None, keep.to(score.dtype), torch.ones_like(score))
@@ -125,6 +126,12 @@ class BudgetGate:
             raise ValueError("state has scores and costs of different length; load one that state_dict() returned.")
         for name, value in state.items():
             setattr(self, f"_{name}", value)
+
+
+def remember(earlier: Tensor | None, now: Tensor, window: int) -> Tensor:
+    """The last `window` values, or all of `now` where it has more."""
+    both = now if earlier is None else torch.cat((earlier.to(now), now))
+    return both[-max(window, len(now)) :].clone()
 
 
 def _ranked(score: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from sparkjoy import states
-from sparkjoy.signs import Rule
+from sparkjoy import checks, states
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Decision:
     Args:
         keep: (N,) bool, which samples get a backward pass.
         price: 0-dim, in units of the score: the smallest kept score of a hard rate gate (the smallest kept |score| of
-            one with a negative share), else the price used; None when nothing is kept, or where no score was computed
-            at the margin: everything is kept, or the signs of the advantages decide.
+            one with a negative share), else the price used; None when a step keeps nothing, or where no score was
+            computed at the margin: everything is kept, or the signs of the advantages decide.
         probability: (N,), with which each sample was kept; 0 or 1 when the gate is hard.
         weight: (N,), what a kept term is multiplied by: 1, unless a gate that samples corrects for it.
     """
@@ -37,6 +37,15 @@ class Decision:
 
 GATE = "a callable (score, cost) -> Decision, such as KondoGate(rate=0.03)"
 """What messages say that a gate is."""
+
+
+class Final:
+    """A gate that is held, not subclassed: what it says of itself would be untrue of another `__call__`."""
+
+    def __init_subclass__(cls) -> None:
+        if Final not in cls.__bases__:
+            given = cls.__mro__[1].__name__
+            raise TypeError(f"{cls.__name__} subclasses {given}; write a gate of your own that holds one instead.")
 
 
 class Gate(Protocol):
@@ -55,28 +64,6 @@ class Gate(Protocol):
         ...
 
 
-def rule_of(gate: Gate | None) -> Rule | None:
-    """The `rule` that a gate states: what signs may decide for it; None where it states none.
-
-    >>> from sparkjoy import KondoGate, SoftGate
-    >>> rule_of(KondoGate(rate=0.03)), rule_of(SoftGate(temperature=1.0, price=0.0))
-    (Rule(rate=0.03, floor=None, negative_share=0.0), None)
-    """
-    rule: Rule | None = _said(gate, "rule")
-    return rule
-
-
-def weighted(gate: Gate | None) -> bool | None:
-    """Whether what a gate keeps is weighted, so that the expected gradient stays the dense one; None: it does not say.
-
-    >>> from sparkjoy import KondoGate, UnbiasedGate
-    >>> weighted(KondoGate(rate=0.03)), weighted(UnbiasedGate(noise=0.3)), weighted(lambda score, cost=None: ...)
-    (False, True, None)
-    """
-    says: bool | None = _said(gate, "weighted")
-    return says
-
-
 def state_of(gate: Any) -> dict[str, Any]:
     """What a resumed run needs to decide as an unbroken one would; {} for a gate without memory."""
     return gate.state_dict() if hasattr(gate, "state_dict") else {}
@@ -90,11 +77,8 @@ def load_state(gate: Any, state: dict[str, Any]) -> None:
         states.check("a gate that remembers nothing", state)
 
 
-def _said(gate: Any, name: str) -> Any:
-    """What `gate` says of itself; None where a subclass decides anew and does not say it again."""
-    for cls in type(gate).__mro__:
-        if name in vars(cls) or name in getattr(gate, "__dict__", {}):
-            return getattr(gate, name)
-        if "__call__" in vars(cls):
-            return None
-    return None
+def checked_cost(cost: Tensor | None, score: Tensor) -> Tensor:
+    """`cost` (N,) in float64, 1 for each row where there is none, or a ValueError."""
+    if cost is None:
+        return torch.ones_like(score, dtype=torch.float64)
+    return checks.cost(cost, score).to(score.device, torch.float64)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparkjoy import checks, states
-from sparkjoy.gates.decision import Decision
-from sparkjoy.gates.inputs import checked_score
-from sparkjoy.prices import FixedPrice, Price, as_price
-from sparkjoy.signs import Rule
+from sparkjoy.gates.decision import Decision, Final, load_state, state_of
+from sparkjoy.scores import checked_score
+from sparkjoy.signs import Rule, rate_count
+
+Price = float | Callable[[Tensor], Tensor | float]
+"""λ, or what gives it for a batch of scores (N,); what remembers batches has a state_dict and a load_state_dict."""
 
 
-class KondoGate:
+class KondoGate(Final):
     """Keep the samples whose score exceeds the price of a backward pass: G = 1[χ > λ].
 
     - `rate`: keep the ⌈ρN⌉ samples of greatest score, negative ones too when positive ones are too few; ties go to the
@@ -40,7 +43,7 @@ class KondoGate:
 
     Args:
         rate: ρ, fraction to keep, in (0, 1].
-        price: λ, a finite number or a `Price`.
+        price: λ, a finite number, or `scores (N,) -> number` of each batch.
         negative_share: ς, in [0, 1); with a price of at least 0.
 
     Raises:
@@ -49,31 +52,28 @@ class KondoGate:
 
     weighted = False
 
-    def __init__(
-        self, rate: float | None = None, price: float | Price | None = None, negative_share: float = 0.0
-    ) -> None:
+    def __init__(self, rate: float | None = None, price: Price | None = None, negative_share: float = 0.0) -> None:
         if rate is None and price is None:
             raise ValueError("KondoGate got neither rate nor price; give one, for instance rate=0.03 or price=0.")
         self.rate = None if rate is None else checks.rate(rate)
-        self.price = None if price is None else as_price(price)
+        self.price = None if price is None else checked_price(price)
         self.negative_share = checks.number(
             "negative_share", negative_share, "a fraction in [0, 1), such as 0.25", lambda share: 0 <= share < 1
         )
-        if self.negative_share > 0 and isinstance(self.price, FixedPrice) and self.price.value < 0:
-            raise ValueError(f"price is {self.price.value:g}, below 0, where a negative_share means nothing; give 0.")
+        if self.negative_share > 0 and isinstance(self.price, float) and self.price < 0:
+            raise ValueError(f"price is {self.price:g}, below 0, where a negative_share means nothing; give 0.")
 
     @property
     def rule(self) -> Rule | None:
         """What signs may decide: nothing under a price that looks at the scores of a batch."""
-        floor = self.price.value if isinstance(self.price, FixedPrice) else None
-        return Rule(self.rate, floor, self.negative_share) if self.price is None or floor is not None else None
+        return None if callable(self.price) else Rule(self.rate, self.price, self.negative_share)
 
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
         """Decide which of N samples to keep.
 
         Args:
             score: (N,), finite; moved to float32 when it is of lower precision.
-            cost: (N,), what each sample costs, in tokens; only a `Price` of your own may read it.
+            cost: not read.
 
         Returns:
             The `Decision`. With no sample kept, its price is None.
@@ -82,23 +82,23 @@ class KondoGate:
             ValueError: an empty, non-finite or misshapen score.
         """
         score = checked_score(score)
+        price = None if self.price is None else price_of(self.price, score)
+        keep = score != 0 if price is None else (score != 0) & (score > price)
+        total, above = checks.read(score.sum(), keep.count_nonzero())
+        if not math.isfinite(total):
+            checks.finite("score", score)
         ones = torch.ones_like(score)
-        if self.rate == 1 and self.price is None:
+        if self.rate == 1 and price is None:
             return Decision(keep=ones.bool(), price=score.min(), probability=ones, weight=ones)
-        price = None if self.price is None else self.price(score, cost)
         if self.negative_share > 0:
             return self._both_signs(score, price, ones)
-        keep = score != 0
-        if price is not None:
-            keep &= score > price
         if self.rate is not None:
-            ranked, order = score.masked_fill(~keep, -math.inf).sort(descending=True, stable=True)
-            count = min(Rule(self.rate).quota(len(score)) or 0, int(keep.count_nonzero()))
+            possible = score if above == len(score) else score.masked_fill(~keep, -math.inf)
+            ranked, order = possible.sort(descending=True, stable=True)
+            count = min(rate_count(self.rate, len(score)), int(above))
             keep = keep.zero_().index_fill_(0, order[:count], True)
             price = ranked[count - 1] if count else None
-        elif not bool(keep.any()):
-            price = None
-        return Decision(keep, price, probability=keep.to(score.dtype), weight=ones)
+        return Decision(keep, price if above else None, probability=keep.to(score.dtype), weight=ones)
 
     def _both_signs(self, score: Tensor, price: Tensor | None, ones: Tensor) -> Decision:
         floor = 0 if price is None else price.clamp(min=0)
@@ -112,19 +112,43 @@ class KondoGate:
 
     def __repr__(self) -> str:
         parts = [f"rate={self.rate:g}"] if self.rate is not None else []
-        parts += [f"price={self.price!r}"] if self.price is not None else []
+        parts += [f"price={in_words(self.price)}"] if self.price is not None else []
         parts += [f"negative_share={self.negative_share:g}"] if self.negative_share else []
         return f"KondoGate({', '.join(parts)})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The price's state."""
-        return {} if self.price is None else {"price": self.price.state_dict()}
+        """The price's state, of one that looks at batches."""
+        return {"price": state_of(self.price)} if callable(self.price) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        states.check(repr(self), state, **({} if self.price is None else {"price": states.is_state}))
-        if self.price is not None:
-            self.price.load_state_dict(state["price"])
+        states.check(repr(self), state, **({"price": states.is_state} if callable(self.price) else {}))
+        if callable(self.price):
+            load_state(self.price, state["price"])
+
+
+def checked_price(price: Any) -> Price:
+    """A finite number, or a function of scores (N,), or a ValueError."""
+    if isinstance(price, Final):
+        raise ValueError(f"price is {checks.described(price)}, which is a gate of its own; give it as the gate.")
+    if callable(price) and not isinstance(price, type):
+        found: Price = checks.function("price", price, "a finite number, or a function of scores (N,)", ...)
+        return found
+    return checks.number("price", price, "a finite number or a function of scores (N,). To keep everything, use rate=1")
+
+
+def price_of(price: Price, score: Tensor) -> Tensor:
+    """0-dim: the price for these scores, on their device, within the range of their dtype."""
+    value = price(score) if callable(price) else price
+    if isinstance(value, Tensor):
+        return checks.tensor("what the price returned", value, (0,), shape="one number, ()").to(score.device)
+    value = checks.number("what the price returned", value, "a number")
+    most = torch.finfo(score.dtype).max
+    return torch.full((), min(max(float(value), -most), most), dtype=score.dtype, device=score.device)
+
+
+def in_words(price: Price) -> str:
+    return repr(price) if callable(price) else f"{price:g}"
 
 
 def _greatest(score: Tensor, count: int) -> Tensor:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks, states
-from sparkjoy.gates.decision import Decision
-from sparkjoy.gates.inputs import checked_cost, checked_score
-from sparkjoy.noise import LARGEST, NoiseSums, price_for_noise
-from sparkjoy.scores import at_least_float32
+from sparkjoy.gates.decision import Decision, Final
+from sparkjoy.noise import LARGEST, price_for_noise
+from sparkjoy.scores import at_least_float32, checked_score
 
 RECENT = 10
 """Batches that are remembered, of those that have a signal: the budget is relative to their mean second moment."""
@@ -35,7 +34,7 @@ LARGEST_EXCESS = 20.0
 """In budgets: what one step's draws may tell, since a row of a tiny size and a large gradient tells of hundreds."""
 
 
-class UnbiasedGate:
+class UnbiasedGate(Final):
     """Keep each sample with probability q ∝ |score|, at most 1, and multiply what is kept by 1 / q.
 
     The expected gradient is that of the whole batch, whatever the scores are, as long as none is 0 where the gradient
@@ -102,8 +101,7 @@ class UnbiasedGate:
             cost: (N,), what each sample costs, in tokens, for a noise budget; None: all the same.
 
         Returns:
-            The `Decision`; its price is the size from which on a sample of mean cost is kept for certain, None when
-            nothing is kept.
+            The `Decision`; its price is the size from which on a sample of mean cost is kept for certain.
 
         Raises:
             ValueError: an empty, non-finite or misshapen score or cost.
@@ -112,6 +110,7 @@ class UnbiasedGate:
         size = score.abs().double()
         if self.noise is None:
             assert self.rate is not None  # the constructor saw to it
+            checks.finite("score", score)
             probability, price = inclusion_probabilities(size, self.rate * len(score))
         else:
             probability, price = self._within_budget(size, self.noise, cost)
@@ -121,11 +120,23 @@ class UnbiasedGate:
         start = torch.rand((), generator=self.generator, device=device, dtype=torch.float64)
         keep = _systematic(probability, score.sort(descending=True, stable=True).indices, start.to(score.device))
         weight = torch.where(keep, 1 / probability, 0).to(score.dtype)
-        kept_price = price.to(score.dtype) if bool(keep.any()) else None
-        return Decision(keep, kept_price, probability.to(score.dtype), weight)
+        return Decision(keep, price.to(score.dtype), probability.to(score.dtype), weight)
 
     def _within_budget(self, size: Tensor, noise: float, cost: Tensor | None) -> tuple[Tensor, Tensor]:
-        root_cost, of_batch = _root_of_relative(checked_cost(cost, size)), _root_mean_square(size)
+        costs = None
+        if cost is not None:
+            costs = checks.one_each("cost", cost, size).to(size.device, torch.float64)
+        of_costs = () if costs is None else (costs.mean(), costs.min())
+        total, of_batch, *mean_and_least = checks.read(size.sum(), size.square().mean().sqrt(), *of_costs)
+        if not math.isfinite(total):
+            checks.finite("score", size)
+        if cost is not None and not (math.isfinite(mean_and_least[0]) and min(mean_and_least) >= 0):
+            checks.cost(cost, size)
+        if not 1e-150 < of_batch < math.inf:
+            of_batch = _root_mean_square(size)
+        root_cost = torch.ones_like(size)
+        if costs is not None and mean_and_least[0] > 0:  # rows that cost nothing count as cheap, not as free
+            root_cost = (costs / mean_and_least[0]).clamp(min=1e-6).sqrt()
         if of_batch == 0:
             return torch.zeros_like(size), torch.zeros_like(size[0])
         self._sizes = [*self._sizes, of_batch][-RECENT:]
@@ -136,22 +147,24 @@ class UnbiasedGate:
         ratio = size / root_cost
         return torch.where(ratio > 0, (ratio / price).clamp(max=1), 0), price
 
-    def learn(self, sums: NoiseSums) -> None:
+    def learn(self, added: float, own: float, expected_added: float, expected_own: float) -> None:
         """Take up what the last step's draws really added, where the scores decided on were approximate.
 
         Integral control: the allowance falls while more noise arrives than the budget has, so that in the long run the
         two are the same. What chance alone brings, exact sizes and used ones share, and it cancels.
+
+        Args:
+            added: of the `noise_sums` of what was kept; the others likewise.
         """
-        used = sums.expected_own
-        if self.noise is None or not 0 < math.sqrt(used) <= math.sqrt(UNLIKE) * self._own:
+        if self.noise is None or not 0 < math.sqrt(expected_own) <= math.sqrt(UNLIKE) * self._own:
             return
-        if sums.own > 0:
-            self._ratios = [*self._ratios, math.sqrt(sums.own / used)][-RECENT:]
+        if own > 0:
+            self._ratios = [*self._ratios, math.sqrt(own / expected_own)][-RECENT:]
         scale = _usual(self._ratios) ** 2 if self._ratios else 0.0
         if scale == 0:
             return
-        surprise = (sums.added / scale - sums.expected_added) / self.noise - (sums.own / scale - used)
-        excess = math.exp(self._allowance) - 1 + surprise / used
+        surprise = (added / scale - expected_added) / self.noise - (own / scale - expected_own)
+        excess = math.exp(self._allowance) - 1 + surprise / expected_own
         self._allowance -= GAIN * min(max(excess, -LARGEST_EXCESS), LARGEST_EXCESS)
         self._allowance = min(max(self._allowance, -12.0), 5.0)
 
@@ -198,17 +211,9 @@ def _usual(sizes: list[float]) -> float:
 
 
 def _root_mean_square(size: Tensor) -> float:
-    found = float(size.square().mean().sqrt())
-    if 1e-150 < found < math.inf:
-        return found
-    largest = float(size.max())  # squares of the sizes as they are vanish or overflow
+    """Of sizes whose own squares vanish or overflow."""
+    largest = float(size.max())
     return largest and largest * float((size / largest).square().mean().sqrt())
-
-
-def _root_of_relative(cost: Tensor) -> Tensor:
-    """(N,) the square root of each cost over their mean; rows that cost nothing count as cheap, not as free."""
-    mean = float(cost.mean())
-    return (cost / mean).clamp(min=1e-6).sqrt() if mean > 0 else torch.ones_like(cost)
 
 
 def inclusion_probabilities(size: Tensor, expected: float) -> tuple[Tensor, Tensor]:

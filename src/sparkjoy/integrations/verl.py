@@ -54,14 +54,15 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # no
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 from verl.workers.utils.padding import no_padding_2_padding  # noqa: E402
 
-from sparkjoy.engine.deciding import row_scores  # noqa: E402
-from sparkjoy.engine.inputs import check_inputs  # noqa: E402
-from sparkjoy.gates import Gate, KondoGate, UnbiasedGate  # noqa: E402
-from sparkjoy.gates.decision import load_state, rule_of, state_of, weighted  # noqa: E402
+from sparkjoy.gates import Gate  # noqa: E402
+from sparkjoy.gates.decision import load_state, state_of  # noqa: E402
+from sparkjoy.integrations.gates import gate_of  # noqa: E402
 from sparkjoy.integrations.sizes import RowSize  # noqa: E402
-from sparkjoy.noise import NoiseSums, expected_noise, noise_sums  # noqa: E402
-from sparkjoy.scores import advantage_score, delight  # noqa: E402
-from sparkjoy.selecting import select  # noqa: E402
+from sparkjoy.noise import expected_noise, noise_ratio, noise_sums  # noqa: E402
+from sparkjoy.scores import delight  # noqa: E402
+from sparkjoy.selecting import select_by_score  # noqa: E402
+from sparkjoy.step.deciding import row_scores  # noqa: E402
+from sparkjoy.step.inputs import check_inputs  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -107,17 +108,8 @@ class GatedFSDPEngineConfig(FSDPEngineConfig):
 
     def gate(self) -> Gate | None:
         """The gate that these options describe; None where they keep every row."""
-        noise, rate, price = self.gate_noise, self.gate_rate, self.gate_price
-        if noise is not None:
-            if rate is not None or price is not None:
-                raise ValueError(
-                    f"gate_noise={noise!r} finds its own rate; give it alone, without gate_rate or gate_price."
-                )
-            return UnbiasedGate(noise=noise) if noise != 0 else UnbiasedGate(rate=1.0)
-        if rate is None and price is None:
-            return None
-        gate = KondoGate(rate, price)
-        rule = rule_of(gate)
+        gate = gate_of(self.gate_noise, self.gate_rate, self.gate_price)
+        rule = getattr(gate, "rule", None)
         return None if rule is not None and rule.keeps_everything else gate
 
 
@@ -152,7 +144,7 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
                 f"ulysses_sequence_parallel_size={self.ulysses_sequence_parallel_size}: the gate takes whole rows, and "
                 "Ulysses splits each over ranks. Set it to 1, or train without a gate."
             )
-        if weighted(self._gate):
+        if getattr(self._gate, "weighted", None):
             self._gate.generator = self._draws  # type: ignore[union-attr]  # it draws, so it has one
 
     def forward_backward_batch(
@@ -164,17 +156,17 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
             return super().forward_backward_batch(data, loss_function, forward_only)
         start = time.perf_counter()
         config = self._config_of(loss_function, data)
-        score = _score(data, config, data["old_log_probs"]) if weighted(gate) else _delight(data)
+        score = _score(data, config, data["old_log_probs"]) if getattr(gate, "weighted", None) else _delight(data)
         rows, figures = self._decide(gate, data, score)
         kept = tu.index_select_tensor_dict(data, rows.pop("row"))
         kept.update({name: values.to(score.device) for name, values in rows.items()})
         figures["seconds"] = time.perf_counter() - start
         loss = partial(self._weighted_loss, loss_function, figures.pop("loss_tokens"))
         output = super().forward_backward_batch(kept, loss)
-        if weighted(gate):
+        if getattr(gate, "weighted", None):
             measured = self._noise()
-            figures["noise"] *= measured.ratio
-            gate.learn(measured)  # type: ignore[attr-defined]  # as those that weigh do
+            figures["noise"] *= noise_ratio(*measured)
+            gate.learn(*measured)  # type: ignore[attr-defined]  # as those that weigh do
         output["metrics"] |= {f"gate/{name}": [value] for name, value in figures.items()}
         return output
 
@@ -231,7 +223,7 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
             )
         if tu.get_non_tensor_data(data, "return_model_output", False):
             raise ValueError("return_model_output=True asks for every row, and the gate skips most: train without one.")
-        if not weighted(self._gate) and (_beta(config) or config.entropy_coeff):
+        if not getattr(self._gate, "weighted", None) and (_beta(config) or config.entropy_coeff):
             raise ValueError(
                 f"use_kl_loss with kl_loss_coef={config.kl_loss_coef:g} and entropy_coeff={config.entropy_coeff:g}: "
                 "these terms need the gradient of every row, and the gate skips most. Set both to 0 and take the KL "
@@ -257,7 +249,7 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
                     "advantages or log-probs; expected finite numbers wherever response_mask is 1."
                 )
         scores, tokens = (torch.cat([part[column] for part in of_all]) for column in (0, 1))
-        chosen = select(gate, scores, score=None if weighted(gate) else advantage_score, cost=tokens)
+        chosen = select_by_score(gate, scores, tokens)
         keeps = chosen.decision.keep.split([len(part[0]) for part in of_all])
         kept = [keep.nonzero().squeeze(1) for keep in keeps]
         passes, per_pass = self._passes(data, [part[1][rows] for part, rows in zip(of_all, kept, strict=True)], mine[1])
@@ -274,7 +266,7 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
             "micro_batches": float(passes),
             "loss_tokens": sum(part[2] for part in of_all),
         }
-        if weighted(gate):
+        if getattr(gate, "weighted", None):
             figures["noise"] = expected_noise(scores, chosen.decision.probability)
         return {
             "row": torch.cat([rows, fill]),
@@ -314,7 +306,7 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         The weight is on what the model returned, of which policy loss, KL and entropy are made alike.
         """
         weight = data["gate_weight"]
-        if weighted(self._gate):
+        if getattr(self._gate, "weighted", None):
             config = loss_function.keywords["config"]  # type: ignore[attr-defined]
             log_probs = no_padding_2_padding(model_output["log_probs"].detach(), data)
             exact = _score(data, config, log_probs)
@@ -325,12 +317,13 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         data["batch_num_tokens"] = NonTensorData(loss_tokens)
         return loss_function(model_output=model_output, data=data, dp_group=dp_group)
 
-    def _noise(self) -> NoiseSums:
-        """What the rows that all ranks have run since the last call tell of the noise."""
+    def _noise(self) -> list[float]:
+        """The `noise_sums` of the rows that all ranks have run since the last call."""
         sums = self._sums.to(get_device_id())
         torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
         self._sums = torch.zeros(4, dtype=torch.float64)
-        return NoiseSums(*sums.tolist())
+        found: list[float] = sums.tolist()
+        return found
 
 
 def _beta(config: ActorConfig) -> float:
@@ -350,7 +343,7 @@ def _delight(data: TensorDict) -> Tensor:
     advantages = rows["advantages"]
     if "rollout_is_weights" in rows:  # what it sets to 0 has no term in the loss
         mask = mask & (rows["rollout_is_weights"] != 0)
-    return row_scores(delight, check_inputs({}, advantages, log_probs, None, mask, score_tells=True), log_probs)
+    return row_scores(delight, check_inputs({}, advantages, log_probs, None, mask, looks=False), log_probs)
 
 
 def _score(data: TensorDict, config: ActorConfig, log_probs: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.backward import GatedBackward
-from sparkjoy.engine.screening import LogProbFunction
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
+from sparkjoy.gradients import Gradients
 from sparkjoy.signs import rate_count
+from sparkjoy.step.backward import GatedBackward
+from sparkjoy.step.inputs import LogProbFunction
 from sparkjoy_lab.bench.models import Problem, Workload, build
 from sparkjoy_lab.bench.timing import Laps
+from sparkjoy_lab.flops import FlopCount
 from sparkjoy_lab.scores import uniform_score
 
 Arm = Literal["dense", "non-zero", "positive", "uniform", "pods", "kondo-gate", "known", "screened", "noise", "shared"]
@@ -51,8 +53,9 @@ def step_of(arm: Arm, rate: float, micro_batch_size: int, problem: Problem) -> S
         generator = torch.Generator().manual_seed(0)
         gate: Gate = UnbiasedGate(noise=rate, generator=generator) if arm == "noise" else KondoGate(rate)
         score = uniform_score(generator) if arm == "uniform" else None
-        # Counting tells the planner what a backward pass costs in this model, frozen or checkpointed as it may be.
-        gated = GatedBackward(gate, score=score, micro_batch_size=micro_batch_size, count_flops=True)
+        # What a backward pass costs in this model, frozen or checkpointed as it may be, tells which plan is cheapest.
+        ratio = flops_ratio(problem) if arm == "screened" else None
+        gated = GatedBackward(gate, score=score, micro_batch_size=micro_batch_size, backward_over_forward=ratio)
         log_probs = problem.log_probs if arm in ("known", "noise") else None
 
         def engine_step() -> tuple[Seconds, int]:
@@ -68,6 +71,16 @@ def step_of(arm: Arm, rate: float, micro_batch_size: int, problem: Problem) -> S
     elif arm == "pods":
         kept = greatest_variance(problem.advantages, rate_count(rate, rows)).sort().values
     return _plain(kept, micro_batch_size, problem, problem.sharing if arm == "shared" else problem.log_prob_fn)
+
+
+def flops_ratio(problem: Problem) -> float:
+    """r: FLOPs of a row's backward pass over those of its forward pass."""
+    rows = {"tokens": problem.batch["tokens"][:1]}
+    with FlopCount() as forward:
+        log_probs = problem.log_prob_fn(rows)
+    with Gradients("", problem.module.parameters()).apart(), FlopCount() as backward:
+        log_probs.sum().backward()
+    return backward.flops / forward.flops
 
 
 def prepare(workload: Workload, arm: Arm, rate: float, micro_batch_size: int) -> Callable[[], object]:

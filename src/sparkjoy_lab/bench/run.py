@@ -13,9 +13,8 @@ import torch
 import tyro
 
 from sparkjoy import checks
-from sparkjoy.engine.flops import FlopCount
 from sparkjoy.gates import UnbiasedGate
-from sparkjoy_lab.bench.arms import WITHOUT_RATE, Arm, prepare, step_of
+from sparkjoy_lab.bench.arms import WITHOUT_RATE, Arm, flops_ratio, prepare, step_of
 from sparkjoy_lab.bench.models import Problem, Workload, build
 from sparkjoy_lab.bench.timing import machine, median, percentiles, timed, turns
 from sparkjoy_lab.studies.memory import peak_memory
@@ -170,19 +169,10 @@ def _summary(
     return {
         "parameters": parameters,
         "machine": machine(config.workload.device, "transformers", "kondo-gate"),
-        "backward_over_forward": {"seconds": backward / forward, "flops": _flops_ratio(problem)},
+        "backward_over_forward": {"seconds": backward / forward, "flops": flops_ratio(problem)},
         "optimizer_seconds": percentiles(optimizer_seconds),
         "arms": rows,
     }
-
-
-def _flops_ratio(problem: Problem) -> float:
-    rows = {"tokens": problem.batch["tokens"][:1]}
-    with FlopCount() as forward:
-        log_probs = problem.log_prob_fn(rows)
-    with FlopCount() as backward:
-        log_probs.sum().backward()
-    return int(backward.flops) / int(forward.flops)
 
 
 def _memory(config: BenchConfig, sizes: dict[Arm, int], progress: Progress) -> list[Record]:

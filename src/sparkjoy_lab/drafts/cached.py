@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks, states
-from sparkjoy.engine.batches import take
+from sparkjoy.step.batches import take
 
 NEVER = -1
 

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.losses import delightful_weight
-from sparkjoy.scores import delight
-from sparkjoy.sizes import policy_gradient_size, update_size
+from sparkjoy.scores import delight, policy_gradient_size, update_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from sparkjoy.engine.backward import GatedBackward
-from sparkjoy.engine.flops import FlopCount
-from sparkjoy.engine.report import BackwardReport
 from sparkjoy.gates import KondoGate
 from sparkjoy.losses import delightful
+from sparkjoy.step.backward import GatedBackward
+from sparkjoy.step.report import BackwardReport
 from sparkjoy_lab.bench.timing import collect, median, ratio, timed, turns
+from sparkjoy_lab.flops import FlopCount
 from sparkjoy_lab.policies.adapters import add_adapters
 from sparkjoy_lab.policies.transformer import Transformer
 from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
@@ -112,10 +112,7 @@ def measure(config: ReversalConfig, body: Body, rate: float, rounds: int) -> Rec
     # A learning rate of 0 costs what any other does, and every round is about the same policy.
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learning, lr=0.0, fused=True)
-    engines = {
-        "dg": GatedBackward(None, loss=delightful(), count_flops=True),
-        "kondo": GatedBackward(KondoGate(rate=rate), count_flops=True),
-    }
+    engines = {"dg": GatedBackward(None, loss=delightful()), "kondo": GatedBackward(KondoGate(rate=rate))}
     generator = torch.Generator().manual_seed(0)
     sampled: list[tuple[float, Rollout]] = []  # a round each
 
@@ -134,14 +131,14 @@ def measure(config: ReversalConfig, body: Body, rate: float, rounds: int) -> Rec
         return report
 
     with FlopCount() as count:
-        rollout()
+        drawn = rollout()
+    forward, *updates = (_flops(work, policy, drawn) for work in (None, *engines.values()))
     arms = {name: partial(update, engine) for name, engine in engines.items()}
     taken = turns(arms, rounds, warm_up=WARM_UP_ROUNDS, clock=time.process_time, before=sample)
     seconds, reports = collect(taken)
     sample_ms = 1000 * np.array([spent for spent, _ in sampled[WARM_UP_ROUNDS:]])
     dg, kondo = (1000 * np.array(seconds[name]) for name in ("dg", "kondo"))
-    dense, gated = reports["dg"], reports["kondo"]
-    updates = [(each[-1].flops or 0) for each in (dense, gated)]
+    dense = reports["dg"]
     return {
         "sample": median(sample_ms),
         "dg": median(dg),
@@ -150,9 +147,20 @@ def measure(config: ReversalConfig, body: Body, rate: float, rounds: int) -> Rec
         "total_gain": ratio(sample_ms + dg, sample_ms + kondo),
         "training_gain_flops": updates[0] / updates[1],
         "total_gain_flops": (count.flops + updates[0]) / (count.flops + updates[1]),
-        "flops_ratio": (dense[-1].backward_flops or 0) / (dense[-1].forward_flops or 1),
+        "flops_ratio": updates[0] / forward - 1,
         "seconds_ratio": median([each.seconds["backward"] / each.seconds["forward"] for each in dense]),
     }
+
+
+def _flops(engine: GatedBackward | None, policy: Transformer, drawn: Rollout) -> int:
+    """FLOPs of an update, or of a forward pass alone."""
+    with FlopCount() as count:
+        if engine is None:
+            policy.log_probs(drawn.batch)
+        else:
+            engine(policy.log_probs, drawn.batch, drawn.advantages, log_probs=drawn.log_probs)
+    policy.zero_grad()
+    return count.flops
 
 
 def make_body(policy: Transformer, body: Body) -> None:

@@ -12,16 +12,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.gates import KondoGate
 from sparkjoy.losses import delightful
 from sparkjoy.scores import delight
+from sparkjoy.step.backward import GatedBackward
 from sparkjoy_lab.studies.drawing import draw, legend, panels, styles
 from sparkjoy_lab.studies.frames import grouped
 from sparkjoy_lab.studies.study import Rows, Study, Work
 from sparkjoy_lab.tasks.reversal import Credit, ReversalConfig, ReversalTask
 from sparkjoy_lab.tasks.rollouts import Rollout
-from sparkjoy_lab.token_gate import TokenGatedBackward
 from sparkjoy_lab.training.building import build_step
 from sparkjoy_lab.training.loop import Training
 from sparkjoy_lab.training.settings import Settings
@@ -142,7 +141,7 @@ def probe(training: Training, task: ReversalTask, generator: torch.Generator) ->
     }
 
 
-def _gradient(step: GatedBackward | TokenGatedBackward, training: Training, rollout: Rollout) -> Tensor:
+def _gradient(step: Any, training: Training, rollout: Rollout) -> Tensor:
     step(training.policy.log_probs, rollout.batch, rollout.advantages, log_probs=rollout.log_probs)
     parameters = list(training.policy.parameters())
     parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]

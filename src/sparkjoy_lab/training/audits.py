@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparkjoy.drafts.draft import Drafting
+from sparkjoy_lab.drafts.drafted import Drafting
 
 
 @dataclass

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparkjoy.drafts import Audit
-from sparkjoy.drafts.draft import Draft
-from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.gates import BudgetGate, Gate, KondoGate, SoftGate, UnbiasedGate
 from sparkjoy.losses import Loss, clipped, delightful, reinforce
-from sparkjoy.prices import EffectiveSize, Nucleus, RollingQuantile
+from sparkjoy.prices import EffectiveSize
 from sparkjoy.scores import ScoreFunction, advantage_score, delight, reads_log_probs
+from sparkjoy.step.backward import GatedBackward
+from sparkjoy_lab.drafts.audit import Audit
+from sparkjoy_lab.drafts.drafted import DraftedBackward
+from sparkjoy_lab.flops import CountedFlops
 from sparkjoy_lab.losses import importance_weighted, weighted_by
+from sparkjoy_lab.prices import Nucleus, RollingQuantile
 from sparkjoy_lab.scores import absolute_advantage_score, additive_score, noisy_score, surprisal_score, uniform_score
 from sparkjoy_lab.token_gate import TokenGatedBackward
 from sparkjoy_lab.training.method_settings import MethodSettings
@@ -32,7 +34,8 @@ def build_step(
     source: Callable[[Any], Tensor] | None = None,
     share: Share = WHOLE,
     module: Any = None,
-) -> GatedBackward | TokenGatedBackward:
+    flops: CountedFlops | None = None,
+) -> GatedBackward | TokenGatedBackward | DraftedBackward:
     """The step of a method, whole samples or tokens, drafted or not.
 
     Args:
@@ -42,6 +45,7 @@ def build_step(
         source: the draft's log-probs, where this run has a draft.
         share: this process's part of a batch.
         module: what averages the gradients of several processes.
+        flops: counts those of its backward passes and of its draft; None: nobody does.
 
     Raises:
         ValueError: a number outside its range, or what several processes cannot do.
@@ -52,26 +56,32 @@ def build_step(
         )
     loss = _loss(settings, generator)
     gate = _gate(settings, generator) if settings.gated else None
+    backward = torch.Tensor.backward if flops is None else flops.backward
     if gate is not None and settings.unit == "token":
-        return TokenGatedBackward(gate, loss=loss, trim=trim, count_flops=True)
+        return TokenGatedBackward(gate, loss=loss, trim=trim, backward=backward)
     score = _score(settings, generator, share)
     noisy = _noisy(score, settings, generator) if gate is not None and score is not None else score
-    draft = None
-    if settings.drafted:
-        if score is not None and not reads_log_probs(score):
-            raise ValueError(f"--score {settings.score} reads no log-probs, so that --screen and --verify have no use.")
-        audit = Audit(settings.audit_every, floor=settings.recall_floor)
-        draft = Draft(source, verify=settings.verify, audit=audit, score=noisy)
-    return GatedBackward(
+    options: dict[str, Any] = {
+        "loss": loss,
+        "micro_batch_size": settings.micro_batch_size,
+        "backward": backward,
+        "compare_every": settings.compare_every,
+    }
+    if not settings.drafted:
+        return GatedBackward(gate, score=noisy, module=module if share.count > 1 else None, **options)
+    if score is not None and not reads_log_probs(score):
+        raise ValueError(f"--score {settings.score} reads no log-probs, so that --screen and --verify have no use.")
+    assert gate is not None  # the settings saw to it
+    return DraftedBackward(
         gate,
-        draft=draft,
-        loss=loss,
-        score=noisy if draft is None else score,
-        micro_batch_size=settings.micro_batch_size,
-        normalizer="batch",
-        module=module if share.count > 1 else None,
-        count_flops=True,
-        compare_every=settings.compare_every,
+        source,
+        flops=flops,
+        verify=settings.verify,
+        score=score,
+        drafted_score=noisy,
+        audit=Audit(settings.audit_every, floor=settings.recall_floor),
+        rate=settings.gate_rate,
+        **options,
     )
 
 

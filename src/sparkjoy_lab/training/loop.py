@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sparkjoy.engine.coverage import Coverage
-from sparkjoy.engine.flops import FlopCount
-from sparkjoy.engine.report import BackwardReport
+from sparkjoy.coverage import Coverage
+from sparkjoy.step.report import BackwardReport
+from sparkjoy_lab.drafts.drafted import DraftedBackward
+from sparkjoy_lab.flops import CountedFlops, FlopCount
 from sparkjoy_lab.tasks.frictions import Actors
 from sparkjoy_lab.tasks.rollouts import Rollout, Task
+from sparkjoy_lab.token_gate import TokenGatedBackward
 from sparkjoy_lab.training.building import build_step
 from sparkjoy_lab.training.checkpoint import save_checkpoint
 from sparkjoy_lab.training.processes import WHOLE, LogProbs, Share
@@ -63,7 +65,8 @@ class Training:
         if share.count > 1:
             self.own_forward = DistributedDataParallel(LogProbs(self.policy))
         draft = screener(settings, settings.seed, task, self.policy)
-        self.backward = build_step(settings, self.generator, task.trim, draft, share, self.own_forward)
+        self.flops = CountedFlops()
+        self.backward = build_step(settings, self.generator, task.trim, draft, share, self.own_forward, self.flops)
         # The strongest dense loop differentiates the forward pass that sampled, instead of running a second one.
         undivided = settings.micro_batch_size is None and settings.updates == 1 and share.count == 1
         self.differentiates_rollout = task.samples_with_graph and not settings.gated and undivided
@@ -88,13 +91,19 @@ class Training:
         decides = self.settings.screen == "recorded" or (self.settings.screen == "sampler" and not rollout.foreign)
         known: dict[str, Any] = {"log_probs" if decides else "behavior_log_probs": rollout.log_probs}
         for _ in range(self.settings.updates):
-            report = self.backward(log_prob_fn, rollout.batch, advantages, mask=rollout.mask, **known)
+            report = self.flops.counted(
+                self.backward, log_prob_fn, rollout.batch, advantages, mask=rollout.mask, **known
+            )
+            if not isinstance(self.backward, TokenGatedBackward):  # what the plan of the next step goes by
+                ratio = self.flops.backward_over_forward
+                self.backward.backward_over_forward = ratio or self.backward.backward_over_forward
             if report.kept:
                 before = time.perf_counter()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.tally.seconds["optimizer"] += time.perf_counter() - before
-            self.tally.stepped(report, self.differentiates_rollout)
+            drafting = self.backward.drafting if isinstance(self.backward, DraftedBackward) else None
+            self.tally.stepped(report, self.flops, drafting, self.differentiates_rollout)
         self._watch(rollout, advantages, report)
         if self.actors is not None:
             self.actors.follow()
@@ -149,6 +158,7 @@ class Training:
             "generator": self.generator.get_state(),
             "torch_random_state": torch.get_rng_state(),
             "backward": self.backward.state_dict(),
+            "flops": self.flops.state_dict(),
             "actors": {} if self.actors is None else self.actors.state_dict(),
             "coverage": self.coverage.state_dict(),
             "tally": self.tally.state_dict(),
@@ -170,6 +180,7 @@ class Training:
             self.generator.set_state(state["generator"])
             torch.set_rng_state(state["torch_random_state"])
             self.backward.load_state_dict(state["backward"])
+            self.flops.load_state_dict(state["flops"])
             if self.actors is not None:
                 self.actors.load_state_dict(state["actors"])
             self.coverage.load_state_dict(state["coverage"])

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparkjoy.engine.processes.meeting import absent
+from sparkjoy.processes.meeting import absent
 
 BEAT_SECONDS = 1.0
 LOST_BEATS = 30

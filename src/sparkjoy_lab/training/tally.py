@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.counts import Counts
-from sparkjoy.engine.report import BackwardReport
+from sparkjoy.step.counts import Counts
+from sparkjoy.step.report import BackwardReport
+from sparkjoy_lab.drafts.drafted import Drafting
+from sparkjoy_lab.flops import CountedFlops
 from sparkjoy_lab.training.audits import AuditTally
 from sparkjoy_lab.training.comparing import ComparisonTally
 from sparkjoy_lab.training.processes import Share
-
-NOTHING = Counts(forward_flops=0, backward_flops=0)
-TOKENS_AND_FLOPS = ("forward_tokens", "backward_tokens", "forward_flops", "backward_flops")
 
 
 @dataclass
@@ -24,7 +23,9 @@ class Tally:
 
     samples: int = 0
     kept: int = 0
-    ran: Counts = NOTHING
+    ran: Counts = field(default_factory=Counts)
+    forward_flops: int = 0
+    backward_flops: int = 0
     compared_samples: int = 0
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("sample", "screen", "backward", "optimizer", "total"), 0.0)
@@ -39,18 +40,23 @@ class Tally:
     def sampled(self, rows: int, tokens: int, flops: int, reward: Tensor) -> None:
         """Count a rollout of `rows`; its forward pass counts too."""
         self.samples += rows
-        self.ran += Counts(forward_rows=rows, forward_tokens=tokens, forward_flops=flops)
+        self.ran += Counts(forward_rows=rows, forward_tokens=tokens)
+        self.forward_flops += flops
         self.reward_sum += reward.item()
         self.steps_since += 1
 
-    def stepped(self, report: BackwardReport, forward_is_the_rollouts: bool) -> None:
+    def stepped(
+        self, report: BackwardReport, flops: CountedFlops, drafting: Drafting | None, forward_is_the_rollouts: bool
+    ) -> None:
         """Count a backward step; the rollout's own forward pass, where that was differentiated, is counted already."""
         self.kept += report.kept
         self.ran += replace(report, forward_rows=0, forward_tokens=0) if forward_is_the_rollouts else report
+        self.forward_flops += flops.forward_flops
+        self.backward_flops += flops.backward_flops
         self.seconds["screen"] += report.seconds["screen"]
         self.seconds["backward"] += sum(report.seconds[phase] for phase in ("gather", "forward", "backward"))
-        if report.drafting is not None:
-            self.audits.stepped(report.drafting)
+        if drafting is not None:
+            self.audits.stepped(drafting)
         if report.comparison is not None:
             self.comparisons.stepped(report.comparison)
             self.compared_samples += report.comparison.backward_rows
@@ -66,9 +72,9 @@ class Tally:
         if share.count == 1:
             return
         ran = asdict(self.ran)
-        self.samples, self.compared_samples, *sums = map(
-            int, share.reduce([self.samples, self.compared_samples, *ran.values()])
-        )
+        own = [self.samples, self.compared_samples, self.forward_flops, self.backward_flops]
+        everyones = map(int, share.reduce([*own, *ran.values()]))
+        self.samples, self.compared_samples, self.forward_flops, self.backward_flops, *sums = everyones
         self.ran = Counts(**dict(zip(ran, sums, strict=True)))
         mean = share.mean(torch.tensor(self.reward_sum, dtype=torch.float64))
         self.reward_sum = mean.item()
@@ -85,7 +91,10 @@ class Tally:
             "kept": self.kept,
             "forward_samples": self.ran.forward_rows,
             "backward_samples": self.ran.backward_rows,
-            **{name: getattr(self.ran, name) for name in TOKENS_AND_FLOPS},
+            "forward_tokens": self.ran.forward_tokens,
+            "backward_tokens": self.ran.backward_tokens,
+            "forward_flops": self.forward_flops,
+            "backward_flops": self.backward_flops,
             "seconds": dict(self.seconds),
             "screening": self.audits.record(),
             "comparison": comparison and {**comparison, "backward_samples": self.compared_samples},

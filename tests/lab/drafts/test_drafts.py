@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from sparkjoy import Draft, GatedBackward, KondoGate
-from sparkjoy.drafts.audit import Audit
+from sparkjoy import KondoGate
 from sparkjoy.testing import TinyPolicy
 from sparkjoy_lab.drafts import AdvantageOnly, CachedLogProbs, DistilledDraft, LowerPrecision, StaleWeights
+from sparkjoy_lab.drafts.audit import Audit
+from sparkjoy_lab.drafts.drafted import DraftedBackward
 from sparkjoy_lab.policies.early_exit import EarlyExit
 from sparkjoy_lab.policies.mlp import MLP
 from sparkjoy_lab.policies.transformer import Transformer
@@ -136,13 +137,14 @@ def test_distillation_finds_more_of_the_true_survivors(generator):
     with torch.no_grad():
         policy.layers[1].weight.mul_(6)  # sure of itself in places
     draft = DistilledDraft(student, learning_rate=1e-2)
-    step = GatedBackward(KondoGate(rate=0.05), draft=Draft(draft, verify=2, audit=Audit(every=1, floor=0)))
+    step = DraftedBackward(KondoGate(rate=0.05), draft, verify=2, audit=Audit(every=1, floor=0), rate=0.05)
     recalls = []
     for _ in range(400):
         inputs = torch.randn(100, 8, generator=generator)
         probabilities = policy(inputs).softmax(dim=1).detach()
         batch = {"inputs": inputs, "actions": torch.multinomial(probabilities, 1, generator=generator).squeeze(1)}
-        recalls.append(step(policy.log_probs, batch, torch.ones(100)).drafting.audit.recall)
+        step(policy.log_probs, batch, torch.ones(100))
+        recalls.append(step.drafting.audit.recall)
     before, after = sum(recalls[:20]) / 20, sum(recalls[-50:]) / 50
     assert after > before + 0.3
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from processes import leave
+from launching import leave
 
 from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy_lab.training.loop import train

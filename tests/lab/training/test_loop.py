@@ -7,9 +7,9 @@ import kills
 import pytest
 import torch
 
-from sparkjoy.engine.backward import GatedBackward
 from sparkjoy.gates import KondoGate
 from sparkjoy.scores import sequence_delight
+from sparkjoy.step.backward import GatedBackward
 from sparkjoy_lab.tasks.mnist import MnistConfig, MnistTask
 from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask
 from sparkjoy_lab.training import loop

@@ -12,7 +12,7 @@ import processes_worker
 import pytest
 import torch
 from command_line import sparkjoy
-from processes import descendants, kill, run_processes, start
+from launching import descendants, kill, run_processes, start
 
 from sparkjoy_lab import cli
 from sparkjoy_lab.tasks.reversal import ReversalConfig, ReversalTask

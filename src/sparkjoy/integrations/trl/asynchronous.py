@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
-from sparkjoy.gates import Decision, Gate, KondoGate, UnbiasedGate
-from sparkjoy.gates.decision import load_state, state_of, weighted
-from sparkjoy.integrations.gate_state import load_gate, save_gate
+from sparkjoy.gates import Decision, Gate
+from sparkjoy.gates.decision import load_state, state_of
+from sparkjoy.integrations.gates import gate_of, load_gate, save_gate
 from sparkjoy.integrations.sizes import RowSize
 from sparkjoy.noise import expected_noise
-from sparkjoy.scores import advantage_score, sequence_delight
-from sparkjoy.selecting import select
+from sparkjoy.scores import sequence_delight
+from sparkjoy.selecting import select_by_score
 from sparkjoy.signs import with_sign
 
 try:
@@ -75,16 +75,8 @@ class KondoAsyncGRPOConfig(AsyncGRPOConfig):
 
     def gate(self) -> Gate | None:
         """The gate that these options say, None for none."""
-        noise, rate, price = self.gate_noise, self.gate_rate, self.gate_price
-        if noise is not None and (rate is not None or price is not None):
-            raise ValueError(
-                f"gate_noise={noise} finds its own rate; give it alone, without gate_rate={rate} or gate_price={price}."
-            )
-        if noise is not None:
-            generator = torch.Generator().manual_seed(self.seed)
-            kind = {"rate": 1.0} if noise == 0 else {"noise": noise}
-            return UnbiasedGate(**kind, floor=self.gate_floor, generator=generator)
-        return None if rate is None and price is None else KondoGate(rate, price)
+        generator = torch.Generator().manual_seed(self.seed)
+        return gate_of(self.gate_noise, self.gate_rate, self.gate_price, floor=self.gate_floor, generator=generator)
 
 
 def counts_completions(config: Any) -> None:
@@ -137,9 +129,7 @@ class GatedBatcher(IterableDataset[Window]):
         tokens = torch.tensor([int(completion["completion_mask"].sum()) for completion in seen])
         if not bool(score.isfinite().all()):
             raise ValueError("advantages or log-probs of the rollout worker are NaN or infinite; expected numbers.")
-        picked, weights, decision = select(
-            self.gate, score, score=None if weighted(self.gate) else advantage_score, cost=cost
-        )
+        picked, weights, decision = select_by_score(self.gate, score, cost)
         kept = [
             seen[row] | {"advantage": seen[row]["advantage"] * weight}
             for row, weight in zip(picked.tolist(), weights.tolist(), strict=True)
@@ -155,7 +145,7 @@ class GatedBatcher(IterableDataset[Window]):
             "distinct_tokens": float(cost.sum()),
             "dummies": float(dummies),
         }
-        if weighted(self.gate):
+        if getattr(self.gate, "weighted", None):
             figures["noise"] = expected_noise(score, decision.probability)
         for name, value in figures.items():
             self.metrics[f"gate/{name}"].append(value)
@@ -169,7 +159,7 @@ class GatedBatcher(IterableDataset[Window]):
         )
         advantages = torch.tensor([float(completion["advantage"]) for completion in seen])
         advantages = advantages.where(mask.any(dim=1), 0)
-        if weighted(self.gate):
+        if getattr(self.gate, "weighted", None):
             return RowSize(by_length=False)(advantages, log_probs, mask)
         log_probs = log_probs.where(mask.bool(), 0).clamp(max=0)
         return with_sign(sequence_delight(advantages, log_probs, mask), advantages)

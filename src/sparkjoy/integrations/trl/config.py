@@ -8,8 +8,8 @@ from typing import Literal
 from trl import GRPOConfig
 
 from sparkjoy import checks
-from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
-from sparkjoy.gates.decision import rule_of
+from sparkjoy.gates import Gate
+from sparkjoy.integrations.gates import gate_of
 
 UNCLIPPED_LOSSES = ("cispo", "sapo", "vespo")
 
@@ -135,10 +135,6 @@ class KondoGRPOConfig(GRPOConfig):
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
-        if self.gate_noise is not None and not (self.gate_rate is None and self.gate_price is None):
-            raise ValueError(
-                f"gate_noise={self.gate_noise!r} finds its own rate; give it alone, without gate_rate or gate_price."
-            )
         if self.gate_noise is not None and (self.gate_negative_share or self.gate_score != "delight"):
             raise ValueError(
                 "gate_noise keeps completions by how far each would move the policy; leave gate_negative_share and "
@@ -173,17 +169,13 @@ class KondoGRPOConfig(GRPOConfig):
 
     def gate(self) -> Gate | None:
         """The gate these options describe; None when none is asked for."""
-        if self.gate_noise is not None:
-            return UnbiasedGate(noise=self.gate_noise)
-        if self.gate_rate is None and self.gate_price is None:
-            return None
-        return KondoGate(self.gate_rate, self.gate_price, negative_share=self.gate_negative_share)
+        return gate_of(self.gate_noise, self.gate_rate, self.gate_price, self.gate_negative_share)
 
     @property
     def gated(self) -> bool:
         """Whether completions are skipped at all: not without a gate, nor at rate 1 without a price."""
         gate = self.gate()
-        rule = rule_of(gate)
+        rule = getattr(gate, "rule", None)
         return gate is not None and not (rule is not None and rule.keeps_everything)
 
     def _refuse_what_needs_every_row(self) -> None:

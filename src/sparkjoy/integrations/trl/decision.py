@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkjoy.engine.coverage import Coverage
+from sparkjoy.coverage import Coverage
 from sparkjoy.gates import Gate
-from sparkjoy.gates.decision import rule_of, weighted
 from sparkjoy.integrations.sampling import base_of
 from sparkjoy.integrations.sizes import DIVIDES_BY_LENGTH, RowSize
 from sparkjoy.integrations.transformers import prepends_tokens
@@ -20,7 +19,7 @@ from sparkjoy.integrations.trl.config import KondoGRPOConfig
 from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score, part_of, sized_figures, worth
 from sparkjoy.integrations.trl.packing import Rows, loss_mask, whole
 from sparkjoy.integrations.trl.sharing import SharingMixin
-from sparkjoy.noise import NoiseSums, expected_noise
+from sparkjoy.noise import expected_noise, noise_ratio
 from sparkjoy.prefix_tree import fold
 from sparkjoy.signs import undecided
 
@@ -55,7 +54,7 @@ class DecidingMixin(SharingMixin):
         else:
             cost = output["prompt_mask"].sum(dim=1) + output["completion_mask"].sum(dim=1)
         tokens, costs = self._of_all(torch.stack([mask.sum(dim=1), cost], dim=1).float()).unbind(dim=1)
-        if weighted(gate):
+        if getattr(gate, "weighted", None):
             gate.generator = draws(*place)  # type: ignore[attr-defined]  # it draws, so it has one
             keep, figures = self._decide_by_size(gate, output, costs)
         else:
@@ -103,7 +102,7 @@ class DecidingMixin(SharingMixin):
         else:
             log_probs = self._log_probs_at_hand(output)
             one_sign = log_probs is None and advantages.dim() == 1
-            known = undecided(rule_of(gate), of_all).open if one_sign else of_all != 0
+            known = undecided(getattr(gate, "rule", None), of_all) if one_sign else of_all != 0
             rows = self._mine(known, mask).nonzero().flatten()
             of_rows = self._screen(output, rows) if log_probs is None else log_probs[rows]
             local = torch.zeros(len(mask), device=mask.device)
@@ -197,9 +196,9 @@ class DecidingMixin(SharingMixin):
         sums = self._gate_sums
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
-        measured = NoiseSums(*sums.tolist())
-        self._metrics["train"]["gate/noise"].append(self._gate_expected * measured.ratio)
-        self._gate.learn(measured)  # type: ignore[union-attr]  # only a weighted gate lets expect anything
+        measured = sums.tolist()
+        self._metrics["train"]["gate/noise"].append(self._gate_expected * noise_ratio(*measured))
+        self._gate.learn(*measured)  # type: ignore[union-attr]  # only a weighted gate lets expect anything
         self._gate_expected, self._gate_sums = None, torch.zeros(4, dtype=torch.float64)
 
     # Log-probs to decide on

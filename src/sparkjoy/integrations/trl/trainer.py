@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from sparkjoy.integrations.gate_state import load_gate, save_gate
+from sparkjoy.integrations.gates import load_gate, save_gate
 from sparkjoy.integrations.transformers import longest_with_fixed_rotations
 from sparkjoy.integrations.trl.comparing import ComparingMixin
 from sparkjoy.integrations.trl.decision import DecidingMixin
