@@ -10,6 +10,7 @@ from sparkjoy import checks
 from sparkjoy.gates import Decision, Gate
 from sparkjoy.gates.decision import GATE
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
+from sparkjoy.noise import noise_sums
 from sparkjoy.scores import (
     SCORE,
     ScoreFunction,
@@ -109,6 +110,48 @@ def select(
     decision, rows = decide(gate, scores, tokens if cost is None else cost, teaches, inputs, sized=is_size(score))
     rows = rows.to(scores.device)
     return Selection(rows, decision.weight[rows], decision)
+
+
+def learn(
+    gate: Gate,
+    weights: Tensor,
+    advantages: Tensor,
+    decided_on: Tensor,
+    differentiated: Tensor,
+    mask: Tensor | None = None,
+    *,
+    loss: Loss = reinforce,
+) -> None:
+    """Tell a noise budget what its draws really added, where it decided on log-probs that were not the policy's own.
+
+    `GatedBackward` does so by itself. Of the kept rows alone, in their order; over several processes, of all of them.
+
+    >>> import torch, sparkjoy as sj
+    >>> gate, stale = sj.UnbiasedGate(noise=0.3), torch.tensor([-0.5, -1.0, -3.0, -1.0])
+    >>> advantages = torch.tensor([1.0, -1.0, 0.5, 0.0])
+    >>> rows, weights, _ = sj.select(gate, advantages, stale)
+    >>> learn(gate, weights, advantages[rows], stale[rows], stale[rows] - 0.1)
+
+    Args:
+        gate: the one that decided; one without `learn` is told nothing.
+        weights: (K,) as `select` returned them.
+        advantages: (K,), or (K, T) with log-probs of (K, T).
+        decided_on: (K,) or (K, T) log-probs that `select` was given.
+        differentiated: the same of the policy as it was differentiated.
+        mask: (K, T), 1 for tokens that count.
+        loss: as `select`'s.
+
+    Raises:
+        ValueError: NaN, infinite or misshapen input.
+    """
+    if not hasattr(gate, "learn") or len(weights) == 0:
+        return
+    size = size_of(checks.function("loss", loss, LOSS, ..., ..., ..., ...))
+    used, exact = (
+        row_scores(size, check_inputs({}, advantages, log_probs, None, mask), log_probs)
+        for log_probs in (decided_on, differentiated)
+    )
+    gate.learn(*noise_sums(exact, used, weights).tolist())
 
 
 def select_by_score(gate: Gate, score: Tensor, cost: Tensor | None = None) -> Selection:

@@ -29,7 +29,7 @@ class Numbers(KondoGRPOTrainer):
         self.loss_type, self.beta, self._gate_dg, self._gate_expected = "dapo", 0.0, None, None
         self.reward_weights, self.num_generations = torch.ones(1), 1
         self.scale_rewards, self.multi_objective_aggregation = "none", "sum_then_normalize"
-        self._gate_rewards, self._gate_recorded = None, True
+        self._gate_rewards, self._gate_recorded, self._gate_score = None, True, sj.delight
         self._metrics = {"train": defaultdict(list)}
         self.exact, self.at_hand = log_probs, at_hand
 

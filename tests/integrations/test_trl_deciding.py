@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import sparkjoy as sj
 from sparkjoy.integrations.trl.advantages import centred_advantages
-from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score
+from sparkjoy.integrations.trl.deciding import Scored, draws, other_score, score_of_rows
 from sparkjoy.signs import undecided
 
 advantages = st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=30)
@@ -30,7 +30,7 @@ def test_only_rows_in_doubt_need_log_probs(values, rate, price, share, seed):
         return
     gate = sj.KondoGate(rate, price, negative_share=share)
     worth, log_probs = with_surprisal(values, seed)
-    full = delight_score(worth, log_probs, torch.ones_like(log_probs))
+    full = score_of_rows(sj.delight, worth, log_probs, torch.ones_like(log_probs))
     doubt = undecided(gate.rule, worth)
     known = Scored(worth, doubt, full.where(doubt, math.nan))
     assert torch.equal(gate(known.score).keep, gate(full).keep)
@@ -82,9 +82,9 @@ def test_a_lone_success_does_not_saturate_the_gate():
     # A success of the even group that surprises twice as much is worth more than the lone one, centred only.
     log_probs = torch.full((16, 1), -1.0)
     log_probs[8] = -2.0
-    assert delight_score(centred, log_probs, torch.ones(16, 1)).argmax() == 8
+    assert score_of_rows(sj.delight, centred, log_probs, torch.ones(16, 1)).argmax() == 8
     standardised = sj.group_standardised_advantage(rewards[:, 0], group_size=8)
-    assert delight_score(standardised, log_probs, torch.ones(16, 1)).argmax() == 0
+    assert score_of_rows(sj.delight, standardised, log_probs, torch.ones(16, 1)).argmax() == 0
 
 
 @pytest.mark.parametrize("name", ["advantage", "absolute-advantage", "uniform"])

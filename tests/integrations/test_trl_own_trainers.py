@@ -10,11 +10,13 @@ from datasets import IterableDataset
 from trl import GRPOTrainer
 from trl_cases import Masked, relative_error, trained, trainer
 
+import sparkjoy as sj
 from sparkjoy import coverage
 from sparkjoy.coverage import Coverage
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOMixin, KondoGRPOTrainer
 from sparkjoy.integrations.trl.deciding import part_of
 from sparkjoy.integrations.trl.packing import whole
+from sparkjoy.scores import says
 
 
 def of(base, masked=False):
@@ -187,3 +189,62 @@ def test_a_damaged_state_is_refused_by_name(tmp_path):
         made, _ = trainer(tmp_path, max_steps=2, **SAVING, gate_noise=0.3)
         with pytest.raises(ValueError, match=r"gate_state.json is damaged"):
             made.train(resume_from_checkpoint=True)
+
+
+class Halves:
+    """The best half of the completions, with a count that a resumed run goes on with; says nothing of its weights."""
+
+    def __init__(self):
+        self.batches = torch.zeros(())
+
+    def __call__(self, score, cost):
+        self.batches = self.batches + 1
+        keep = (score >= score.median()) & (score != 0)
+        return sj.Decision(keep, None, keep.to(score.dtype), torch.full_like(score, 2.0))
+
+    def state_dict(self):
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state):
+        self.batches = state["batches"]
+
+
+def test_a_gate_of_a_users_own_decides_weighs_and_is_resumed(tmp_path):
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    made, (given, *_) = trained(tmp_path, arguments={"gate": Halves()}, **changes)
+    _, (expected, *_) = trained(tmp_path / "masked", cls=Masked, arguments={"gate": Halves()}, **changes)
+    assert relative_error(given, expected) < 1e-5
+    assert 0 < made.state.log_history[0]["gate/kept_rate"] <= 0.6
+    assert made._gate.batches == 2
+    resumed, _ = trainer(tmp_path, arguments={"gate": Halves()}, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed._gate.batches == 2
+
+
+def test_a_score_of_a_users_own_ranks(tmp_path):
+    @says(reads_log_probs=False, sign_of_advantage=True)
+    def shortfall(advantages, log_probs):
+        return advantages * 3
+
+    steps = [
+        trained(tmp_path / name, gate_rate=0.3, arguments=arguments, **changes)[1][0]
+        for name, arguments, changes in (
+            ("own", {"score": shortfall}, {}),
+            ("named", {}, {"gate_score": "advantage"}),
+        )
+    ]
+    assert relative_error(*steps) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "says_so"),
+    [
+        ({"gate": sj.KondoGate(rate=0.5)}, {"gate_rate": 0.3}, "and the config has KondoGate"),
+        ({"score": sj.delight}, {}, "is for a gate that is not weighted"),
+        ({"score": sj.delight}, {"gate_noise": 0.3}, "is for a gate that is not weighted"),
+        ({"gate": sj.KondoGate(rate=0.5)}, {"entropy_coef": 0.1}, "the entropy bonus needs"),
+    ],
+)
+def test_what_does_not_go_with_a_gate_of_ones_own_is_refused(tmp_path, arguments, changes, says_so):
+    with pytest.raises(ValueError, match=says_so):
+        trainer(tmp_path, arguments=arguments, **changes)

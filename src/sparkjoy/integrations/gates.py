@@ -7,11 +7,14 @@ import os
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.gates.decision import load_state, state_of
+from sparkjoy.processes.options import in_words
 
 FILE = "gate_state.json"
 ANEW = "To go on with a gate that has learnt nothing yet, write null into that file."
@@ -51,9 +54,11 @@ def gate_of(
 
 def save_gate(gate: Gate, folder: Path) -> None:
     """Write the gate's state into a checkpoint."""
-    state = json.dumps(state_of(gate))
+    state = json.dumps(state_of(gate), default=_tensor_in_words)
     temporary = folder / f"{FILE}.tmp"
-    temporary.write_text(json.dumps({"gate": repr(gate), "state": state, "crc32": zlib.crc32(state.encode())}))
+    temporary.write_text(
+        json.dumps({"gate": in_words({"gate": gate}).removeprefix("gate="), "state": state, "crc32": zlib.crc32(state.encode())})
+    )
     os.replace(temporary, folder / FILE)
 
 
@@ -79,6 +84,17 @@ def load_gate(gate: Gate | None, folder: Path) -> None:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is damaged. Go on from an earlier checkpoint. {ANEW}") from None
-    if name != repr(gate):
+    if name != in_words({"gate": gate}).removeprefix("gate="):
         raise ValueError(f"{file} is of {name}, and this run has {gate!r}. Resume with the same gate. {ANEW}")
-    load_state(gate, json.loads(state))
+    load_state(gate, json.loads(state, object_hook=_tensor_from_words))
+
+
+def _tensor_in_words(value: Any) -> dict[str, Any]:
+    """What json does not know of a state."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a gate's state has {type(value).__name__}; expected numbers, text, lists, dicts and tensors.")
+    return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _tensor_from_words(value: dict[str, Any]) -> Any:
+    return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if "tensor" in value else value

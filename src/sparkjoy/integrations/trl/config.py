@@ -163,9 +163,11 @@ class KondoGRPOConfig(GRPOConfig):
                 f"one of {', '.join(UNCLIPPED_LOSSES)}, or leave gate_dg out and let the gate alone choose."
             )
         if self.gated:
-            self._refuse_what_needs_every_row()
-        if self.gated or self.share_tokens:
-            self._refuse_what_looks_at_micro_batches()
+            self.refuse_with(self.gate())
+        elif self.share_tokens:
+            self._refuse_what_looks_at_micro_batches(
+                "share_tokens=True makes other micro-batches", "with share_tokens=False"
+            )
 
     def gate(self) -> Gate | None:
         """The gate these options describe; None when none is asked for."""
@@ -178,25 +180,22 @@ class KondoGRPOConfig(GRPOConfig):
         rule = getattr(gate, "rule", None)
         return gate is not None and not (rule is not None and rule.keeps_everything)
 
-    def _refuse_what_needs_every_row(self) -> None:
+    def refuse_with(self, gate: Gate | None) -> None:
+        """Raise a ValueError where one of TRL's options does not go with this gate."""
         instead = "gate_noise=0.3, which weights them, or without a gate"
-        if self.beta != 0 and self.gate_noise is None:
+        if self.beta != 0 and not getattr(gate, "weighted", None):
             raise ValueError(
                 f"beta={self.beta}: the KL term needs the gradient of every completion, and the gate skips most. Set "
                 f"beta=0 and take the KL off the reward, or train with {instead}."
             )
-        if self.entropy_coef != 0 and self.gate_noise is None:
+        if self.entropy_coef != 0 and not getattr(gate, "weighted", None):
             raise ValueError(
                 "the entropy bonus needs the gradient of every completion, and the gate skips most. Set "
                 f"entropy_coef=0, or train with {instead}."
             )
+        self._refuse_what_looks_at_micro_batches("the gate skips most completions", "without a gate")
 
-    def _refuse_what_looks_at_micro_batches(self) -> None:
-        why, without = (
-            ("the gate skips most completions", "without a gate")
-            if self.gated
-            else ("share_tokens=True makes other micro-batches", "with share_tokens=False")
-        )
+    def _refuse_what_looks_at_micro_batches(self, why: str, without: str) -> None:
         if self.use_adaptive_entropy:
             raise ValueError(
                 f"use_adaptive_entropy follows the entropy of each micro-batch's completions, and {why}. Set "

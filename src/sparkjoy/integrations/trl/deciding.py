@@ -12,7 +12,9 @@ from torch import Tensor
 
 from sparkjoy import signs
 from sparkjoy.gates import Decision
-from sparkjoy.scores import sequence_delight
+from sparkjoy.scores import ScoreFunction
+from sparkjoy.step.deciding import row_scores
+from sparkjoy.step.inputs import check_inputs
 
 PROMPT_LETTERS = 40
 """Of a prompt's name."""
@@ -30,9 +32,9 @@ def worth(advantages: Tensor, own_advantages: Tensor, mask: Tensor) -> Tensor:
     return signs.worth(advantages, mask).where(teaches, 0)
 
 
-def delight_score(advantages: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
-    """`sequence_delight` of rows (n, T), of the sign of the advantage even where nothing surprises; (n,)."""
-    return signs.with_sign(sequence_delight(advantages, log_probs, mask), signs.worth(advantages, mask))
+def score_of_rows(score: ScoreFunction, advantages: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
+    """(n,) a score of rows (n, T), summed over the tokens that count; a delight has the advantage's sign, always."""
+    return row_scores(score, check_inputs({}, advantages, log_probs, None, mask, looks=False), log_probs)
 
 
 @dataclass(frozen=True)

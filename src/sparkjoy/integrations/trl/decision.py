@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkjoy import checks
 from sparkjoy.coverage import Coverage
 from sparkjoy.gates import Gate
+from sparkjoy.gates.decision import GATE
 from sparkjoy.integrations.sampling import base_of
 from sparkjoy.integrations.sizes import DIVIDES_BY_LENGTH, RowSize
 from sparkjoy.integrations.transformers import prepends_tokens
 from sparkjoy.integrations.trl.advantages import of_the_gate
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
-from sparkjoy.integrations.trl.deciding import Scored, delight_score, draws, other_score, part_of, sized_figures, worth
+from sparkjoy.integrations.trl.deciding import Scored, draws, other_score, part_of, score_of_rows, sized_figures, worth
 from sparkjoy.integrations.trl.packing import Rows, loss_mask, whole
 from sparkjoy.integrations.trl.sharing import SharingMixin
 from sparkjoy.noise import expected_noise, noise_ratio
 from sparkjoy.prefix_tree import fold
+from sparkjoy.scores import SCORE, ScoreFunction, delight, reads_log_probs, sign_of_advantage
+from sparkjoy.selecting import select_by_score
 from sparkjoy.signs import undecided
 
 PATIENCE = 4
@@ -30,10 +34,13 @@ PATIENCE = 4
 class DecidingMixin(SharingMixin):
     """What decides in `KondoGRPOMixin`, which see."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, gate: Gate | None = None, score: ScoreFunction | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.args if isinstance(self.args, KondoGRPOConfig) else None
         self._gate: Gate | None = config.gate() if config is not None and config.gated else None
+        self._gate_score = score or delight
+        if gate is not None or score is not None:
+            self._gate = self._own_gate(gate, score, config)
         self._gate_dg = None if config is None else config.gate_dg
         self._gate_rewards: Tensor | None = None  # (N, F), of all processes, those of the last completions scored
         self._gate_recorded = False  # whether the sampler's log-probs are those read off its passes
@@ -42,6 +49,25 @@ class DecidingMixin(SharingMixin):
         # Of this process's prompts, and anew after a resume.
         self._gate_coverage = Coverage(PATIENCE * self.num_generations)
         self._gate_sums = torch.zeros(4, dtype=torch.float64)  # `noise_sums` of what has run since, of this process
+
+    def _own_gate(self, gate: Gate | None, score: ScoreFunction | None, config: KondoGRPOConfig | None) -> Gate | None:
+        """The gate that the trainer was given, or that of the config where it was given a score alone."""
+        if config is None:
+            raise ValueError("gate and score need a KondoGRPOConfig as args, which says how kept rows are packed.")
+        if gate is not None:
+            checks.function("gate", gate, f"{GATE}, or None for that of the config", ..., ...)
+            if self._gate is not None:
+                raise ValueError(f"gate={gate!r}, and the config has {self._gate!r}; give one of them.")
+            config.refuse_with(gate)
+        chosen = self._gate if gate is None else gate
+        if score is not None:
+            checks.function("score", score, SCORE, ..., ...)
+            if chosen is None or getattr(chosen, "weighted", None) or config.gate_score != "delight":
+                raise ValueError(
+                    f"score={checks.described(score)} is for a gate that is not weighted, instead of gate_score; a "
+                    "noise budget goes by the size of a row's gradient in TRL's loss."
+                )
+        return chosen
 
     def _decide(self, gate: Gate, output: Rows) -> Tensor:
         """(B,) bool: which rows of this process are kept, out of those of all; a weighted gate adds two columns."""
@@ -55,10 +81,11 @@ class DecidingMixin(SharingMixin):
             cost = output["prompt_mask"].sum(dim=1) + output["completion_mask"].sum(dim=1)
         tokens, costs = self._of_all(torch.stack([mask.sum(dim=1), cost], dim=1).float()).unbind(dim=1)
         if getattr(gate, "weighted", None):
-            gate.generator = draws(*place)  # type: ignore[attr-defined]  # it draws, so it has one
+            if hasattr(gate, "generator"):
+                gate.generator = draws(*place)
             keep, figures = self._decide_by_size(gate, output, costs)
         else:
-            keep, figures = self._decide_by_score(gate, output, draws(*place))
+            keep, figures = self._decide_by_score(gate, output, costs, draws(*place))
         figures["screen_seconds"] = time.perf_counter() - start
         figures["backward_tokens"] = float(costs[keep].sum())
         figures["kept_token_rate"] = float(tokens[keep].sum() / tokens.sum().clamp(min=1))
@@ -92,7 +119,9 @@ class DecidingMixin(SharingMixin):
 
     # A hard gate
 
-    def _decide_by_score(self, gate: Gate, output: Rows, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def _decide_by_score(
+        self, gate: Gate, output: Rows, costs: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
         mask = self._teaching_mask(output)
         advantages = self._gate_advantages(output)
         of_all = self._of_all(worth(advantages, output["advantages"], mask))
@@ -101,14 +130,20 @@ class DecidingMixin(SharingMixin):
             scored, screened = Scored(of_all, torch.zeros(len(of_all), dtype=torch.bool), other, other), 0
         else:
             log_probs = self._log_probs_at_hand(output)
-            one_sign = log_probs is None and advantages.dim() == 1
+            if not reads_log_probs(self._gate_score):
+                log_probs = torch.zeros_like(mask, dtype=torch.float32)
+            one_sign = log_probs is None and advantages.dim() == 1 and sign_of_advantage(self._gate_score)
             known = undecided(getattr(gate, "rule", None), of_all) if one_sign else of_all != 0
             rows = self._mine(known, mask).nonzero().flatten()
             of_rows = self._screen(output, rows) if log_probs is None else log_probs[rows]
             local = torch.zeros(len(mask), device=mask.device)
-            local[rows] = delight_score(advantages[rows], of_rows, mask[rows]).to(local)
+            if len(rows):
+                local[rows] = score_of_rows(self._gate_score, advantages[rows], of_rows, mask[rows]).to(local)
             scored, screened = Scored(of_all, known, self._of_all(local)), int(known.sum()) * (log_probs is None)
-        keep = gate(scored.score).keep
+        decision = select_by_score(gate, scored.score, costs).decision
+        keep = decision.keep
+        if getattr(gate, "weighted", None) is None:  # one that does not say
+            output["gate_weight"] = self._mine(decision.weight, mask)
         return keep, scored.figures(keep) | {"screened_rate": screened / len(keep)}
 
     def _teaching_mask(self, output: Rows) -> Tensor:
@@ -183,7 +218,7 @@ class DecidingMixin(SharingMixin):
             log_probs = torch.zeros(mask.shape, device=mask.device).index_copy(0, rows, self._screen(output, rows))
         size = self._size_of(output, log_probs)
         of_all = self._of_all(size)
-        decision = gate(of_all, costs)
+        decision = select_by_score(gate, of_all, costs).decision
         output["gate_size"], output["gate_weight"] = size, self._mine(decision.weight, size)
         self._gate_expected = expected_noise(of_all, decision.probability)
         figures = sized_figures(of_all, decision) | {"screened_rate": screened / len(of_all)}
@@ -198,7 +233,9 @@ class DecidingMixin(SharingMixin):
             sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
         measured = sums.tolist()
         self._metrics["train"]["gate/noise"].append(self._gate_expected * noise_ratio(*measured))
-        self._gate.learn(*measured)  # type: ignore[union-attr]  # only a weighted gate lets expect anything
+        learn = getattr(self._gate, "learn", None)
+        if learn is not None:
+            learn(*measured)
         self._gate_expected, self._gate_sums = None, torch.zeros(4, dtype=torch.float64)
 
     # Log-probs to decide on

@@ -36,7 +36,8 @@ from sparkjoy.integrations.trl.recording import recording
 from sparkjoy.integrations.trl.sharing import SharingMixin, reading_prompts_once
 from sparkjoy.losses import delightful_weight
 from sparkjoy.noise import noise_sums
-from sparkjoy.scores import per_row
+from sparkjoy.scores import per_row, reads_log_probs
+from sparkjoy.signs import Rule
 
 TEXT_ONLY = (
     "the gate and share_tokens pack text only, and these prompts come with images. Train without the gate and "
@@ -144,8 +145,9 @@ class KondoGRPOMixin(ComparingMixin):
         generates = not (self.use_vllm or self.use_transformers_continuous_batching or self.tools)
         if self._gate is None or not generates or not self.model.training:
             return False
-        by_sign = self.args.gate_rate is None and self.args.gate_price == 0 and self.args.gate_negative_share == 0
-        return self.args.gate_score == "delight" and self.args.gate_log_probs == "auto" and not by_sign
+        by_sign = getattr(self._gate, "rule", None) == Rule(floor=0.0)
+        reads = self.args.gate_score == "delight" and reads_log_probs(self._gate_score)
+        return reads and self.args.gate_log_probs == "auto" and not by_sign
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
         model, recorder = self.accelerator.unwrap_model(self.model_wrapped), None
@@ -380,4 +382,12 @@ class KondoGRPOTrainer(KondoGRPOMixin):
 
     The gradient of a step is that of the same trainer with the skipped completions' advantages set to 0 and the others'
     multiplied by their weights: by 1, or under `gate_noise` such that it is TRL's own on average.
+
+    Args:
+        gate: one of your own, instead of the config's: `gate(score, cost) -> Decision` about the completions of a
+            generation batch, over all processes; see `sparkjoy.gates`.
+        score: what a gate that is not weighted decides on, `(advantages, log_probs) -> (n,)` or (n, T); None: delight.
+
+    Raises:
+        ValueError: a gate here and in the config, or a set-up that it does not go with.
     """
