@@ -111,7 +111,7 @@ def test_a_budget_samples_by_the_losss_own_size_and_its_mean_gradient_is_the_den
     torch.testing.assert_close(report.decision.probability, expected)
     policy.zero_grad()
     sj.gated_backward(policy.log_probs, batch, advantages, None, loss=half_as_bad)
-    dense, total, draws = policy.layer.weight.grad.clone(), 0.0, 2000
+    dense, total, draws = policy.layer.weight.grad.clone(), 0.0, 500
     step = sj.GatedBackward(sj.UnbiasedGate(noise=1.0, generator=torch.Generator().manual_seed(0)), loss=half_as_bad)
     for _ in range(draws):
         policy.zero_grad()

@@ -41,18 +41,26 @@ def test_every_loss_has_its_gradient(tmp_path, loss_type):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_has_its_gradient(tmp_path, name):
-    for loss_type in ("dapo", "bnpo"):
-        options = OPTIONS[name] | {"loss_type": loss_type}
-        if "beta" in options and "lora" not in options:
-            trl_task.model().save_pretrained(tmp_path / "model")  # TRL loads the reference by name
-            options["model"] = str(tmp_path / "model")
-        _, given = trained(tmp_path, share_tokens=True, **options)
-        _, expected = trained(tmp_path, **options, **EXACT)
-        assert same(given, expected)
+    options = OPTIONS[name] | {"loss_type": ("dapo", "bnpo")[list(OPTIONS).index(name) % 2]}
+    if "beta" in options and "lora" not in options:
+        trl_task.model().save_pretrained(tmp_path / "model")  # TRL loads the reference by name
+        options["model"] = str(tmp_path / "model")
+    _, given = trained(tmp_path, share_tokens=True, **options)
+    _, expected = trained(tmp_path, **options, **EXACT)
+    assert same(given, expected)
 
 
-@pytest.mark.parametrize("gate", [{"gate_rate": 0.4}, {"gate_noise": 0.5}, {"gate_price": 0.0}], ids=str)
-@pytest.mark.parametrize("options", [{}, {"gate_log_probs": "exact"}, {"gate_pack_for": "memory"}], ids=str)
+@pytest.mark.parametrize(
+    ("gate", "options"),
+    [
+        ({"gate_rate": 0.4}, {"gate_log_probs": "exact"}),
+        ({"gate_rate": 0.4}, {"gate_pack_for": "memory"}),
+        ({"gate_noise": 0.5}, {}),
+        ({"gate_noise": 0.5}, {"gate_log_probs": "exact"}),
+        ({"gate_price": 0.0}, {"gate_pack_for": "memory"}),
+    ],
+    ids=str,
+)
 def test_under_a_gate_it_is_the_gradient_of_the_weighted_rows(tmp_path, gate, options):
     _, given = trained(tmp_path, share_tokens=True, loss_type="grpo", max_steps=2, **gate, **options)
     _, expected = trained(tmp_path, cls=Masked, share_tokens=True, loss_type="grpo", max_steps=2, **gate, **options)

@@ -306,6 +306,8 @@ def test_study_bandit_leaves_a_summary_and_a_figure_per_part(monkeypatch, capsys
         3,
         "--steps",
         20,
+        "--corner-steps",
+        40,
     )
     assert sparkjoy(monkeypatch, capsys, "study", "bandit", *flags, "--out", tmp_path)[0] == 0
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -43,11 +43,18 @@ def denominator(normalizer, keep, mask, shape):
     return normalizer
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("normalizer", ["batch", "samples", "kept", 7.5, 0.25])
-@pytest.mark.parametrize("micro_batch_size", [None, 1, 3, 100])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("gate", GATES)
+def every_pair():
+    """Each gate on each shape under each normalizer, with micro-batches and dtypes in turn: any two values meet."""
+    normalizers, sizes, dtypes = (
+        ("batch", "samples", "kept", 7.5, 0.25),
+        (None, 1, 3, 100),
+        (torch.float64, torch.float32),
+    )
+    for turn, (gate, shape, normalizer) in enumerate(itertools.product(GATES, SHAPES, normalizers)):
+        yield gate, shape, sizes[turn % 4], normalizer, dtypes[turn // 4 % 2]
+
+
+@pytest.mark.parametrize(("gate", "shape", "micro_batch_size", "normalizer", "dtype"), [*every_pair()])
 def test_gradient_equals_the_masked_full_batch(gate, shape, micro_batch_size, normalizer, dtype):
     policy, batch, advantages, mask = make_case(shape, dtype)
     parameters = list(policy.parameters())

@@ -8,7 +8,21 @@ import pytest
 from sparkjoy_lab.cli import main
 
 BASELINE = Path(__file__).parents[3] / "benchmarks" / "baselines" / "gpt2-2m.json"
-FLAGS = ["--rows", "6", "--length", "5", "--vocabulary", "30", "--rounds", "1", "--micro-batch-sizes", "2", "6"]
+FLAGS = [
+    "--threads",
+    "1",
+    "--rows",
+    "6",
+    "--length",
+    "5",
+    "--vocabulary",
+    "30",
+    "--rounds",
+    "1",
+    "--micro-batch-sizes",
+    "2",
+    "6",
+]
 
 
 def bench(monkeypatch, out, *flags):

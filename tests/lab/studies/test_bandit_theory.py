@@ -36,6 +36,7 @@ SMALL = bandit_theory.BanditStudy(
     seeds=2,
     steps=20,
     batch=8,
+    corner_steps=40,
 )
 
 
