@@ -233,3 +233,13 @@ def test_a_score_that_is_0_where_the_gradient_is_not_is_refused(known):
         with pytest.raises(ValueError, match="the score is 0 for"):
             select(step.gate, advantages, log_probs, score=gains_only)
     assert GatedBackward(KondoGate(rate=0.3), score=gains_only)(policy.log_probs, batch, advantages).kept
+
+
+def test_sizes_of_a_rows_tokens_add_as_squares():
+    policy, batch, advantages, mask = make_case("ragged tokens")
+    known = policy.log_probs(batch).detach()
+    report = GatedBackward(UnbiasedGate(noise=0.3))(policy.log_probs, batch, advantages, log_probs=known, mask=mask)
+    of_tokens = (advantages.abs().view(len(advantages), -1) * (1 - known.exp())).where(mask, 0)
+    cost = mask.sum(dim=1)
+    expected = UnbiasedGate(noise=0.3)(of_tokens.square().sum(dim=1).sqrt(), cost).probability
+    torch.testing.assert_close(report.decision.probability, expected)

@@ -1,7 +1,7 @@
 """An experiment: keep or skip single tokens instead of whole answers.
 
 A kept row's tokens all go through the model whatever is kept of them, since later tokens attend to earlier ones. What
-can truly be saved is rows without a kept token and the tail after the last kept one. `docs/token_gate.md` says how it
+can truly be saved is rows without a kept token and the tail after the last kept one. `docs/lab_notebook.md` says how it
 learns.
 """
 

@@ -25,11 +25,13 @@ GATES = {
 
 
 class Reweighting:
-    """A gate of one's own: keeps every third row, at three times its weight."""
+    """A gate of one's own: keeps every third row, each at a weight of its own, and does not look at the scores."""
 
     def __call__(self, score, cost=None):
         keep = torch.arange(len(score)) % 3 == 0
-        return sj.Decision(keep, score.new_zeros(()), torch.full_like(score, 1 / 3), torch.full_like(score, 3.0))
+        return sj.Decision(
+            keep, score.new_zeros(()), torch.full_like(score, 1 / 3), 1 + torch.arange(len(score)).to(score)
+        )
 
 
 def denominator(normalizer, keep, mask, shape):
@@ -74,6 +76,9 @@ def test_gradient_equals_the_masked_full_batch(gate, shape, micro_batch_size, no
         keep, weight = report.decision.keep, report.decision.weight
         assert 0 < report.kept == int(keep.sum())
         assert (report.kept == ROWS) == (gate == "none")
+        of_tokens = advantages if mask is None or advantages.dim() == 1 else advantages.where(mask, 0)
+        teaches = of_tokens.view(ROWS, -1).any(dim=1) & (True if mask is None else mask.any(dim=1))
+        assert gate == "none" or bool(teaches[keep].all())
         expected = masked_gradient(
             policy.log_probs,
             loss,
@@ -329,3 +334,11 @@ def test_low_precision_answers_are_ranked_in_float32():
     )
     assert report.decision.keep.tolist() == [False, True]
     assert report.decision.price.item() == 513
+
+
+def test_a_loss_is_of_the_tokens_that_count():
+    """A clipped term is -U where the policy is the one that sampled, and none at all where the mask is 0."""
+    policy, batch, advantages, mask = make_case("ragged tokens")
+    report = sj.gated_backward(policy.log_probs, batch, advantages, None, loss=sj.clipped(0.2), mask=mask)
+    expected = -(advantages.view(ROWS, -1) * mask).sum() / mask.sum()
+    assert report.loss.item() == pytest.approx(expected.item())
