@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from sparkjoy.integrations.trl.recording import recording
+from sparkjoy.integrations.sampling import recording
 from sparkjoy_lab.bench.timing import collect, machine, median, options, print_table, turns
 from sparkjoy_lab.language_model import pretrained
 from sparkjoy_lab.studies.language_tasks import TASKS

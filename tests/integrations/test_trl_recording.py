@@ -6,9 +6,9 @@ import trl_task
 from trl import GRPOConfig, GRPOTrainer
 from trl_cases import SETTINGS, relative_error, trained
 
+from sparkjoy.integrations.sampling import Recorder, recording
 from sparkjoy.integrations.trl import KondoGRPOTrainer
 from sparkjoy.integrations.trl.packing import loss_mask
-from sparkjoy.integrations.trl.recording import Recorder, recording
 
 
 class Comparing(KondoGRPOTrainer):

@@ -8,7 +8,7 @@ import torch
 from engine_cases import make_case
 
 import sparkjoy as sj
-from sparkjoy.processes.options import first_difference, in_words
+from sparkjoy.processes.meeting import first_difference, in_words
 from sparkjoy.testing import TinyPolicy
 from sparkjoy_lab.losses import weighted_by
 from sparkjoy_lab.scores import additive_score, noisy_score, uniform_score

@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.frontier.arms import Arm, Outcome, PlainLoop, Progress, check_gates, default_gates, turns
-from sparkjoy.frontier.cost import PEAK_BYTES, timed, with_peak
+from sparkjoy.frontier.arms import (
+    PEAK_BYTES,
+    Arm,
+    Outcome,
+    PlainLoop,
+    Progress,
+    check_gates,
+    default_gates,
+    timed,
+    turns,
+    with_peak,
+)
 from sparkjoy.frontier.result import Frontier, Kind, checked_seconds
 from sparkjoy.gates import Gate, UnbiasedGate
 from sparkjoy.gradients import Gradients, Snapshot, figures, same_random_state, sums

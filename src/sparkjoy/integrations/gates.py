@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.gates.decision import load_state, state_of
-from sparkjoy.processes.options import in_words
+from sparkjoy.processes.meeting import in_words
 
 FILE = "gate_state.json"
 ANEW = "To go on with a gate that has learnt nothing yet, write null into that file."
@@ -57,7 +57,13 @@ def save_gate(gate: Gate, folder: Path) -> None:
     state = json.dumps(state_of(gate), default=_tensor_in_words)
     temporary = folder / f"{FILE}.tmp"
     temporary.write_text(
-        json.dumps({"gate": in_words({"gate": gate}).removeprefix("gate="), "state": state, "crc32": zlib.crc32(state.encode())})
+        json.dumps(
+            {
+                "gate": in_words({"gate": gate}).removeprefix("gate="),
+                "state": state,
+                "crc32": zlib.crc32(state.encode()),
+            }
+        )
     )
     os.replace(temporary, folder / FILE)
 
@@ -84,9 +90,14 @@ def load_gate(gate: Gate | None, folder: Path) -> None:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is damaged. Go on from an earlier checkpoint. {ANEW}") from None
-    if name != in_words({"gate": gate}).removeprefix("gate="):
+    if name != _named(gate):
         raise ValueError(f"{file} is of {name}, and this run has {gate!r}. Resume with the same gate. {ANEW}")
     load_state(gate, json.loads(state, object_hook=_tensor_from_words))
+
+
+def _named(gate: Gate) -> str:
+    """A gate as two runs of one program call it: without addresses in memory."""
+    return in_words({"gate": gate}).removeprefix("gate=")
 
 
 def _tensor_in_words(value: Any) -> dict[str, Any]:

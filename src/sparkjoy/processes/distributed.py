@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparkjoy.gates import Decision
 from sparkjoy.processes.data_parallel import Replicated, Sharded, Wrapped
-from sparkjoy.processes.meeting import Meeting, Place, RanksError
-from sparkjoy.processes.options import first_difference
+from sparkjoy.processes.meeting import Meeting, Place, RanksError, first_difference
 from sparkjoy.processes.ranks import OneProcess, Ranks, say_of_grad
 from sparkjoy.step.counts import Counting
 from sparkjoy.step.inputs import Inputs, check_finite

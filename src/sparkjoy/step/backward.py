@@ -24,7 +24,7 @@ from sparkjoy.gates.decision import GATE, load_state, state_of
 from sparkjoy.gradients import Comparison, Comparisons, Gradients, sketches, sums
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
 from sparkjoy.processes.distributed import ranks_of
-from sparkjoy.processes.options import in_words
+from sparkjoy.processes.meeting import in_words
 from sparkjoy.scores import SCORE, ScoreFunction, delight, is_size
 from sparkjoy.step.counts import Counting, Counts
 from sparkjoy.step.deciding import added_noise, decide, scores_of_rows, to_decide_on

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.trainer import utils
 
-from sparkjoy.integrations.sampling import prompts_read_once
+from sparkjoy.integrations.sampling import Recorder, prompts_read_once
 from sparkjoy.integrations.transformers import SharedTokens, evaluating, label_scores
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
 from sparkjoy.integrations.trl.packing import Rows, whole
-from sparkjoy.integrations.trl.recording import Recorder
 from sparkjoy.prefix_tree import PrefixTree, fold
 
 HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")

@@ -28,11 +28,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from sparkjoy.integrations.gates import load_gate, save_gate
+from sparkjoy.integrations.sampling import recording
 from sparkjoy.integrations.transformers import longest_with_fixed_rotations
 from sparkjoy.integrations.trl.comparing import ComparingMixin
 from sparkjoy.integrations.trl.decision import DecidingMixin
 from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, Unit, loss_mask, pack, whole
-from sparkjoy.integrations.trl.recording import recording
 from sparkjoy.integrations.trl.sharing import SharingMixin, reading_prompts_once
 from sparkjoy.losses import delightful_weight
 from sparkjoy.noise import noise_sums
