@@ -69,7 +69,7 @@ def alike(completions, **_):
         ({"beta": 0.5, "steps_per_generation": 8}, alike),
         ({"entropy_coef": 0.3}, trl_task.copied),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_terms_beside_the_policys_are_weighted_too(tmp_path, beside, rewards):
     """The reference is the model without its adapter. Where no row has an advantage, these terms are all there is."""
