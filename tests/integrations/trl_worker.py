@@ -119,7 +119,7 @@ def main(folder, only):
         cases = {}
         for number, loss in enumerate(LOSS_NORMALIZERS):
             sizes = ("exact", "stale", "none")[number % 3]
-            steps, dense, made = drawn(folder / "out", 30, sizes, loss_type=loss, gradient_accumulation_steps=2)
+            steps, dense, made = drawn(folder / "out", 20, sizes, loss_type=loss, gradient_accumulation_steps=2)
             tensors[loss] = steps[-1]
             figures = ("kept_rate", "noise", "price")
             results[loss] = {name: made.state.log_history[0][f"gate/{name}"] for name in figures} | {

@@ -176,6 +176,7 @@ def test_help_names_every_command(monkeypatch, capsys):
     assert all(f"sparkjoy {name} " in shown for name in command_names.COMMANDS)
 
 
+@pytest.mark.slow
 def test_figures_are_files_whatever_a_notebook_s_shell_says(tmp_path):
     flags = ["--methods", "kondo", "--rates", "0.5", "--seeds", "0", "--steps", "5", "--evaluate-every", "5"]
     command = [sys.executable, "-m", "sparkjoy_lab", "pareto", "mnist", *flags, "--out", str(tmp_path)]
@@ -288,6 +289,7 @@ def test_a_fault_of_the_programs_own_is_shown_whole(monkeypatch, capsys):
         sparkjoy(monkeypatch, capsys, "train")
 
 
+@pytest.mark.slow
 def test_study_bandit_leaves_a_summary_and_a_figure_per_part(monkeypatch, capsys, tmp_path):
     flags = (
         "--arms",

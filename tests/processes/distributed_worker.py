@@ -198,7 +198,7 @@ def quick_equivalence():
     equivalence(cases, divisions=(False,))
 
 
-def unbiased(draws=200):
+def unbiased(draws=100):
     """The mean gradient over a noise budget's draws, compared with the dense one, in standard errors."""
     _, batch, advantages, mask = make_case("ragged tokens")
     world, rank = dist.get_world_size(), dist.get_rank()

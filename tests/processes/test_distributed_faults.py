@@ -38,6 +38,7 @@ def test_what_fails_on_one_rank_fails_on_all_and_the_next_step_is_sound(tmp_path
             assert all("rank 1" in text for _, text in first["said"]), first
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_left_out_a_call_is_found_by_the_number_of_the_step(tmp_path):
     for found in zip(*every_rank(tmp_path, 2, "skips"), strict=True):
         for one in found:

@@ -16,6 +16,7 @@ def both_ranks(tmp_path, *scenarios):
     return [[json.loads(line[7:]) for line in text.splitlines() if line.startswith("RESULT ")] for text in said]
 
 
+@pytest.mark.slow
 def test_errors_and_modules_that_do_not_fit_are_refused_on_every_rank(tmp_path):
     scenarios = ("errors_of_one_rank", "modules_that_do_not_fit", "accumulation_that_ends_without_survivors")
     for rank, found in enumerate(both_ranks(tmp_path, *scenarios)):

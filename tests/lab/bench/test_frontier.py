@@ -92,6 +92,7 @@ def frontier(monkeypatch, out, **given):
     main()
 
 
+@pytest.mark.slow
 def test_the_command_leaves_answers_a_summary_and_figures(monkeypatch, capsys, own, tmp_path):
     frontier(monkeypatch, tmp_path, **options(own), rounds=1)
     result = json.loads((tmp_path / "summary.json").read_text())

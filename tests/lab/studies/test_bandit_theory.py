@@ -184,6 +184,7 @@ def test_the_summary_has_what_the_study_promises_and_draws():
     mpl.pyplot.close("all")
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_summary():
     first, again, other = (study.run(QUIET) for study in (SMALL, SMALL, replace(SMALL, seed=1)))
     assert first == again

@@ -9,6 +9,7 @@ from sparkjoy_lab.studies.study import run_study
 from sparkjoy_lab.studies.token_gate import TokenGateStudy
 
 
+@pytest.mark.slow
 def test_scaling_tunes_runs_and_stops_where_a_method_fails(tmp_path):
     study = ScalingStudy(
         prompt_lengths=(2, 8), arms=("dg", "uniform 3%"), learning_rates=(1e-3, 3e-3), seeds=(0,), answers=4000
@@ -26,6 +27,7 @@ def test_scaling_tunes_runs_and_stops_where_a_method_fails(tmp_path):
     assert run_study(study, tmp_path) == rows  # nothing is run again, so seconds are the same too
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_losing_is_not_run_to_the_end(tmp_path):
     study = ScalingStudy(prompt_lengths=(3,), arms=("dg",), learning_rates=(3e-3, 1e-5), seeds=(0,), answers=6000)
     row = run_study(study, tmp_path)[0]
@@ -56,6 +58,7 @@ def test_scaling_refuses(arguments, message):
         ScalingStudy(**arguments)
 
 
+@pytest.mark.slow
 def test_token_study_probes_every_arm(tmp_path):
     records = run_study(TokenGateStudy(prompt_length=3, steps=4, evaluate_every=2, seeds=(0,)), tmp_path)
     assert {record["arm"] for record in records} == set(token_gate.ARMS)

@@ -34,6 +34,7 @@ def test_arms_are_distinct_and_cover_the_claims():
         assert len({arm.task for arm in every if arm.part == "unbiased"}) >= 4
 
 
+@pytest.mark.slow
 def test_a_run_leaves_tables_and_figures_and_is_not_run_twice(tmp_path, monkeypatch):
     study = ScreeningStudy()
     few = shortened(study)

@@ -248,7 +248,7 @@ def test_a_process_that_is_killed_is_one_line(tmp_path, started):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "to_group", "status"),
-    [(signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143), (signal.SIGINT, True, 130)],
+    [(signal.SIGTERM, False, 143), (signal.SIGINT, True, 130)],
 )
 def test_a_signal_leaves_checkpoints_and_no_process(tmp_path, started, number, to_group, status):
     out = tmp_path / "out"

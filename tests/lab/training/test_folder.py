@@ -150,6 +150,7 @@ def take(folder, start, found):
         found.put(str(error))
 
 
+@pytest.mark.slow
 def test_of_two_that_start_at_once_one_is_refused_every_time(tmp_path):
     context = multiprocessing.get_context("fork")
     for number in range(20):
