@@ -60,7 +60,12 @@ FAULTS = [
         'batch["gate_weight"]',
         f"{TRL}_gradients.py {TRL}_packing.py",
     ),
-    ("integrations/trl/decision.py", "gate.generator = draws(*place)", "gate.generator = draws(0)", f"{TRL}_noise.py {TRL}_trainer.py"),
+    (
+        "integrations/trl/decision.py",
+        "gate.generator = draws(*place)",
+        "gate.generator = draws(0)",
+        f"{TRL}_noise.py {TRL}_trainer.py",
+    ),
     ("prefix_tree.py", "(rows[1:] == rows[:-1]).cumprod(dim=1)", "rows[1:] == rows[:-1]", "tests/test_prefix_tree.py"),
 ]
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from engine_cases import ACTIONS, ROWS, make_case
+from gates_of_users import BestOfAll
 
 import sparkjoy as sj
 from sparkjoy.scores import advantage_score
@@ -225,3 +226,13 @@ def test_rows_of_another_length_than_the_screened_ones_are_refused():
 
     with pytest.raises(ValueError, match="pad all rows"):
         sj.gated_backward(trimming, batch, advantages, sj.KondoGate(rate=0.3))
+
+
+def test_a_gate_that_does_not_look_is_not_given_what_is_no_number():
+    """One of a user's own with a rule, which decides on known log-probs."""
+    policy, batch, advantages, _ = make_case("rows")
+    advantages[1] = torch.nan
+    with pytest.raises(ValueError, match="advantages has 1 of 13 values NaN or infinite"):
+        sj.gated_backward(
+            policy.log_probs, batch, advantages, BestOfAll(0.3), log_probs=policy.log_probs(batch).detach()
+        )

@@ -5,7 +5,6 @@
 - `unbiased.py`: UnbiasedGate, the noise budget: keeps at random and weights, so that the dense gradient is its mean.
 - `soft.py`: SoftGate, the Kondo gate at a temperature.
 - `budget.py`: BudgetGate, which holds the average cost in tokens.
-- `inputs.py`: scores and costs, checked; for a gate of your own too.
 
 A new gate is a callable `gate(score, cost=None) -> Decision` about N samples. Nothing is registered: give it to
 `sj.GatedBackward`, `sj.select` or `sj.frontier`.
@@ -34,19 +33,20 @@ it. `price`: the threshold it applied, for the log; None is fine.
 - `weighted = True`: the weights make up for what is skipped. The gate is then asked about sizes instead of delights,
   and `sj.frontier` may recommend it. `weighted = False`: all weights are 1. Left out: weights are used, nothing else
   follows.
-- `learn(noise)`, for a weighted gate: told after each step what its draws really added.
+- `learn(added, own, expected_added, expected_own)`, for a weighted gate: told after each step what its draws really
+  added (`sparkjoy.noise.noise_sums`).
 - `state_dict()` and `load_state_dict(state)`, where it remembers anything. They go into `GatedBackward`'s own, and so
   into checkpoints. `load_state_dict` refuses another kind's state before it changes anything (`sparkjoy.states.check`).
 - `__repr__` with its options: `sj.frontier` prints it, and several processes compare it to be sure that they agree.
 
-A subclass with a `__call__` of its own says these anew.
+The library's gates are not for subclassing: what they say would be untrue of another `__call__`. Hold one, and call it.
 
 **Several processes** make one decision: the gate sees the rows of all of them, so it should not count on its own
 process's batch.
 
 **Where it is tested.** tests/test_tour.py has a whole gate with memory in under 40 lines, and what to check: its
 gradient is the masked full batch's, `sj.select` decides as the engine does, a resumed run decides as an unbroken one. A
-gate of the library belongs into the table at the top of tests/engine/test_backward.py too.
+gate of the library belongs into the table at the top of tests/step/test_backward.py too.
 """
 
 from sparkjoy.gates.budget import BudgetGate as BudgetGate

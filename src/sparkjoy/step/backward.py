@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparkjoy import checks, states
 from sparkjoy.draft import Draft
-from sparkjoy.gates import Decision, Gate
+from sparkjoy.gates import Decision, Gate, KondoGate
 from sparkjoy.gates.decision import GATE, load_state, state_of
 from sparkjoy.gradients import Comparison, Comparisons, Gradients, sketches, sums
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
@@ -188,9 +188,10 @@ class GatedBackward:
             rule = getattr(self.gate, "rule", None)
             keeps_all = rule is not None and rule.keeps_everything
             options = options._replace(gate=None if keeps_all else self.gate, rule=rule)
-            # A NaN or infinite value would show in such a score; of several processes it is not known whose it was.
+            # The hard gate finds a NaN or infinite value in such a score; of several processes it cannot say whose.
             known = log_probs is not None and draft is None
-            tells = known and options.score is delight and rule is not None and options.gate is not None
+            finds = isinstance(options.gate, KondoGate) and rule is not None
+            tells = known and options.score is delight and finds
             inputs = check_inputs(
                 batch,
                 advantages,
