@@ -7,8 +7,8 @@
 - A function takes the arguments that it will be called with. A class is neither a function nor an object of that class.
 - A state is that of an object made with the same options (`sparkjoy.states`).
 
-What is of another kind is a TypeError, what is out of range a ValueError, and so is a number of another kind. Both say
-what was given, what is expected and what to do.
+Wrong type: TypeError. Wrong value, or a scalar of the wrong type: ValueError. Both say what was given, what is expected
+and what to do.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparkjoy.signs import worth
 
 MISSED = 7.0
-"""Rows that would have been kept: by chance alone none of so many is, once in a thousand times."""
+"""Rows that would have been kept: by chance alone not one of them is, once in a thousand times."""
 FEW = 0.01
 """Lost parts among all that may be chance."""
 MEMORY = 0.99

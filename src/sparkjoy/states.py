@@ -35,18 +35,6 @@ def check(owner: str, given: Any, **fits: Callable[[Any], bool]) -> None:
             )
 
 
-def load_into(name: str, into: Any, given: Any) -> None:
-    """Have a module or an optimizer of torch take up a state.
-
-    Raises:
-        ValueError: one that does not fit it, in torch's words.
-    """
-    try:
-        into.load_state_dict(given)
-    except Exception as error:  # torch has many kinds for what is wrong with a state
-        raise ValueError(f"state has {name} that does not fit this {type(into).__name__}: {error}") from error
-
-
 def is_count(value: Any) -> bool:
     """Whether this is a whole number of at least 0."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= int(value) <= checks.LARGEST

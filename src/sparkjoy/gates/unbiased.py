@@ -1,4 +1,4 @@
-"""A gate that leaves the expected gradient as it is: the kept count for the skipped (Horvitz and Thompson 1952).
+"""The expected gradient as it is: kept rows are weighted up to stand in for skipped ones (Horvitz and Thompson 1952).
 
 A sample of size s is kept with probability q = min(1, s / price) and its term multiplied by 1 / q, so the mean over the
 gate's draws is the dense sum. Sizes near the length of a term's gradient make the added noise small.
@@ -24,7 +24,7 @@ MOST = 1.3
 """What one of them counts for at most, over the third largest: outliers would hold the price for long."""
 
 UNLIKE = 2.0
-"""A batch of more than so many times that mean tells nothing of how far the sizes of others are off."""
+"""A batch of more than this many times that mean tells nothing of how far the sizes of others are off."""
 
 
 GAIN = 0.1

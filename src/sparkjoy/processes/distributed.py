@@ -139,7 +139,7 @@ class SeveralProcesses:
         return self._rank if self._wrapped.shards else None
 
     def rounds(self, parts: int, kept: int) -> int:
-        """As many as the rank with most; one, of fillers, where an earlier call's gradients are yet to be averaged."""
+        """As many as the rank with most; one, of dummies, where an earlier call's gradients are yet to be averaged."""
         rounds = self.most(parts) if kept else int(self._owes_sync and self._wrapped.syncs)
         if rounds:
             self._wrapped.begin()

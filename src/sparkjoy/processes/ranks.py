@@ -109,7 +109,6 @@ class OneProcess:
         return loss
 
 
-ALONE = OneProcess()
 Ranks: TypeAlias = "OneProcess | SeveralProcesses"
 """The processes of a step."""
 

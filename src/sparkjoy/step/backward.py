@@ -85,7 +85,7 @@ class GatedBackward:
             gradient_accumulation_steps is undone: a call is normalised as `normalizer` says, and calls add up.
         backward_over_forward: r, what a backward pass costs in forward passes, for the choice of a plan; None: 2, that
             of training all weights. An attribute too, for whoever measures it while training.
-        compare_every: every so many steps the dense gradient of the same batch is computed too, for
+        compare_every: at every n-th step the dense gradient of the same batch is computed too, for
             `report.comparison`: forward and backward passes over all rows more. `.grad` and gate are what they would be
             without. Warns, once, if the last 20 comparisons say that the gate hurts. None: never.
 

@@ -80,8 +80,8 @@ class Packing:
     """How rows become micro-batches.
 
     Args:
-        rows: at most so many in one; None: no limit.
-        tokens: at most so many columns of the mask, padding included; a single longer row goes alone. None: no limit.
+        rows: the most in one; None: no limit.
+        tokens: the most columns of the mask in one, padding included; a single longer row goes alone. None: no limit.
         trim: cuts off padding; rows are then sorted by length, the longest first.
         group_by: entry of the batch; rows of equal values go together, and a micro-batch ends with its last group.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkjoy import checks, states
-from sparkjoy_lab.drafts.policy import checked_policy, log_probs_of
+from sparkjoy_lab.drafts.policy import checked_policy, load_into, log_probs_of
 
 
 class DistilledDraft:
@@ -85,6 +85,6 @@ class DistilledDraft:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         states.check("DistilledDraft", state, student=states.is_state, optimizer=states.is_state, steps=states.is_count)
-        states.load_into("student", self.student, state["student"])
-        states.load_into("optimizer", self._optimizer, state["optimizer"])
+        load_into("student", self.student, state["student"])
+        load_into("optimizer", self._optimizer, state["optimizer"])
         self._steps = state["steps"]

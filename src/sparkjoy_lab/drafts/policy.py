@@ -28,3 +28,15 @@ def log_probs_of(policy: nn.Module, rows: Any) -> Tensor:
     """The policy's log-probs of `rows` without a graph."""
     log_probs: Tensor = policy.log_probs(rows)  # type: ignore[operator]  # checked_policy saw to it
     return log_probs.detach()
+
+
+def load_into(name: str, into: Any, given: Any) -> None:
+    """Have a module or an optimizer of torch take up a state.
+
+    Raises:
+        ValueError: one that does not fit it, in torch's words.
+    """
+    try:
+        into.load_state_dict(given)
+    except Exception as error:  # torch has many kinds for what is wrong with a state
+        raise ValueError(f"state has {name} that does not fit this {type(into).__name__}: {error}") from error

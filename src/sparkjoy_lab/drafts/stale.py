@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparkjoy import checks, states
-from sparkjoy_lab.drafts.policy import checked_policy, log_probs_of
+from sparkjoy_lab.drafts.policy import checked_policy, load_into, log_probs_of
 
 
 class StaleWeights:
@@ -56,5 +56,5 @@ class StaleWeights:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         states.check("StaleWeights", state, copy=states.is_state, age=states.is_count)
-        states.load_into("copy", self._copy, state["copy"])
+        load_into("copy", self._copy, state["copy"])
         self._age = state["age"]

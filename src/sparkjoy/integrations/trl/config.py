@@ -78,7 +78,7 @@ class KondoGRPOConfig(GRPOConfig):
     gate_log_probs: Literal["auto", "exact", "none"] = field(
         default="auto",
         metadata={
-            "help": "Where log-probs to decide on come from. 'auto': those at hand, of the sampler (recorded while "
+            "help": "Where log-probs to decide on come from. 'auto': those there are, of the sampler (recorded while "
             "transformers generates) or of the pass that corrects vLLM's, else a pass without a graph, or none under "
             "`gate_noise`, which then goes by advantage and length. 'exact': never the sampler's. 'none', with "
             "`gate_noise`: record and compute none."
@@ -116,7 +116,7 @@ class KondoGRPOConfig(GRPOConfig):
     gate_compare_every: int | None = field(
         default=None,
         metadata={
-            "help": "At every so many optimizer steps, compute TRL's own gradient of all their completions too, and "
+            "help": "At every n-th optimizer step, compute TRL's own gradient of all their completions too, and "
             "log how near the gated one comes to it; it warns, once, if the last 20 comparisons say that the gate "
             "hurts. The step stays as it is; a compared one costs a dense step besides. On one process only."
         },

@@ -332,7 +332,7 @@ class KondoGRPOMixin(ComparingMixin):
     def _measured(self, inputs: Rows, log_probs: Tensor, own_advantages: Tensor) -> Tensor:
         """(4,) the `noise_sums` of a micro-batch's rows, by the log-probs it is differentiated with."""
         exact = self._size_of(inputs, log_probs, own_advantages)
-        rows = inputs["gate_weight"] > 0  # a filler has none
+        rows = inputs["gate_weight"] > 0  # a dummy row has none
         return noise_sums(*(value[rows].cpu() for value in (exact, inputs["gate_size"], inputs["gate_weight"])))
 
     # Checkpoints
