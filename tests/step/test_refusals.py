@@ -236,3 +236,12 @@ def test_a_gate_that_does_not_look_is_not_given_what_is_no_number():
         sj.gated_backward(
             policy.log_probs, batch, advantages, BestOfAll(0.3), log_probs=policy.log_probs(batch).detach()
         )
+
+
+def test_a_step_takes_no_attribute_that_would_change_nothing():
+    step = sj.GatedBackward(sj.KondoGate(rate=0.3))
+    with pytest.raises(AttributeError):
+        step.normalizer = 3.0
+    step.gate = sj.KondoGate(rate=0.5)  # this one does
+    policy, batch, advantages, _ = make_case("rows")
+    assert step(policy.log_probs, batch, advantages).kept == 7

@@ -94,7 +94,7 @@ class GatedBackward:
     """
 
     # A name that is none of these is no option: setting it would change nothing, without a word.
-    __slots__ = ("_comparisons", "_kept_fraction", "_options", "backward_over_forward", "gate")
+    __slots__ = ("__weakref__", "_comparisons", "_kept_fraction", "_options", "backward_over_forward", "gate")
 
     def __init__(
         self,
