@@ -190,13 +190,20 @@ def per_row(advantages: Tensor, log_probs: Tensor) -> Tensor:
     )
 
 
-def checked_score(score: Tensor) -> Tensor:
-    """The score (N,) without its graph and at least in float32, as a gate takes it. That it is finite, its gate checks.
+def checked_score(score: Tensor, looks: bool = True) -> Tensor:
+    """The score (N,) without its graph and at least in float32, as a gate takes it.
+
+    Args:
+        score: as it was given.
+        looks: whether to look that it is finite; a gate that waits for the device anyway looks then.
 
     Raises:
-        TypeError, ValueError: something else than a row of floating-point numbers.
+        TypeError, ValueError: something else than a row of finite floating-point numbers.
     """
-    return at_least_float32(checks.without_graph(checks.row("score", score)))
+    score = at_least_float32(checks.without_graph(checks.row("score", score)))
+    if looks:
+        checks.finite("score", score)
+    return score
 
 
 # How far a row moves the policy in a loss: the sizes that `UnbiasedGate` keeps rows in proportion to.

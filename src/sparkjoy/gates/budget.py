@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks, states
-from sparkjoy.gates.decision import Decision, Final, checked_cost
+from sparkjoy.gates.decision import Decision, Final
 from sparkjoy.prices import just_below
 from sparkjoy.scores import checked_score
 
@@ -92,8 +92,7 @@ class BudgetGate(Final):
             ValueError: an empty, non-finite or misshapen score or cost.
         """
         score = checked_score(score)
-        checks.finite("score", score)
-        price = self._price(score, checked_cost(cost, score))
+        price = self._price(score, _checked_cost(cost, score))
         keep = (score > price) & (score != 0)
         return Decision(keep, price if bool(keep.any()) else None, keep.to(score.dtype), torch.ones_like(score))
 
@@ -159,3 +158,10 @@ def _logit(rate: float) -> float:
 
 def _logistic(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+def _checked_cost(cost: Tensor | None, score: Tensor) -> Tensor:
+    """`cost` (N,) in float64, 1 for each row where there is none, or a ValueError."""
+    if cost is None:
+        return torch.ones_like(score, dtype=torch.float64)
+    return checks.cost(cost, score).to(score.device, torch.float64)

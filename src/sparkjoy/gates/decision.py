@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from sparkjoy import checks, states
+from sparkjoy import states
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,3 @@ def load_state(gate: Any, state: dict[str, Any]) -> None:
         gate.load_state_dict(state)
     else:
         states.check("a gate that remembers nothing", state)
-
-
-def checked_cost(cost: Tensor | None, score: Tensor) -> Tensor:
-    """`cost` (N,) in float64, 1 for each row where there is none, or a ValueError."""
-    if cost is None:
-        return torch.ones_like(score, dtype=torch.float64)
-    return checks.cost(cost, score).to(score.device, torch.float64)

@@ -81,7 +81,7 @@ class KondoGate(Final):
         Raises:
             ValueError: an empty, non-finite or misshapen score.
         """
-        score = checked_score(score)
+        score = checked_score(score, looks=False)
         price = None if self.price is None else price_of(self.price, score)
         keep = score != 0 if price is None else (score != 0) & (score > price)
         total, above = checks.read(score.sum(), keep.count_nonzero())

@@ -65,7 +65,6 @@ class SoftGate(Final):
             ValueError: an empty, non-finite or misshapen score.
         """
         score = checked_score(score)
-        checks.finite("score", score)
         price = quantile(score, 1 - self.rate) if self.rate is not None else price_of(self.price or 0.0, score)
         probability = ((score - price) / self.temperature).sigmoid()
         device = score.device if self.generator is None else self.generator.device

@@ -106,11 +106,10 @@ class UnbiasedGate(Final):
         Raises:
             ValueError: an empty, non-finite or misshapen score or cost.
         """
-        score = checked_score(score)
+        score = checked_score(score, looks=self.noise is None)
         size = score.abs().double()
         if self.noise is None:
             assert self.rate is not None  # the constructor saw to it
-            checks.finite("score", score)
             probability, price = inclusion_probabilities(size, self.rate * len(score))
         else:
             probability, price = self._within_budget(size, self.noise, cost)

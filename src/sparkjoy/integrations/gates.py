@@ -56,15 +56,7 @@ def save_gate(gate: Gate, folder: Path) -> None:
     """Write the gate's state into a checkpoint."""
     state = json.dumps(state_of(gate), default=_tensor_in_words)
     temporary = folder / f"{FILE}.tmp"
-    temporary.write_text(
-        json.dumps(
-            {
-                "gate": in_words({"gate": gate}).removeprefix("gate="),
-                "state": state,
-                "crc32": zlib.crc32(state.encode()),
-            }
-        )
-    )
+    temporary.write_text(json.dumps({"gate": _named(gate), "state": state, "crc32": zlib.crc32(state.encode())}))
     os.replace(temporary, folder / FILE)
 
 

@@ -2,6 +2,7 @@
 
 All meetings begin alike, by a few numbers of which the first says that a rank has failed. A rank where anything is
 raised goes straight to a meeting and says so; the others hear of it wherever they meet next, and all raise the same.
+What they compare, options and gates, is told in words (`in_words`), so that all can say what differs.
 """
 
 from __future__ import annotations
