@@ -17,8 +17,10 @@ from sparkjoy.gates import Gate
 from sparkjoy.scores import ScoreFunction, delight
 from sparkjoy.step.backward import GatedBackward
 from sparkjoy.step.batches import take
+from sparkjoy.step.counts import COUNTED, Counting
 from sparkjoy.step.deciding import row_scores
 from sparkjoy.step.inputs import LogProbFunction, check_inputs
+from sparkjoy.step.passes import Passes
 from sparkjoy.step.report import BackwardReport
 from sparkjoy_lab.drafts.audit import Audit, AuditResult, recall, spearman
 from sparkjoy_lab.flops import CountedFlops, FlopCount
@@ -141,13 +143,16 @@ class DraftedBackward:
                 lessons.append((part["rows"] if every else take(part["rows"], new), found.detach()[new]))
             return found
 
-        audit, ran = None, 0
+        audit, counting = None, Counting()
         self._steps += 1
         if not self.exact and self._steps % self.audit.every == 0:
             rows = torch.arange(total, device="cpu")
             if self.audit.rows is not None and self.audit.rows < total:
                 rows = torch.randperm(total, generator=self._generator, device="cpu")[: self.audit.rows].sort().values
-            audit, ran = self._audited(watched, take(numbered, rows), rows, advantages, log_probs, mask), len(rows)
+            known = None if self.source is not None or log_probs is None else log_probs[rows]
+            of_rows = None if mask is None else mask[rows]
+            inputs = check_inputs(take(numbered, rows), advantages[rows], known, None, of_rows)
+            audit = self._audited(Passes(watched, inputs, counting, self._drafted._options))
         if self.exact:  # given log-probs are no better than the draft they were
             behavior_log_probs = log_probs if behavior_log_probs is None else behavior_log_probs
             log_probs = None
@@ -162,32 +167,20 @@ class DraftedBackward:
             self.source.learn(lessons)
         proposed = report.kept if report.proposed is None else report.proposed
         self.drafting = Drafting(proposed, self.exact, time.perf_counter() - start, audit)
-        drafted = 0 if self.source is None else ran
-        return replace(
-            report, screened_rows=report.screened_rows + ran + drafted, forward_rows=report.forward_rows + ran
-        )
+        return replace(report, **{name: getattr(report, name) + counting.counts[name] for name in COUNTED})
 
     def _drafted_log_probs(self, part: dict[str, Any]) -> Tensor:
         assert self._ask is not None  # else the draft has none
         return self._ask(part["rows"])
 
-    @torch.no_grad()
-    def _audited(
-        self,
-        log_prob_fn: LogProbFunction,
-        part: dict[str, Any],
-        rows: Tensor,
-        advantages: Tensor,
-        log_probs: Tensor | None,
-        mask: Tensor | None,
-    ) -> AuditResult:
+    def _audited(self, passes: Passes) -> AuditResult:
         """Compare the draft with the policy; it is given up, with a warning, if its recall has been too low."""
         counts = self._steps // self.audit.every % 2 == 1  # seconds at every other audit: counting takes time
-        given = None if log_probs is None else log_probs[rows]
-        work = (lambda: given) if self.source is None else (lambda: self._drafted_log_probs(part))
+        inputs = passes.inputs
+        draft = None if self.source is None else self._drafted_log_probs
+        work = (lambda: inputs.log_probs) if draft is None else (lambda: passes.screen(None, draft))
         drafted, draft_seconds, draft_flops = _measured(work, counts)
-        exact, exact_seconds, exact_flops = _measured(lambda: log_prob_fn(part), counts)
-        inputs = check_inputs(part, advantages[rows], exact, None, None if mask is None else mask[rows])
+        exact, exact_seconds, exact_flops = _measured(lambda: passes.screen(None), counts)
         true, guessed = row_scores(self._score, inputs, exact), row_scores(self._drafted_score, inputs, drafted)
         rate = self._rate or max(1e-9, 1.0 if self._kept is None else self._kept)
         found = recall(true, guessed, rate, min(self.verify or 1.0, 1 / rate))
@@ -206,7 +199,7 @@ class DraftedBackward:
             warnings.warn(
                 f"the draft found {100 * mean:.0f}% of the rows to keep in the last {audit.window} audits, less than "
                 f"the {100 * audit.floor:g}% asked for: screening is exact from here on.",
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def state_dict(self) -> dict[str, Any]:

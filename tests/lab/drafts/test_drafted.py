@@ -106,6 +106,31 @@ def test_rows_that_signs_keep_are_lessons_too():
     assert draft.rows == 10  # the 3 proposed when they were screened, the 7 of positive advantage when differentiated
 
 
+@pytest.mark.parametrize("options", [{"micro_batch_tokens": 12}, {"micro_batch_size": 2}], ids=str)
+def test_audits_run_in_the_steps_own_micro_batches(options):
+    policy, batch, advantages, mask = make_case("ragged tokens")
+    draft, drafted, exact = draft_of(policy), [], []
+
+    def watched(log_prob_fn, shapes):
+        def log_probs(rows):
+            shapes.append(rows["state"].shape[:2])
+            return log_prob_fn(rows)
+
+        return log_probs
+
+    step = DraftedBackward(
+        KondoGate(rate=0.3), watched(draft.log_probs, drafted), verify=2, audit=Audit(every=1, floor=0), **options
+    )
+    report = step(watched(policy.log_probs, exact), batch, advantages, mask=mask)
+    assert step.drafting.audit is not None
+    for shapes in (drafted, exact):
+        for rows, columns in shapes:
+            assert rows * columns <= options.get("micro_batch_tokens", 1000)
+            assert rows <= options.get("micro_batch_size", 1000)
+    assert report.forward_rows == sum(rows for rows, _ in exact)
+    assert report.screened_tokens > 2 * int(mask.sum())  # the audit's two passes, and what the step looked at
+
+
 def test_a_damaged_state_changes_nothing():
     policy, batch, advantages, _ = make_case("rows")
 
