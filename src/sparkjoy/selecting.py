@@ -84,6 +84,7 @@ def select(
     loss = checks.function("loss", loss, LOSS, ..., ..., ..., ...)
     if score is not None:
         checks.function("score", score, SCORE, ..., ...)
+    rule = getattr(gate, "rule", None)
     inputs = check_inputs({}, advantages, log_probs, None, mask, counts_signs=log_probs is None)
     if score is None:
         size = advantage_size if log_probs is None else size_of(loss)
@@ -96,15 +97,14 @@ def select(
         good, bad, differs = inputs.signs
         scores = worth(inputs.advantages)
         signs_tell = sign_of_advantage(score) and not differs
-        of_good, of_bad = fates(getattr(gate, "rule", None) if signs_tell else None, good, bad, len(scores))
+        of_good, of_bad = fates(rule if signs_tell else None, good, bad, len(scores))
         open_ = good * (of_good is None) + bad * (of_bad is None)
         if open_:
             raise ValueError(
                 f"log_probs is None, and the signs of the advantages leave {open_} of {len(scores)} rows open; give "
                 "the log-probs of the actions taken, such as the sampler's."
             )
-    plain = getattr(gate, "rule", None) is not None and getattr(gate, "weighted", None) is False
-    scores, tokens, teaches = to_decide_on(scores, inputs, plain)
+    scores, tokens, teaches = to_decide_on(gate, rule, scores, inputs)
     if cost is not None:
         checks.cost(cost, scores)
     decision, rows = decide(gate, scores, tokens if cost is None else cost, teaches, inputs, sized=is_size(score))

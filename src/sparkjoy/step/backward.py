@@ -256,8 +256,7 @@ class GatedBackward:
         """What a gate decides about the rows of all processes, how many it keeps, and the noise that adds."""
         ranks, size, inputs = options.ranks, options.size, passes.inputs
         own, exact, priced = scores_of_rows(options, passes, self._kept_fraction, self.backward_over_forward)
-        plain = options.rule is not None and getattr(gate, "weighted", None) is False
-        score, cost, teaches = ranks.gather(*to_decide_on(own, inputs, plain))
+        score, cost, teaches = ranks.gather(*to_decide_on(gate, options.rule, own, inputs))
         decision, rows = decide(gate, score, cost, teaches, inputs, sized=is_size(options.score))
         if ranks.size > 1:
             decision = ranks.same(decision)

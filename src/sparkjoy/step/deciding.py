@@ -18,7 +18,7 @@ from sparkjoy.gates import Decision, Gate
 from sparkjoy.noise import expected_noise, noise_ratio, noise_sums
 from sparkjoy.processes.ranks import Ranks
 from sparkjoy.scores import ScoreFunction, at_least_float32, is_size, reads_log_probs, sign_of_advantage
-from sparkjoy.signs import fates, with_sign, worth
+from sparkjoy.signs import Rule, fates, with_sign, worth
 from sparkjoy.step.inputs import Inputs
 from sparkjoy.step.passes import Options, Passes
 
@@ -190,14 +190,18 @@ def row_scores(score_function: ScoreFunction, inputs: Inputs, log_probs: Tensor)
     return score.where(inputs.teaches(), 0)
 
 
-def to_decide_on(score: Tensor, inputs: Inputs, plain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def to_decide_on(
+    gate: Gate, rule: Rule | None, score: Tensor, inputs: Inputs
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scores (B,), what each row costs, and which rows teach something; None where the score says so.
 
     Args:
+        gate: that is to decide; one with a rule that says it has no weights keeps no row of score 0.
+        rule: the gate's.
         score: (B,).
         inputs: of the rows.
-        plain: whether the gate keeps no row of score 0, and weighs none: it has a rule and says that it has no weights.
     """
+    plain = rule is not None and getattr(gate, "weighted", None) is False
     cost = None if inputs.row_tokens is None else torch.from_numpy(inputs.row_tokens).to(score.device)
     return score, cost, None if plain else inputs.teaches()
 
