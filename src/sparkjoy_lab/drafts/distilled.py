@@ -71,10 +71,19 @@ class DistilledDraft:
             for rows, exact in seen:
                 difference = self.student.log_probs(rows) - exact  # type: ignore[operator]  # checked_policy saw to it
                 if self._mask is not None:
-                    difference = difference.where(checks.mask(self._mask(rows), difference.shape), 0)
+                    difference = difference.where(self._valid(rows, difference.shape), 0)
                 difference.square().mean().backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def _valid(self, rows: Any, shape: torch.Size) -> Tensor:
+        assert self._mask is not None  # `learn` saw to it
+        try:
+            found = self._mask(rows)
+        except Exception as error:
+            checks.add_sentence(error, "It was raised by the draft's mask, which is called with rows of the batch.")
+            raise
+        return checks.mask(found, shape)
 
     def state_dict(self) -> dict[str, Any]:
         return {
