@@ -106,7 +106,6 @@ class DraftedBackward:
         """What it did in the last step."""
         self._generator = torch.Generator("cpu").manual_seed(0)
         self._steps = 0
-        self._kept: float | None = None
         self._recalls: list[float] = []
 
     @property
@@ -160,8 +159,6 @@ class DraftedBackward:
         report = step(
             watched, numbered, advantages, log_probs=log_probs, behavior_log_probs=behavior_log_probs, mask=mask
         )
-        kept = report.kept / total
-        self._kept = kept if self._kept is None else 0.8 * self._kept + 0.2 * kept
         start = time.perf_counter()
         if isinstance(self.source, LearningSource) and not self.exact:
             self.source.learn(lessons)
@@ -182,7 +179,8 @@ class DraftedBackward:
         drafted, draft_seconds, draft_flops = _measured(work, counts)
         exact, exact_seconds, exact_flops = _measured(lambda: passes.screen(None), counts)
         true, guessed = row_scores(self._score, inputs, exact), row_scores(self._drafted_score, inputs, drafted)
-        rate = self._rate or max(1e-9, 1.0 if self._kept is None else self._kept)
+        kept = self._drafted.state_dict()["kept_fraction"]
+        rate = self._rate or max(1e-9, 1.0 if kept is None else kept)
         found = recall(true, guessed, rate, min(self.verify or 1.0, 1 / rate))
         self._judge(found)
         alone = recall(true, guessed, rate)
@@ -196,6 +194,7 @@ class DraftedBackward:
         mean = sum(self._recalls) / len(self._recalls)
         if len(self._recalls) == audit.window and mean < audit.floor:
             self.exact = True
+            self._exact.load_state_dict(self._drafted.state_dict())
             warnings.warn(
                 f"the draft found {100 * mean:.0f}% of the rows to keep in the last {audit.window} audits, less than "
                 f"the {100 * audit.floor:g}% asked for: screening is exact from here on.",
@@ -210,7 +209,6 @@ class DraftedBackward:
             "source": self.source.state_dict() if isinstance(self.source, LearningSource) else {},
             "generator": self._generator.get_state(),
             "steps": self._steps,
-            "kept": self._kept,
             "recalls": list(self._recalls),
             "exact": self.exact,
         }
@@ -223,7 +221,7 @@ class DraftedBackward:
         if isinstance(self.source, LearningSource):
             self.source.load_state_dict(state["source"])
         self._generator.set_state(state["generator"])
-        self._steps, self._kept, self.exact = state["steps"], state["kept"], state["exact"]
+        self._steps, self.exact = state["steps"], state["exact"]
         self._recalls = list(state["recalls"])
 
 
@@ -252,7 +250,6 @@ STATE = {
     "source": states.is_state,
     "generator": lambda value: _takes(torch.Generator("cpu"), value),
     "steps": states.is_count,
-    "kept": lambda value: value is None or checks.is_number(value),
     "recalls": lambda value: isinstance(value, list) and all(map(checks.is_number, value)),
     "exact": lambda value: isinstance(value, bool),
 }

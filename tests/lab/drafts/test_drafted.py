@@ -55,6 +55,18 @@ def test_a_bad_draft_is_replaced_by_exact_screening_with_a_warning():
     assert fresh.drafting.exact
 
 
+def test_exact_screening_goes_on_from_what_the_drafted_steps_kept():
+    policy, batch, advantages, _ = make_case("rows")
+    audit = Audit(every=2, floor=1.0, window=1)
+    step = DraftedBackward(KondoGate(price=0), Wrong(policy), audit=audit, rate=0.3)
+    assert step(policy.log_probs, batch, torch.ones_like(advantages)).kept == len(advantages)
+    with pytest.warns(UserWarning, match="screening is exact"):
+        report = step(policy.log_probs, batch, advantages)
+    assert report.kept < len(advantages)
+    remembered = step.state_dict()["exact_step"]["kept_fraction"]
+    assert remembered == pytest.approx(0.8 * 1 + 0.2 * report.kept / len(advantages))
+
+
 def test_a_good_draft_is_kept_and_taught_what_was_verified():
     policy, batch, advantages, _ = make_case("rows")
     draft = Wrong(policy)
