@@ -20,10 +20,11 @@ MEASURED = (
 NAMES = {"screen": "screener", "price_asked": "price"}
 OF_AN_ARM = ("screen", "method", "rate", "price_asked", "verify", "noise", "noise_kind", "batch_size", "step")
 SHARED = ("error", "mean_error")
+ERRORS = ("error", "error_sd", "mean_error")
 SHOWN = {
-    "screeners": (*SHARED, "recall", "draft_recall", "spearman", "seconds_over_forward", "learn_over_forward"),
-    "noise": SHARED,
-    "unbiased": (*SHARED, "step", "backward_samples"),
+    "screeners": (*ERRORS, "recall", "draft_recall", "spearman", "seconds_over_forward", "learn_over_forward"),
+    "noise": (*ERRORS, "seeds"),
+    "unbiased": (*ERRORS, "step", "backward_samples"),
 }
 
 
@@ -47,6 +48,7 @@ def means(rows: list[Record]) -> pd.DataFrame:
         **{name: (f"screening.{name}", "mean") for name in MEASURED},
         gave_up=("screening.exact", "sum"),
         error=("error", "mean"),
+        error_sd=("error", "std"),
         seeds=("error", "size"),
     )
     return found.assign(mean_error=frame.groupby(keys, sort=False)["error"].mean())

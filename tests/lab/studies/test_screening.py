@@ -71,6 +71,22 @@ def test_a_part_may_be_added(tmp_path, monkeypatch):
     assert {row["part"] for row in both[len(alone) :]} == {"unbiased"}
 
 
-def test_a_part_at_least():
-    with pytest.raises(ValueError, match="--parts: expected at least one"):
-        ScreeningStudy(parts=())
+def test_seeds_may_be_added(tmp_path, monkeypatch):
+    few = [arm for arm in shortened(ScreeningStudy()) if arm.part == "noise"][:2]
+
+    def of_seeds(study):
+        return [replace(arm, settings=replace(arm.settings, seed=seed)) for seed in study.seeds for arm in few]
+
+    monkeypatch.setattr(screening, "arms", of_seeds)
+    one = run_study(ScreeningStudy(seeds=(0,)), tmp_path)
+    both = run_study(ScreeningStudy(seeds=(0, 1)), tmp_path)
+    assert both[: len(one)] == one  # with their seconds
+    noise = json.loads((tmp_path / "summary.json").read_text())["noise"]
+    assert [row["seeds"] for row in noise] == [2, 2]
+    assert all(row["error_sd"] > 0 for row in noise)
+
+
+@pytest.mark.parametrize("option", ["parts", "seeds"])
+def test_one_at_least(option):
+    with pytest.raises(ValueError, match=f"--{option}: expected at least one"):
+        ScreeningStudy(**{option: ()})
