@@ -137,9 +137,11 @@ def test_sizes_that_are_off_cost_rows_not_the_budget(kind, noise):
     assert truth / own > 1.5 * noise  # the correction does something
 
 
-@pytest.mark.parametrize("off", [0.0, 0.3])
-@pytest.mark.parametrize("step", [0, 1, 40])
-@pytest.mark.parametrize("outlier", [10.0, 1e3, 1e155])
+@pytest.mark.parametrize(
+    ("outlier", "step", "off"),
+    [(10.0, 0, 0.0), (10.0, 1, 0.3), (10.0, 40, 0.0), (1e3, 0, 0.3), (1e3, 1, 0.0), (1e3, 40, 0.3)]
+    + [(1e155, step, off) for step in (0, 1) for off in (0.0, 0.3)],
+)
 def test_the_budget_holds_from_the_step_after_an_outlier_on(outlier, step, off):
     noise = {}
     for has_it in (True, False):

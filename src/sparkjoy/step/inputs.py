@@ -65,7 +65,7 @@ class Inputs:
         tokens = self.row_tokens
         if tokens is not None:
             tokens = tokens[rows] if isinstance(rows, slice) else tokens[rows.numpy()]
-        return Inputs(take(self.batch, places), *found, row_tokens=tokens)  # type: ignore[arg-type, misc]
+        return Inputs(take(self.batch, places), *found, row_tokens=tokens)  # type: ignore[arg-type, misc]  # four or None
 
     def with_columns(self, batch: Any, columns: slice) -> Inputs:
         """These rows with only some columns of everything (B, T), and a batch that goes with them."""
@@ -74,7 +74,7 @@ class Inputs:
             tensor if tensor is None or tensor.dim() == 1 else tensor[:, columns]
             for tensor in (self.advantages, self.log_probs, self.behavior_log_probs, self.mask)
         ]
-        return Inputs(batch, *found, row_tokens=self.row_tokens)  # type: ignore[arg-type, misc]
+        return Inputs(batch, *found, row_tokens=self.row_tokens)  # type: ignore[arg-type, misc]  # likewise
 
     @cached_property
     def total(self) -> int:

@@ -77,7 +77,10 @@ class DraftedBackward:
         audit: when to compare draft and policy on the same rows, and under what recall to give the draft up.
         rate: what the gate keeps, for the audits; None: what it has kept in the last steps.
         flops: counts the source's; None: nobody does.
-        options: of `GatedBackward`.
+        options: of `GatedBackward`, but for `trim` and `group_by`.
+
+    Raises:
+        ValueError: an option outside its range, or one of these two.
     """
 
     def __init__(
@@ -93,6 +96,9 @@ class DraftedBackward:
         flops: CountedFlops | None = None,
         **options: Any,
     ) -> None:
+        for name in ("trim", "group_by"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} is given, which reads the batch; a step that numbers its rows takes none.")
         self.source, self.audit, self.verify, self._rate = source, audit, verify, rate
         self._ask = source if source is None or flops is None else flops.of(source, draft=True)
         self._score = score or delight

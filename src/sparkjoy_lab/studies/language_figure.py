@@ -18,8 +18,9 @@ SHOWN = {
     "zero advantages dropped": ("tab:green", "D"),
     "noise 0.3": ("tab:blue", "s"),
     "delight 15%": ("tab:orange", "^"),
+    "uniform 15%": ("tab:purple", "v"),
 }
-"""At most five arms can be told apart; the table has them all."""
+"""No more arms can be told apart; the table has them all."""
 COSTS: dict[str, Callable[[Record], float]] = {
     "CPU seconds, all of a step": lambda row: float(row["seconds"]["total"]),
     "tokens differentiated": lambda row: float(row["backward_tokens"]),

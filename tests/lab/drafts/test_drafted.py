@@ -214,3 +214,9 @@ def test_a_resumed_draft_goes_on_as_it_would_have():
     second.load_state_dict(first.state_dict())
     found = steps(second, 3)
     assert [one.audit and one.audit.recall for one in found] == [one.audit and one.audit.recall for one in expected[3:]]
+
+
+@pytest.mark.parametrize("option", ["trim", "group_by"])
+def test_what_reads_the_batch_is_refused(option):
+    with pytest.raises(ValueError, match=f"{option} is given"):
+        DraftedBackward(KondoGate(rate=0.3), None, audit=Audit(), **{option: "tokens"})

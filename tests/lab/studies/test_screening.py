@@ -61,26 +61,20 @@ def test_a_run_leaves_tables_and_figures_and_is_not_run_twice(tmp_path, monkeypa
     assert run_study(study, tmp_path) == rows  # nothing is run again, so seconds are the same too
 
 
-def test_a_part_may_be_added(tmp_path, monkeypatch):
+def test_parts_and_seeds_may_be_added(tmp_path, monkeypatch):
     every = shortened(ScreeningStudy())
-    few = {part: [arm for arm in every if arm.part == part][:3] for part in ("noise", "unbiased")}
-    monkeypatch.setattr(screening, "arms", lambda study: [arm for part in study.parts for arm in few[part]])
-    alone = run_study(ScreeningStudy(parts=("noise",)), tmp_path)
-    both = run_study(ScreeningStudy(parts=("noise", "unbiased")), tmp_path)
+    few = {part: [arm for arm in every if arm.part == part][:2] for part in ("noise", "unbiased")}
+
+    def chosen(study):
+        runs = [(seed, arm) for seed in study.seeds for part in study.parts for arm in few[part]]
+        return [replace(arm, settings=replace(arm.settings, seed=seed)) for seed, arm in runs]
+
+    monkeypatch.setattr(screening, "arms", chosen)
+    monkeypatch.setattr(screening.screening_figures, "plot", lambda tables: {})
+    alone = run_study(ScreeningStudy(parts=("noise",), seeds=(0,)), tmp_path)
+    both = run_study(ScreeningStudy(parts=("noise", "unbiased"), seeds=(0, 1)), tmp_path)
     assert both[: len(alone)] == alone  # with their seconds
-    assert {row["part"] for row in both[len(alone) :]} == {"unbiased"}
-
-
-def test_seeds_may_be_added(tmp_path, monkeypatch):
-    few = [arm for arm in shortened(ScreeningStudy()) if arm.part == "noise"][:2]
-
-    def of_seeds(study):
-        return [replace(arm, settings=replace(arm.settings, seed=seed)) for seed in study.seeds for arm in few]
-
-    monkeypatch.setattr(screening, "arms", of_seeds)
-    one = run_study(ScreeningStudy(seeds=(0,)), tmp_path)
-    both = run_study(ScreeningStudy(seeds=(0, 1)), tmp_path)
-    assert both[: len(one)] == one  # with their seconds
+    assert {row["part"] for row in both[len(alone) :]} == {"noise", "unbiased"}
     noise = json.loads((tmp_path / "summary.json").read_text())["noise"]
     assert [row["seeds"] for row in noise] == [2, 2]
     assert all(row["error_sd"] > 0 for row in noise)
