@@ -8,7 +8,12 @@ from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS
 
 FAST = [(loss, "accumulation") for loss in LOSS_NORMALIZERS]
 FAST += [("bnpo", setting) for setting in SETTINGS if setting != "accumulation"]
-SLOW = [(loss, setting) for loss in LOSS_NORMALIZERS for setting in SETTINGS if (loss, setting) not in FAST]
+SLOW = [
+    (loss, setting)
+    for turn, loss in enumerate(LOSS_NORMALIZERS)
+    for place, setting in enumerate(SETTINGS)
+    if (turn + place) % 3 == 0 and (loss, setting) not in FAST
+]
 
 
 @pytest.mark.parametrize(("loss", "setting"), FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
@@ -30,12 +35,9 @@ def test_packed_gradients_equal_masked_ones(tmp_path, loss, setting):
     "changes",
     [
         {"gate_rate": 0.6, "gate_negative_share": 0.5},
-        {"gate_rate": 0.9},
         {"gate_price": 0.0},
-        {"gate_price": 0.5, "gate_rate": 0.2},
-        {"gate_price": -0.5},
+        {"gate_price": -0.5, "gate_rate": 0.9},
         {"gate_rate": 0.3, "gate_advantages": "trl"},
-        {"gate_rate": 0.3, "gate_score": "uniform"},
         {"gate_rate": 0.3, "gate_price": 0.0, "gate_score": "absolute-advantage"},
         {"gate_rate": 0.3, "loss_type": "vespo", "gate_dg": "token"},
         {"gate_rate": 0.3, "loss_type": "sapo", "gate_dg": "sample", "gate_dg_temperature": 2.0},
@@ -44,7 +46,7 @@ def test_packed_gradients_equal_masked_ones(tmp_path, loss, setting):
         {"gate_rate": 0.5, "mask_truncated_completions": True},
         {"gate_noise": 0.5},
         {"gate_noise": 2.0, "loss_type": "bnpo", "mask_truncated_completions": True},
-        *({"gate_rate": 0.4, "gate_pack_for": "memory", "loss_type": loss} for loss in ("dapo", "grpo", "bnpo")),
+        *({"gate_rate": 0.4, "gate_pack_for": "memory", "loss_type": loss} for loss in ("grpo", "bnpo")),
         {"gate_noise": 0.5, "gate_pack_for": "memory", "loss_type": "sapo", "steps_per_generation": 2},
     ],
     ids=lambda changes: ",".join(f"{name.removeprefix('gate_')}={value}" for name, value in changes.items()),

@@ -82,10 +82,9 @@ def test_two_processes_decide_and_step_as_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_mean_gradient_of_a_noise_budget_is_trls(tmp_path, processes):
-    (first, logs), *others = launch(tmp_path, processes, "noise", limit=600)
-    assert len(logs) == 16 // processes
+def test_the_mean_gradient_of_a_noise_budget_is_trls(tmp_path):
+    (first, logs), *others = launch(tmp_path, 2, "noise", limit=600)
+    assert len(logs) == 8
     for loss, log in logs.items():
         assert max(log["far"]) < 4, (loss, log)
         assert log["differs"] > 0.1

@@ -117,7 +117,7 @@ def main(folder, only):
             results[f"fixed, {loss}"] = made.state.log_history[0]
     if only == "noise":
         cases = {}
-        for number, loss in enumerate(list(LOSS_NORMALIZERS)[: 16 // world]):  # of four processes half of them
+        for number, loss in enumerate(LOSS_NORMALIZERS):
             sizes = ("exact", "stale", "none")[number % 3]
             steps, dense, made = drawn(folder / "out", 20, sizes, loss_type=loss, gradient_accumulation_steps=2)
             tensors[loss] = steps[-1]
