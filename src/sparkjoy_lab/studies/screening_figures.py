@@ -48,9 +48,9 @@ def _noise(found: pd.DataFrame) -> Figure:
         mine = found[(found["task"] == task) & ((found["noise_kind"] == kind) | (found["noise"] == 0))]
         for (name, verified), line in mine.sort_values("noise").groupby(["name", "verified"], sort=False):
             options = style[str(name)] | ({"linestyle": "--", "label": "_"} if verified else {})
-            axis.plot(100 * line["noise"], 100 * line["mean_error"], **options)
+            axis.errorbar(100 * line["noise"], 100 * line["mean_error"], _bars(line["mean_error_sd"]), **options)
         axis.set_title(f"{task}, {kind}", fontsize="medium")
-    figure.supxlabel("noise on delight, %; dashed: verified", fontsize="medium")
+    figure.supxlabel("noise on delight, %; dashed: verified; bars: standard deviation over seeds", fontsize="medium")
     figure.supylabel("error, mean over training, %", fontsize="medium")
     legend(figure, axes[0])
     return figure
@@ -63,19 +63,27 @@ def _unbiased(found: pd.DataFrame) -> Figure:
     tasks = [task for task in found["task"].unique() if " of " not in task]
     figure, axes = _grid([*tasks, "batches"], 2.4)
     for axis, task in zip(axes, tasks, strict=False):
-        errors = 100 * found[found["task"] == task].set_index("arm")["error"]
-        axis.barh(list(errors.index), errors, color=[style[arm]["color"] for arm in errors.index], height=0.6)
+        of_task = found[found["task"] == task]
+        colors = [style[arm]["color"] for arm in of_task["arm"]]
+        axis.barh(of_task["arm"], 100 * of_task["error"], xerr=_bars(of_task["error_sd"]), color=colors, height=0.6)
         axis.invert_yaxis()
         axis.set_title(f"{task}: error in the end, %", fontsize="medium")
     sized = found[found["task"].str.startswith("mnist, 30% wrong labels") & ~found["task"].str.contains("three of")]
     for arm, line in sized.sort_values("batch_size").groupby("arm", sort=False):
         if len(line) > 1:
-            axes[len(tasks)].plot(line["batch_size"], 100 * line["error"], **style[str(arm)])
+            axes[len(tasks)].errorbar(
+                line["batch_size"], 100 * line["error"], _bars(line["error_sd"]), **style[str(arm)]
+            )
     axes[len(tasks)].set_xscale("log", base=2)
     sizes = sorted(sized["batch_size"].unique())
     axes[len(tasks)].set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes[len(tasks)].set_title("30% wrong labels: error, %, by batch size at equal cost", fontsize="medium")
     return figure
+
+
+def _bars(deviations: pd.Series[float]) -> pd.Series[float]:
+    """Standard deviations over seeds, in %; none where there is one seed."""
+    return 100 * deviations.astype(float).fillna(0.0)
 
 
 def _kept(row: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ SHOWN = {
 
 
 def means(rows: list[Record]) -> pd.DataFrame:
-    """One row an arm of a part, means over its seeds; "mean_error" is over all evaluations, a measure of speed."""
+    """One row an arm of a part: means and deviations over its seeds; "mean_error" is over a seed's evaluations."""
     frame = pd.json_normalize(rows)
     keys = ["part", "task", "arm"]
     columns = [
@@ -51,7 +51,8 @@ def means(rows: list[Record]) -> pd.DataFrame:
         error_sd=("error", "std"),
         seeds=("error", "size"),
     )
-    return found.assign(mean_error=frame.groupby(keys, sort=False)["error"].mean())
+    of_seeds = frame.groupby([*keys, "seed"], sort=False)["error"].mean().groupby(level=keys, sort=False)
+    return found.assign(mean_error=of_seeds.mean(), mean_error_sd=of_seeds.std())
 
 
 def summary(rows: list[Record]) -> dict[str, list[Record]]:
