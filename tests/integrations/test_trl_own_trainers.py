@@ -236,11 +236,19 @@ def test_a_score_of_a_users_own_ranks(tmp_path):
     assert relative_error(*steps) < 1e-6
 
 
+def test_a_score_that_is_not_finite_is_named(tmp_path):
+    def broken(advantages, log_probs):
+        return advantages * torch.nan
+
+    with pytest.raises(ValueError, match="what score=the function broken returned has 16 of 16 values NaN"):
+        trained(tmp_path, gate_rate=0.3, arguments={"score": broken})
+
+
 @pytest.mark.parametrize(
     ("arguments", "changes", "says_so"),
     [
         ({"gate": sj.KondoGate(rate=0.5)}, {"gate_rate": 0.3}, "and the config has KondoGate"),
-        ({"score": sj.delight}, {}, "is for a gate that is not weighted"),
+        ({"score": sj.delight}, {}, "is set without a gate: set gate_rate or gate_price"),
         ({"score": sj.delight}, {"gate_noise": 0.3}, "is for a gate that is not weighted"),
         ({"gate": sj.KondoGate(rate=0.5)}, {"entropy_coef": 0.1}, "the entropy bonus needs"),
     ],

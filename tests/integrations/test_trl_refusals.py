@@ -15,7 +15,7 @@ from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOMixin, KondoGRPO
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gate_rate": 0}, "rate is 0"),
+        ({"gate_rate": 0}, "^gate_rate is 0"),
         ({"gate_rate": 0.1, "beta": 0.04}, "Set beta=0"),
         ({"gate_rate": 0.1, "entropy_coef": 0.01}, "Set entropy_coef=0"),
         ({"gate_price": 0.0, "use_adaptive_entropy": True}, "use_adaptive_entropy=False"),

@@ -81,7 +81,7 @@ class UnbiasedGate(Final):
         noise = 0.3 if noise is None and rate is None else noise
         self.noise = noise
         if noise is not None:
-            expected = "a number above 0, such as 0.3. gate=None adds none"
+            expected = "a number above 0, such as 0.3"
             self.noise = checks.number("noise", noise, expected, lambda noise: noise > 0)
         self.rate = None if rate is None else checks.rate(rate)
         self.floor = checks.number(

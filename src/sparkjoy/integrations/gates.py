@@ -46,10 +46,13 @@ def gate_of(
     """
     if noise is not None and (rate is not None or price is not None):
         raise ValueError(f"gate_noise={noise!r} finds its own rate; give it alone, without gate_rate or gate_price.")
-    if noise is not None:
-        given = {"rate": 1.0} if noise == 0 else {"noise": noise}
-        return UnbiasedGate(**given, floor=floor, generator=generator)
-    return None if rate is None and price is None else KondoGate(rate, price, negative_share)
+    try:
+        if noise is not None:
+            given = {"rate": 1.0} if noise == 0 else {"noise": noise}
+            return UnbiasedGate(**given, floor=floor, generator=generator)
+        return None if rate is None and price is None else KondoGate(rate, price, negative_share)
+    except ValueError as error:  # begins with the name of an argument
+        raise ValueError(f"gate_{error}") from None
 
 
 def save_gate(gate: Gate, folder: Path) -> None:

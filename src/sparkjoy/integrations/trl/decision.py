@@ -62,7 +62,9 @@ class DecidingMixin(SharingMixin):
         chosen = self._gate if gate is None else gate
         if score is not None:
             checks.function("score", score, SCORE, ..., ...)
-            if chosen is None or getattr(chosen, "weighted", None) or config.gate_score != "delight":
+            if chosen is None:
+                raise ValueError(f"score={checks.described(score)} is set without a gate: set gate_rate or gate_price.")
+            if getattr(chosen, "weighted", None) or config.gate_score != "delight":
                 raise ValueError(
                     f"score={checks.described(score)} is for a gate that is not weighted, instead of gate_score; a "
                     "noise budget goes by the size of a row's gradient in TRL's loss."
@@ -140,6 +142,7 @@ class DecidingMixin(SharingMixin):
             if len(rows):
                 local[rows] = score_of_rows(self._gate_score, advantages[rows], of_rows, mask[rows]).to(local)
             scored, screened = Scored(of_all, known, self._of_all(local)), int(known.sum()) * (log_probs is None)
+            checks.finite(f"what score={checks.described(self._gate_score)} returned", scored.delights)
         decision = select_by_score(gate, scored.score, costs).decision
         keep = decision.keep
         if getattr(gate, "weighted", None) is None:  # one that does not say
