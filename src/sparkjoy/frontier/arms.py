@@ -18,9 +18,10 @@ from sparkjoy.frontier.result import Kind, Setting
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.gates.decision import GATE
 from sparkjoy.losses import Loss
-from sparkjoy.scores import ScoreFunction, at_least_float32, says
+from sparkjoy.scores import ScoreFunction, says
 from sparkjoy.signs import worth
 from sparkjoy.step.inputs import Inputs, LogProbFunction
+from sparkjoy.step.passes import loss_terms
 
 Progress = Callable[[float, str], None]
 """Called with the fraction done and what comes next."""
@@ -75,34 +76,18 @@ class Arm:
         )
 
 
-class PlainLoop:
-    """What one writes without a gate: adds the gradient of some rows to `.grad`, in one pass.
+def plain_pass(log_prob_fn: LogProbFunction, inputs: Inputs, loss: Loss, rows: slice, divisor: float = 1.0) -> None:
+    """What one writes without a gate: adds the gradient of some rows to `.grad`, in one forward and backward pass.
 
     Args:
-        log_prob_fn: `rows -> log-probs`, differentiable.
+        log_prob_fn: `rows -> log-probs`, differentiable; gets copies, which it may write into.
         inputs: the checked batch.
         loss: as `GatedBackward`'s.
+        rows: of the batch.
         divisor: what the sum of the terms is divided by.
     """
-
-    def __init__(self, log_prob_fn: LogProbFunction, inputs: Inputs, loss: Loss, divisor: float = 1.0) -> None:
-        self.log_prob_fn = log_prob_fn
-        self.inputs = inputs
-        self.loss = loss
-        self.divisor = divisor
-
-    def __call__(self, rows: slice) -> None:
-        """Forward and backward over these rows, copies of them: the function may write into what it gets."""
-        part = self.inputs.take(rows)
-        log_probs = self.log_prob_fn(part.batch)
-        if part.mask is not None:
-            log_probs = log_probs.where(part.mask, 0)
-        log_probs = at_least_float32(log_probs)
-        known = part.log_probs if part.behavior_log_probs is None else part.behavior_log_probs
-        terms = self.loss(log_probs, part.advantages, log_probs.detach() if known is None else known, part.mask)
-        if part.mask is not None:
-            terms = terms.where(part.mask, 0)
-        (terms.sum() / self.divisor).backward()
+    part = inputs.take(rows)
+    (loss_terms(loss, log_prob_fn(part.batch), part).sum() / divisor).backward()
 
 
 def default_gates(rate: float, seed: int) -> Iterator[tuple[str, Kind, Gate, ScoreFunction | None]]:

@@ -17,10 +17,10 @@ from sparkjoy.frontier.arms import (
     PEAK_BYTES,
     Arm,
     Outcome,
-    PlainLoop,
     Progress,
     check_gates,
     default_gates,
+    plain_pass,
     timed,
     turns,
     with_peak,
@@ -184,11 +184,11 @@ class _Measuring:
 
     def best_size(self, log_prob_fn: LogProbFunction) -> int:
         """The fastest micro-batch size, by seconds a row: 1, 4, 16, ... while the larger one is clearly faster."""
-        plain, total = PlainLoop(log_prob_fn, self.inputs, self.loss), self.inputs.total
+        total = self.inputs.total
         best, best_seconds, size = 0, math.inf, 1
         while True:
             self.say(0.0, f"{size:,} rows in a micro-batch")
-            step = partial(plain, slice(0, size))
+            step = partial(plain_pass, log_prob_fn, self.inputs, self.loss, slice(0, size))
             try:
                 seconds = min(timed(step, self.device)[0] for _ in range(2)) / size
             except torch.OutOfMemoryError:
@@ -268,9 +268,8 @@ class _Measuring:
         total, divisor = self.inputs.total, self.normalizer
         if isinstance(divisor, str):
             divisor = total if divisor == "samples" else self.tokens
-        plain = PlainLoop(log_prob_fn, self.inputs, self.loss, divisor)
         for start in range(0, total, size):
-            plain(slice(start, min(start + size, total)))
+            plain_pass(log_prob_fn, self.inputs, self.loss, slice(start, min(start + size, total)), divisor)
         return total, self.tokens, 0.0
 
     def gated(self, engine: GatedBackward, log_prob_fn: LogProbFunction) -> Outcome:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -211,11 +210,7 @@ def recording(model: nn.Module, temperature: float) -> Iterator[Recorder]:
         if isinstance(ids, Tensor) and isinstance(logits, Tensor):
             recorder.see(ids, logits)
 
-    base: Any = model
-    peft = sys.modules.get("peft.peft_model")  # who has adapters has imported it, so we need not
-    if peft is not None and isinstance(model, peft.PeftModel):  # whose `generate` runs the model inside
-        base = base.get_base_model()
-    hook = base.register_forward_hook(after_pass, with_kwargs=True)
+    hook = base_of(model).register_forward_hook(after_pass, with_kwargs=True)  # adapters' `generate` runs it inside
     try:
         yield recorder
     finally:

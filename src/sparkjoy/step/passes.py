@@ -193,7 +193,7 @@ class Passes:
     ) -> None:
         if self._divisor is None:
             self._divisor = self._divided_by(rows, log_probs)
-        loss = _terms(self.options.loss, log_probs, part, weight).sum() / self._divisor
+        loss = loss_terms(self.options.loss, log_probs, part, weight).sum() / self._divisor
         value = loss.detach()
         self._check(loss, value, log_probs, part, where)
         self.counting.lap("forward")
@@ -279,12 +279,11 @@ def valid(log_probs: Tensor, mask: Tensor | None) -> Tensor:
     return log_probs if mask is None else log_probs.where(mask, 0)
 
 
-def _terms(loss: Loss, log_probs: Tensor, part: Inputs, weight: Tensor | None) -> Tensor:
+def loss_terms(loss: Loss, log_probs: Tensor, part: Inputs, weight: Tensor | None = None) -> Tensor:
     """Weighted terms of the loss, 0 where the mask is 0."""
     mask = part.mask
-    log_probs = at_least_float32(
-        log_probs if mask is None else log_probs.where(mask, 0)
-    )  # float16 has no sum above 65504
+    log_probs = log_probs if mask is None else log_probs.where(mask, 0)
+    log_probs = at_least_float32(log_probs)  # float16 has no sum above 65504
     known = part.log_probs if part.behavior_log_probs is None else part.behavior_log_probs
     terms = loss(log_probs, part.advantages, log_probs.detach() if known is None else known, mask)
     checks.tensor("the loss", terms, (), checks.FLOATING, "terms, one for each log-prob", log_probs)
