@@ -142,19 +142,16 @@ class KondoGRPOConfig(GRPOConfig):
             )
         if self.gate_noise is None and self.gate_log_probs == "none":
             raise ValueError("gate_log_probs='none' goes with gate_noise; a delight needs the log-probs of some rows.")
-        if self.gate() is None and self.gate_negative_share:
-            raise ValueError("gate_negative_share is set without a gate; give gate_rate or gate_price too.")
-        if self.gate() is None and self.gate_pack_for == "memory":
-            raise ValueError("gate_pack_for='memory' is set without a gate; give gate_noise, gate_rate or gate_price.")
         if self.gate_compare_every is not None:
             self.gate_compare_every = checks.whole(
                 "gate_compare_every", self.gate_compare_every, "a whole number of steps, or none for never"
             )
-            if self.gate() is None:
-                raise ValueError(
-                    f"gate_compare_every={self.gate_compare_every} is set without a gate; give gate_noise, "
-                    "gate_rate or gate_price."
-                )
+        of_a_gate = {"gate_negative_share": 0, "gate_pack_for": "speed", "gate_compare_every": None}
+        idle = [name for name, unset in of_a_gate.items() if getattr(self, name) != unset]
+        if self.gate() is None and idle:
+            raise ValueError(
+                f"{idle[0]}={getattr(self, idle[0])!r} is set without a gate; give gate_noise, gate_rate or gate_price."
+            )
         temperature, expected = self.gate_dg_temperature, "a number above 0"
         self.gate_dg_temperature = checks.number("gate_dg_temperature", temperature, expected, lambda eta: eta > 0)
         if self.gate_dg is not None and self.loss_type not in UNCLIPPED_LOSSES:
