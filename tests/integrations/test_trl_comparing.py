@@ -149,11 +149,6 @@ def test_every_is_a_number_of_steps(tmp_path, every):
         KondoGRPOConfig(**trl_task.options(output_dir=str(tmp_path), gate_rate=0.1, gate_compare_every=every))
 
 
-def test_without_a_gate_there_is_nothing_to_compare(tmp_path):
-    with pytest.raises(ValueError, match="gate_compare_every=5 is set without a gate"):
-        KondoGRPOConfig(**trl_task.options(output_dir=str(tmp_path), gate_compare_every=5))
-
-
 @pytest.mark.parametrize(
     ("set_up", "message"),
     [

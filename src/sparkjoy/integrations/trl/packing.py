@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +37,7 @@ OWN = ("gate_keep", "gate_idle")
 NUMBERS = ("gate_weight", "gate_divisor", "gate_entropy_divisor")
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """Rows that stay in one micro-batch, and the tokens that a pass over them computes."""
 
     rows: list[Rows]

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer with the gate: decide where the whole generation batch is known, pack, and let TRL do the loss.
 
 _generate_single_turn             TRL's, watched for the log-probs of what it samples; prompts may be read once
-_generate_and_score_completions   TRL's, then one decision over all processes (`decision.py`): a column `gate_keep`
+_generate_and_score_completions   TRL's, then one decision over all processes (`deciding.py`): a column `gate_keep`
 _prepare_inputs                   TRL's, then: the kept rows of an optimizer step in micro-batches, few or small
 _compute_loss                     TRL's on a packed micro-batch; nothing on one left without rows
 _get_per_token_logps_and_entropies   TRL's, or those of a prefix tree (`sharing.py`); the weights go on here
@@ -15,25 +15,21 @@ import math
 import sys
 from collections.abc import Sequence, Sized
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from sparkjoy.integrations.gates import load_gate, save_gate
+from sparkjoy.gates.decision import rule_of
 from sparkjoy.integrations.sampling import recording
 from sparkjoy.integrations.transformers import longest_with_fixed_rotations
 from sparkjoy.integrations.trl.comparing import ComparingMixin
-from sparkjoy.integrations.trl.decision import DecidingMixin
 from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, Unit, loss_mask, pack, whole
-from sparkjoy.integrations.trl.sharing import SharingMixin, reading_prompts_once
+from sparkjoy.integrations.trl.sharing import reading_prompts_once
 from sparkjoy.losses import delightful_weight
 from sparkjoy.noise import noise_sums
 from sparkjoy.scores import per_row, reads_log_probs
@@ -43,17 +39,6 @@ TEXT_ONLY = (
     "the gate and share_tokens pack text only, and these prompts come with images. Train without the gate and "
     "share_tokens, or leave the images out."
 )
-OURS = (ComparingMixin, DecidingMixin, SharingMixin)
-
-
-@dataclass
-class Running:
-    """A micro-batch in TRL's loss: what that was given, the advantages before they were scaled, and after."""
-
-    inputs: Rows
-    own: Tensor
-    scaled: Tensor
-    measured: bool = False
 
 
 class KondoGRPOMixin(ComparingMixin):
@@ -72,8 +57,7 @@ class KondoGRPOMixin(ComparingMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._gate_running: Running | None = None
-        self._gate_postpones = False  # whether the old log-probs wait until it is decided whose are needed
+        self._gate_running: tuple[Rows, Rows] | None = None  # the micro-batch in TRL's loss, and what that was given
         self._gate_micro_steps = 0  # run since the last optimizer step
         self._packs = self._gate is not None or self._shared is not None
         if self._packs:
@@ -124,8 +108,8 @@ class KondoGRPOMixin(ComparingMixin):
 
     def _overriding(self, method: str, classes: Sequence[type]) -> str | None:
         """A class that has a method of TRL's and ours of its own, if one of these does."""
-        known = (KondoGRPOMixin, *OURS, GRPOTrainer)
-        return next((cls.__name__ for cls in classes if method in vars(cls) and cls not in known), None)
+        theirs = [cls for cls in classes if cls is not GRPOTrainer and not cls.__module__.startswith(__package__)]
+        return next((cls.__name__ for cls in theirs if method in vars(cls)), None)
 
     def _refuse_images(self) -> None:
         """Look at the first training example; what is streamed, or has images only later, is refused when it comes."""
@@ -145,7 +129,7 @@ class KondoGRPOMixin(ComparingMixin):
         generates = not (self.use_vllm or self.use_transformers_continuous_batching or self.tools)
         if self._gate is None or not generates or not self.model.training:
             return False
-        by_sign = getattr(self._gate, "rule", None) == Rule(floor=0.0)
+        by_sign = rule_of(self._gate) == Rule(floor=0.0)
         reads = self.args.gate_score == "delight" and reads_log_probs(self._gate_score)
         return reads and self.args.gate_log_probs == "auto" and not by_sign
 
@@ -157,47 +141,44 @@ class KondoGRPOMixin(ComparingMixin):
             if self._shared is not None:
                 stack.enter_context(reading_prompts_once(model, recorder, self.accelerator.autocast))
             completions, log_probs = super()._generate_single_turn(*args, **kwargs)
-        if recorder is not None and log_probs is None:
-            log_probs = recorder.log_probs(completions)
-            self._gate_recorded = log_probs is not None
-        return completions, log_probs
+        recorded = recorder.log_probs(completions) if recorder is not None and log_probs is None else None
+        self._gate_recorded = recorded is not None
+        return completions, recorded or log_probs
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._gate_rewards = super()._calculate_rewards(*args, **kwargs)
         return self._gate_rewards
 
     def _generate_and_score_completions(self, inputs: list[Rows]) -> Rows:
-        if not self._packs or not self.model.training:
-            return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]  # TRL is untyped
-        # Not where TRL reads those of all rows, nor where it computes the reference's in the same way.
-        corrects = self.use_vllm and self.vllm_importance_sampling_correction
-        postpones = self._gate is not None and not corrects and self.beta == 0
-        self._gate_postpones, self._gate_recorded = postpones, False
-        try:
-            output: Rows = super()._generate_and_score_completions(inputs)
-        finally:
-            self._gate_postpones = False
+        packs = self._packs and self.model.training  # before a reward function may have the policy evaluate
+        output: Rows = super()._generate_and_score_completions(inputs)
+        if not packs:
+            return output
         if output.get("num_images") is not None or output.get("pixel_values") is not None:
             raise ValueError(TEXT_ONLY)
         self._refuse_long_rows(whole(output)[0].shape[1])
         self._compare_sharing(output)
-        if self._gate is None and not self._shares:
-            return output
-        if self._gate is None:
-            keep = torch.ones(len(output["advantages"]), dtype=torch.bool, device=output["advantages"].device)
-            return {**output, "gate_keep": keep}
-        old = output.pop("old_per_token_logps", None) if postpones else None
-        keep = self._decide(self._gate, output)
-        self._watch(inputs, output, keep)
-        weight = output.get("gate_weight")
-        if old is not None:
-            rows = keep.nonzero().flatten()
-            output["old_per_token_logps"] = old.index_copy(0, rows, self._screen(output, rows))
-            self._keep_old_log_probs(output, ~keep)
-        whole_batch = self._everywhere(bool(keep.all()) and (weight is None or bool((weight == 1).all())))
-        if whole_batch and not self._shares:
+        keep = torch.ones(len(output["advantages"]), dtype=torch.bool, device=output["advantages"].device)
+        if self._gate is not None:
+            postponed = output.pop("old_per_token_logps", None) if self._gate_postpones else None
+            keep = self._decide(self._gate, output)
+            self._watch(inputs, output, keep)
+            if postponed is not None:
+                output["old_per_token_logps"] = self._screen(output, keep.nonzero().flatten())
+                self._keep_old_log_probs(output, ~keep)
+        whole_batch = bool(keep.all()) and bool((output.get("gate_weight", keep) == 1).all())
+        if not self._shares and self._everywhere(whole_batch):
             return {name: value for name, value in output.items() if not name.startswith("gate_")}  # TRL's own step
         return {**output, "gate_keep": keep}
+
+    @property
+    def _gate_postpones(self) -> bool:
+        """Whether TRL's pass for old log-probs waits until it is decided whose are needed.
+
+        Not where TRL reads those of all rows, nor where it computes the reference's in the same way.
+        """
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        return self._gate is not None and not corrects and self.beta == 0
 
     def _refuse_long_rows(self, width: int) -> None:
         longest = longest_with_fixed_rotations(self.model.config.get_text_config())
@@ -242,15 +223,13 @@ class KondoGRPOMixin(ComparingMixin):
 
     def _share_out(self, units: list[Unit]) -> tuple[list[Unit], list[tuple[int, int]]]:
         """This process's share of the units of all, and what the largest of each rank has, in tokens and in rows."""
-        processes, device = self.accelerator.num_processes, self.accelerator.device
+        processes = self.accelerator.num_processes
         if processes == 1 or not self._trims_prompts:  # or else prompts are padded to another length there
             own = sorted(((unit.tokens, len(unit.rows)) for unit in units), reverse=True)
-            of_each = [own] if processes == 1 else gather_object([own])
-            of_ranks = [list(rank) for rank in zip_longest(*of_each, fillvalue=(0, 0))][::-1]
+            of_ranks = [list(rank) for rank in zip_longest(*gather_object([own]), fillvalue=(0, 0))][::-1]
         else:
-            moved = gather_object([_moved(unit, "cpu") for unit in units])
-            everyone: list[Unit] = sorted(moved, key=lambda unit: unit.tokens)
-            units = [_moved(unit, device) for unit in everyone[self.accelerator.process_index :: processes]]
+            everyone = sorted(gather_object(send_to_device(units, "cpu")), key=lambda unit: unit.tokens)
+            units = send_to_device(everyone[self.accelerator.process_index :: processes], self.accelerator.device)
             sizes = [(unit.tokens, len(unit.rows)) for unit in everyone]
             of_ranks = [sizes[max(0, stop - processes) : stop] for stop in range(len(sizes), 0, -processes)][::-1]
         return units, [(max(tokens), max(rows)) for tokens, rows in (zip(*rank, strict=True) for rank in of_ranks)]
@@ -264,19 +243,27 @@ class KondoGRPOMixin(ComparingMixin):
         if inputs.get("gate_idle", False) and not self._owes_a_pass(sync):
             loss = torch.zeros((), device=inputs["advantages"].device, requires_grad=True)
         else:
-            own = scaled = inputs["advantages"]
-            if "gate_scale" in inputs and not self._gate_scales_gradients:
-                scaled = own * inputs["gate_scale"].to(own).reshape(-1, *[1] * (own.dim() - 1))
-            given = {**inputs, "advantages": scaled}
-            self._gate_running = Running(given, own, scaled)
+            given = {**inputs, "advantages": self._scaled(inputs)}
+            self._gate_running = inputs, given
             try:
                 loss = super()._compute_loss(model, given)
             finally:
                 self._gate_running = None
             self._gate_micro_steps += 1
-        if sync:
-            self._finish_step()
+        if sync:  # the end of an optimizer step
+            self._metrics["train"]["gate/micro_steps"].append(float(self._gate_micro_steps))
+            self._gate_micro_steps = 0
+            self._learn_noise()
+            self._log_tokens()
         return loss
+
+    def _scaled(self, inputs: Rows) -> Tensor:
+        """Advantages of a packed micro-batch, of each row times its scale, unless that goes on its gradients."""
+        advantages: Tensor = inputs["advantages"]
+        if "gate_scale" not in inputs or self._gate_scales_gradients:
+            return advantages
+        scale: Tensor = inputs["gate_scale"].to(advantages)
+        return advantages * scale.reshape(-1, *[1] * (advantages.dim() - 1))
 
     @property
     def _gate_scales_gradients(self) -> bool:
@@ -285,13 +272,6 @@ class KondoGRPOMixin(ComparingMixin):
         Terms beside the policy's (KL, entropy) are scaled too then. TRL's loss is logged without the scale.
         """
         return bool(self.beta != 0 or self.args.entropy_coef != 0)
-
-    def _finish_step(self) -> None:
-        """At the end of an optimizer step."""
-        self._metrics["train"]["gate/micro_steps"].append(float(self._gate_micro_steps))
-        self._gate_micro_steps = 0
-        self._learn_noise()
-        self._log_tokens()
 
     def _owes_a_pass(self, sync: bool) -> bool:
         """Whether a micro-step must run although it has no rows; `sync`: it is the last of an optimizer step.
@@ -309,46 +289,31 @@ class KondoGRPOMixin(ComparingMixin):
         return self.args.gate_empty_step == "momentum" or bool(self.accelerator.mixed_precision == "fp16")
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if self._gate_postpones and _asked_by_trl():  # of all rows: those of the kept ones are computed once known
+        if self._gate_postpones and self.model.training and _asked_by_trl():
             ids, logits_to_keep = args[1], args[3]
             return torch.zeros(len(ids), logits_to_keep, device=ids.device), None, None
         log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        running = self._gate_running
-        if running is None or not log_probs.requires_grad or log_probs.shape != running.inputs["completion_ids"].shape:
+        inputs, given = self._gate_running or ({}, {})
+        if not inputs or not log_probs.requires_grad or log_probs.shape != inputs["completion_ids"].shape:
             return log_probs, entropies, aux_loss
-        # TRL's loss reads its inputs after this, so what depends on the log-probs can be put into them here.
-        inputs, own = running.inputs, running.own
-        if "gate_size" in inputs and not running.measured:
-            running.measured = True
-            self._gate_sums += self._measured(inputs, log_probs.detach(), own)
+        # TRL's loss reads what it was given after this, so what depends on the log-probs can be put into it here.
+        if "gate_size" in given:
+            del given["gate_size"]  # once
+            self._gate_sums += self._measured(inputs, log_probs.detach())
         if self._gate_dg is not None:
-            weight = delightful_weight(log_probs, own, loss_mask(inputs), self.args.gate_dg_temperature, self._gate_dg)
-            inputs["advantages"] = per_row(running.scaled, log_probs) * weight
+            own, temperature = inputs["advantages"], self.args.gate_dg_temperature
+            weight = delightful_weight(log_probs, own, loss_mask(inputs), temperature, self._gate_dg)
+            given["advantages"] = per_row(self._scaled(inputs), log_probs) * weight
         if "gate_scale" in inputs and self._gate_scales_gradients:
             log_probs = scale_gradient(log_probs, inputs["gate_scale"])
             entropies = scale_gradient(entropies, inputs["gate_entropy_scale"])
         return log_probs, entropies, aux_loss
 
-    def _measured(self, inputs: Rows, log_probs: Tensor, own_advantages: Tensor) -> Tensor:
+    def _measured(self, inputs: Rows, log_probs: Tensor) -> Tensor:
         """(4,) the `noise_sums` of a micro-batch's rows, by the log-probs it is differentiated with."""
-        exact = self._size_of(inputs, log_probs, own_advantages)
+        exact = self._size_of(inputs, log_probs)
         rows = inputs["gate_weight"] > 0  # a dummy row has none
         return noise_sums(*(value[rows].cpu() for value in (exact, inputs["gate_size"], inputs["gate_weight"])))
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self._gate is not None and self.args.should_save:
-            save_gate(
-                self._gate,
-                Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}",
-            )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_gate(self._gate, Path(checkpoint))
 
 
 def _asked_by_trl() -> bool:
@@ -358,17 +323,6 @@ def _asked_by_trl() -> bool:
     while frame is not None and frame.f_code.co_name == method:  # classes that call their parent's
         frame = frame.f_back
     return frame is not None and frame.f_code is inspect.unwrap(GRPOTrainer._generate_and_score_completions).__code__
-
-
-def _moved(unit: Unit, device: Any) -> Unit:
-    """The same on another device."""
-    return Unit(
-        [
-            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in row.items()}
-            for row in unit.rows
-        ],
-        unit.tokens,
-    )
 
 
 def scale_gradient(values: Tensor, scale: Tensor) -> Tensor:
