@@ -94,6 +94,17 @@ def test_the_case_in_which_they_once_differed():
     assert kept.tolist() == [True, True, False, False]
 
 
+def test_draws_are_the_same_on_every_process():
+    advantages, log_probs = torch.ones(40), -torch.ones(40, 1)
+    kept = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        gate = sj.SoftGate(temperature=1.0, price=1.0)
+        kept.append(Numbers(log_probs, at_hand=True).decided(gate, advantages, torch.ones(40, 1))[0])
+    assert torch.equal(*kept)
+    assert 0 < kept[0].sum() < 40
+
+
 class Seen:
     """Keeps its last decision."""
 

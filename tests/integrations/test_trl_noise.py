@@ -98,8 +98,10 @@ def test_noise_so_small_that_all_are_kept_is_trls_own_step_to_the_bit(tmp_path, 
     assert (entry["gate/kept_rate"], entry["gate/micro_steps"], entry["gate/noise"]) == (1, 4, 0)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
-    changes = {"gate_noise": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "top_p": 0.9}
+@pytest.mark.parametrize("updates", [{}, {"steps_per_generation": 8}, {"num_iterations": 2}], ids=str)
+def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, updates):
+    """Stopped where a generation ends; of several steps on one, each leaves the gate what the checkpoint has."""
+    changes = {"gate_noise": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 6, "top_p": 0.9} | updates
     whole, _ = trained(tmp_path / "whole", cls=Stale, **changes)
     saved = json.loads((tmp_path / "whole" / "checkpoint-2" / "gate_state.json").read_text())
     state = json.loads(saved["state"])

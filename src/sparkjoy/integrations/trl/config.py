@@ -10,7 +10,7 @@ from trl import GRPOConfig
 from sparkjoy import checks
 from sparkjoy.gates import Gate
 from sparkjoy.gates.decision import weighs
-from sparkjoy.integrations.gates import gate_of
+from sparkjoy.integrations.gates import gate_of, refuse
 
 UNCLIPPED_LOSSES = ("cispo", "sapo", "vespo")
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -152,24 +152,20 @@ class KondoGRPOConfig(GateOptions, GRPOConfig):
 
     def refuse_with(self, gate: Gate) -> None:
         """Raise a ValueError where one of the options, TRL's or the gate's, does not go with this gate."""
-        if weighs(gate):
-            if self.gate_score != "delight":
-                raise ValueError(
-                    f"{gate!r} keeps completions by how far each would move the policy; leave gate_score as it is, or "
-                    "give gate_rate instead."
-                )
-        elif self.gate_log_probs == "none":
-            raise ValueError("gate_log_probs='none' goes with gate_noise; a delight needs the log-probs of some rows.")
-        elif self.beta != 0 or self.entropy_coef != 0:
-            term, way_out = (
-                (f"beta={self.beta}: the KL term", "beta=0 and take the KL off the reward")
-                if self.beta != 0
-                else ("the entropy bonus", "entropy_coef=0")
-            )
-            raise ValueError(
-                f"{term} needs the gradient of every completion, and the gate skips most. Set {way_out}, or train with "
-                "gate_noise=0.3, which weights them, or without a gate."
-            )
+        weighted = weighs(gate)
+        instead = "gate_noise=0.3, which weights them, or without a gate"
+        reasons = {
+            f"{gate!r} keeps completions by how far each would move the policy; leave gate_score as it is, or give "
+            "gate_rate instead.": weighted and self.gate_score != "delight",
+            "gate_log_probs='none' goes with gate_noise; a delight needs the log-probs of some rows.": (
+                not weighted and self.gate_log_probs == "none"
+            ),
+            f"beta={self.beta}: the KL term needs the gradient of every completion, and the gate skips most. Set "
+            f"beta=0 and take the KL off the reward, or train with {instead}.": not weighted and self.beta != 0,
+            "the entropy bonus needs the gradient of every completion, and the gate skips most. Set entropy_coef=0, "
+            f"or train with {instead}.": not weighted and self.entropy_coef != 0,
+        }
+        refuse(reasons)
         self._refuse_statistics("the gate skips most completions", "without a gate")
 
     def refuse_without_a_gate(self) -> None:
@@ -183,13 +179,12 @@ class KondoGRPOConfig(GateOptions, GRPOConfig):
 
     def _refuse_statistics(self, why: str, without: str) -> None:
         """Of micro-batches, which are others under the gate and with shared tokens."""
-        if self.use_adaptive_entropy:
-            raise ValueError(
-                f"use_adaptive_entropy follows the entropy of each micro-batch's completions, and {why}. Set "
-                f"use_adaptive_entropy=False, or train {without}."
-            )
-        if self.top_entropy_quantile < 1:
-            raise ValueError(
-                f"top_entropy_quantile={self.top_entropy_quantile}: its threshold is a quantile over the tokens of "
-                f"each micro-batch's completions, and {why}. Set top_entropy_quantile=1, or train {without}."
-            )
+        reasons = {
+            f"use_adaptive_entropy follows the entropy of each micro-batch's completions, and {why}. Set "
+            f"use_adaptive_entropy=False, or train {without}.": self.use_adaptive_entropy,
+            f"top_entropy_quantile={self.top_entropy_quantile}: its threshold is a quantile over the tokens of each "
+            f"micro-batch's completions, and {why}. Set top_entropy_quantile=1, or train {without}.": (
+                self.top_entropy_quantile < 1
+            ),
+        }
+        refuse(reasons)

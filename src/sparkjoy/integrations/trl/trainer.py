@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from sparkjoy.gates.decision import rule_of
+from sparkjoy.integrations.gates import refuse
 from sparkjoy.integrations.sampling import recording
 from sparkjoy.integrations.transformers import longest_with_fixed_rotations
 from sparkjoy.integrations.trl.comparing import ComparingMixin
@@ -64,47 +65,37 @@ class KondoGRPOMixin(ComparingMixin):
             self._refuse_unproven_setups()
 
     def _refuse_unproven_setups(self) -> None:
-        if self.args.parallelism_config is not None:
-            raise ValueError(
-                "the gate is not proven with a parallelism_config, which splits a completion or a layer over "
-                "processes. Train with DDP, FSDP2 or DeepSpeed, or without the gate."
-            )
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError(
-                "the gate is not proven with version 1 of FSDP. Set version=2 in fsdp_config (fsdp_version: 2 in "
-                "accelerate's), or train without the gate."
-            )
-        if self.is_deepspeed_enabled and self._gate is not None and self.args.gate_empty_step != "momentum":
-            raise ValueError(
-                "DeepSpeed steps its optimizer itself, so a step without any kept completion cannot leave the weights. "
-                "Set gate_empty_step='momentum', or train without the gate."
-            )
-        if getattr(self, "use_liger_kernel", False):  # of TRL before 1.15; later ones have no such loss
-            raise ValueError(
-                "use_liger_kernel=True computes the loss apart from log-probs, where the gate cannot weight it. Set "
-                "use_liger_kernel=False (TRL 1.15 and later take Liger's layers with the gate), or train without the "
-                "gate."
-            )
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "the router's auxiliary loss counts every token of every completion, which neither the gate nor "
-                "share_tokens runs. Set router_aux_loss_coef=0, or train without the gate and share_tokens."
-            )
+        version_1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+        empties = self._gate is not None and self.args.gate_empty_step != "momentum"
+        liger = getattr(self, "use_liger_kernel", False)  # of TRL before 1.15; later ones have no such loss
+        reasons = {
+            "the gate is not proven with a parallelism_config, which splits a completion or a layer over processes. "
+            "Train with DDP, FSDP2 or DeepSpeed, or without the gate.": self.args.parallelism_config is not None,
+            "the gate is not proven with version 1 of FSDP. Set version=2 in fsdp_config (fsdp_version: 2 in "
+            "accelerate's), or train without the gate.": version_1,
+            "DeepSpeed steps its optimizer itself, so a step without any kept completion cannot leave the weights. Set "
+            "gate_empty_step='momentum', or train without the gate.": self.is_deepspeed_enabled and empties,
+            "use_liger_kernel=True computes the loss apart from log-probs, where the gate cannot weight it. Set "
+            "use_liger_kernel=False (TRL 1.15 and later take Liger's layers with the gate), or train without the "
+            "gate.": liger,
+            "the router's auxiliary loss counts every token of every completion, which neither the gate nor "
+            "share_tokens runs. Set router_aux_loss_coef=0, or train without the gate and share_tokens.": (
+                self.aux_loss_enabled
+            ),
+        }
+        refuse(reasons)
         self._refuse_unproven_comparisons()
         self._refuse_images()
-        own = self._overriding("_compute_loss", type(self).__mro__)
-        if own and self.gate_normalizer is None:
-            raise ValueError(
-                f"{own} has a _compute_loss of its own; say what it divides a micro-batch's loss by with a class "
-                "attribute gate_normalizer: 'constant', 'rows' or 'tokens'."
-            )
+        loss = self._overriding("_compute_loss", type(self).__mro__)
         under = type(self).__mro__[type(self).__mro__.index(KondoGRPOMixin) :]
-        own = self._overriding("_get_per_token_logps_and_entropies", under)
-        if own and self._shared is not None:
-            raise ValueError(
-                f"{own} has a _get_per_token_logps_and_entropies of its own, which share_tokens=True would go around. "
-                "Leave one of them out."
-            )
+        log_probs = self._overriding("_get_per_token_logps_and_entropies", under)
+        reasons = {
+            f"{loss} has a _compute_loss of its own; say what it divides a micro-batch's loss by with a class "
+            "attribute gate_normalizer: 'constant', 'rows' or 'tokens'.": loss and self.gate_normalizer is None,
+            f"{log_probs} has a _get_per_token_logps_and_entropies of its own, which share_tokens=True would go "
+            "around. Leave one of them out.": log_probs and self._shared is not None,
+        }
+        refuse(reasons)
 
     def _overriding(self, method: str, classes: Sequence[type]) -> str | None:
         """A class that has a method of TRL's and ours of its own, if one of these does."""
@@ -297,8 +288,8 @@ class KondoGRPOMixin(ComparingMixin):
         if not inputs or not log_probs.requires_grad or log_probs.shape != inputs["completion_ids"].shape:
             return log_probs, entropies, aux_loss
         # TRL's loss reads what it was given after this, so what depends on the log-probs can be put into it here.
-        if "gate_size" in given:
-            del given["gate_size"]  # once
+        if self._gate_expected is not None and "gate_size" in given:  # not in a later step, nor twice in this one
+            del given["gate_size"]
             self._gate_sums += self._measured(inputs, log_probs.detach())
         if self._gate_dg is not None:
             own, temperature = inputs["advantages"], self.args.gate_dg_temperature
