@@ -19,14 +19,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-
-BREAKS = (1, 14)
-"""The TRL from which on verl 0.9 builds no model beside it: its patches import a module that is gone."""
 
 
 def _version_of(package: str) -> tuple[int, ...] | None:
@@ -36,7 +32,7 @@ def _version_of(package: str) -> tuple[int, ...] | None:
         return None
 
 
-if (_trl := _version_of("trl")) is not None and _trl >= BREAKS:
+if (_version_of("trl") or (0,)) >= (1, 14):  # verl's patches import a module that is gone from there on
     raise ImportError(
         "verl 0.9 builds no model where TRL 1.14 or later is installed: give verl an environment of its own, or "
         "pip uninstall trl."
@@ -65,6 +61,7 @@ from sparkjoy.selecting import select_by_score  # noqa: E402
 logger = logging.getLogger(__name__)
 
 BACKENDS = ["fsdp", "fsdp2"]
+STATE = "gate_rank_{}.pt"
 NOT_PROPORTIONAL = {
     "clip_cov": "chooses tokens by their covariance with the others of a micro-batch",
     "kl_cov": "chooses tokens by their covariance with the others of a micro-batch",
@@ -154,8 +151,19 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         kept = tu.index_select_tensor_dict(data, rows.pop("row"))
         kept.update({name: values.to(score.device) for name, values in rows.items()})
         figures["seconds"] = time.perf_counter() - start
-        sums = torch.zeros(4, dtype=torch.float64)  # `noise_sums` of the rows that this rank runs
-        loss = partial(self._weighted_loss, loss_function, figures.pop("loss_tokens"), sums)
+        loss_tokens, sums = figures.pop("loss_tokens"), torch.zeros(4, dtype=torch.float64)  # `noise_sums` of this rank
+
+        def loss(model_output: dict[str, Any], data: TensorDict, dp_group: Any = None) -> Any:
+            """verl's, divided by the tokens of all rows, of what the model returned, with each row's weight on it."""
+            nonlocal sums
+            if weighs(gate):
+                exact = _score(data, config, no_padding_2_padding(model_output["log_probs"].detach(), data))
+                sums += noise_sums(exact, data["gate_size"], data["gate_weight"]).cpu()
+            for name in sorted({"log_probs", "entropy"} & set(model_output)):
+                model_output[name] = _weighted(model_output[name], data["gate_weight"])
+            data["batch_num_tokens"] = NonTensorData(loss_tokens)
+            return loss_function(model_output=model_output, data=data, dp_group=dp_group)
+
         output = super().forward_backward_batch(kept, loss)
         if weighs(gate):
             sums = sums.to(get_device_id())
@@ -168,7 +176,7 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         """verl's, and the gate's state beside it."""
         super().save_checkpoint(local_path, *args, **kwargs)
         if self._gate is not None and local_path is not None and self.checkpoint_manager.should_save_extra:
-            file = self._state_file(local_path)
+            file = os.path.join(local_path, STATE.format(self.rank))
             torch.save(state_with_draws(self._gate), f"{file}.tmp")
             os.replace(f"{file}.tmp", file)
 
@@ -177,13 +185,11 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         super().load_checkpoint(local_path, *args, **kwargs)
         if self._gate is None or local_path is None or not self.checkpoint_manager.should_load_extra:
             return
-        if not os.path.exists(self._state_file(local_path)):
+        file = os.path.join(local_path, STATE.format(self.rank))
+        if not os.path.exists(file):
             logger.warning("%s has no state of a gate: it starts anew.", local_path)
             return
-        load_with_draws(self._gate, torch.load(self._state_file(local_path), weights_only=True))
-
-    def _state_file(self, local_path: str) -> str:
-        return os.path.join(local_path, f"gate_rank_{self.rank}.pt")
+        load_with_draws(self._gate, torch.load(file, weights_only=True))
 
     def _config_of(self, loss_function: Callable[..., Any], data: TensorDict) -> ActorConfig:
         """The actor's options, of which the gate goes with all but these."""
@@ -194,9 +200,8 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
                 "without a gate."
             )
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]  # a partial of ppo_loss
-        mode = config.policy_loss.get("loss_mode", "vanilla")
-        correction = config.policy_loss.get("rollout_correction", None) or {}
-        normalizes = mode == "bypass_mode" and correction.get("rollout_is_batch_normalize", False)
+        mode, correction = (config.policy_loss.get(name, None) for name in ("loss_mode", "rollout_correction"))
+        normalizes = mode == "bypass_mode" and (correction or {}).get("rollout_is_batch_normalize", False)
         grouped = config.get("use_prefix_grouper", False) or tu.get_non_tensor_data(data, "force_group_size", 1) != 1
         by_longest = config.loss_agg_mode == "seq-mean-token-sum-norm" and config.loss_scale_factor is None
         reasons = {
@@ -280,31 +285,6 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
                 return passes, 1
             passes += 1
 
-    def _weighted_loss(
-        self,
-        loss_function: Callable[..., Any],
-        loss_tokens: float,
-        sums: Tensor,
-        model_output: dict[str, Any],
-        data: TensorDict,
-        dp_group: Any = None,
-    ) -> Any:
-        """verl's loss, divided by the tokens of all rows, with the gradient of each row times its weight.
-
-        The weight is on what the model returned, of which policy loss, KL and entropy are made alike.
-        """
-        weight = data["gate_weight"]
-        if weighs(self._gate):
-            config = loss_function.keywords["config"]  # type: ignore[attr-defined]
-            log_probs = no_padding_2_padding(model_output["log_probs"].detach(), data)
-            exact = _score(data, config, log_probs)
-            sums += noise_sums(exact, data["gate_size"], weight).cpu()
-        for name in ("log_probs", "entropy"):
-            if name in model_output:
-                model_output[name] = _weighted(model_output[name], weight)
-        data["batch_num_tokens"] = NonTensorData(loss_tokens)
-        return loss_function(model_output=model_output, data=data, dp_group=dp_group)
-
 
 def _beta(config: ActorConfig) -> float:
     return config.kl_loss_coef if config.use_kl_loss else 0.0
@@ -319,11 +299,10 @@ def _padded(data: TensorDict, *names: str) -> dict[str, Tensor]:
 def _delight(data: TensorDict) -> Tensor:
     """(B,) the delight of each row, NaN where one of its numbers is."""
     rows = _padded(data, "advantages", "old_log_probs", "rollout_is_weights")
-    mask, log_probs = rows["response_mask"].bool(), rows["old_log_probs"].clamp(max=0)
-    advantages = rows["advantages"]
+    mask = rows["response_mask"].bool()
     if "rollout_is_weights" in rows:  # what it sets to 0 has no term in the loss
         mask = mask & (rows["rollout_is_weights"] != 0)
-    return score_of_rows(delight, advantages, log_probs, mask)
+    return score_of_rows(delight, rows["advantages"], rows["old_log_probs"].clamp(max=0), mask)
 
 
 def _score(data: TensorDict, config: ActorConfig, log_probs: Tensor) -> Tensor:
@@ -331,14 +310,8 @@ def _score(data: TensorDict, config: ActorConfig, log_probs: Tensor) -> Tensor:
     rows = _padded(data, "advantages", "rollout_is_weights", "ref_log_prob")
     size = RowSize(config.loss_agg_mode == "seq-mean-token-mean", _beta(config), config.entropy_coeff)
     log_probs = log_probs.to_padded_tensor(0) if log_probs.is_nested else log_probs
-    width = rows["response_mask"].shape[1]
-    return size(
-        rows["advantages"],
-        log_probs[:, :width],
-        rows["response_mask"],
-        rows.get("rollout_is_weights"),
-        rows.get("ref_log_prob"),
-    )
+    mask, ratio, reference = rows["response_mask"], rows.get("rollout_is_weights"), rows.get("ref_log_prob")
+    return size(rows["advantages"], log_probs[:, : mask.shape[1]], mask, ratio, reference)
 
 
 def _weighted(values: Any, weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from sparkjoy.gradients import Comparisons, Gradients, same_random_state, sketches, sums
 from sparkjoy.integrations.trl.deciding import DecidingMixin
-from sparkjoy.integrations.trl.packing import Rows
+from sparkjoy.integrations.trl.rows import Rows
 
 STATE = "gate_comparisons.pt"
 OLD = "gate_old_per_token_logps"  # the column with those of skipped rows too

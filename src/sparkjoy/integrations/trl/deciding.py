@@ -25,7 +25,7 @@ from sparkjoy.integrations.sizes import DIVIDES_BY_LENGTH, RowSize, score_of_row
 from sparkjoy.integrations.transformers import evaluating, prepends_tokens
 from sparkjoy.integrations.trl.advantages import of_the_gate, other_score, worth
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
-from sparkjoy.integrations.trl.packing import Rows, loss_mask, whole
+from sparkjoy.integrations.trl.rows import Rows, loss_mask, whole
 from sparkjoy.integrations.trl.sharing import SharingMixin
 from sparkjoy.noise import expected_noise
 from sparkjoy.prefix_tree import fold
@@ -66,8 +66,12 @@ class DecidingMixin(SharingMixin):
         self._gate = one_gate(gate, None if config is None else config.gate())
         self._gate_score = score or delight
         self._gate_dg = None if config is None else config.gate_dg
-        if config is not None:
-            self._refuse_options(config, score)
+        if self._gate is not None:
+            self.args.refuse_with(self._gate)
+        elif config is not None:
+            config.refuse_without_a_gate()
+        if score is not None:
+            self._refuse_score(score)
         self._gate_rewards: Tensor | None = None  # (N, F), of all processes, those of the last completions scored
         self._gate_recorded = False  # whether the sampler's log-probs are those read off its passes
         self._gate_warned = False  # that it ranks by the loss's advantages where it was to rank by centred rewards
@@ -76,18 +80,13 @@ class DecidingMixin(SharingMixin):
         self._gate_coverage = Coverage(PATIENCE * self.num_generations)
         self._gate_sums = torch.zeros(4, dtype=torch.float64)  # `noise_sums` of what has run since, of this process
 
-    def _refuse_options(self, config: KondoGRPOConfig, score: ScoreFunction | None) -> None:
-        if self._gate is None:
-            config.refuse_without_a_gate()
-        else:
-            config.refuse_with(self._gate)
-        if score is not None:
-            checks.function("score", score, SCORE, ..., ...)
-            if self._gate is None or weighs(self._gate) or config.gate_score != "delight":
-                raise ValueError(
-                    f"score={checks.described(score)} is for a gate that is not weighted, instead of gate_score; a "
-                    "noise budget goes by the size of a row's gradient in TRL's loss."
-                )
+    def _refuse_score(self, score: ScoreFunction) -> None:
+        checks.function("score", score, SCORE, ..., ...)
+        if self._gate is None or weighs(self._gate) or self.args.gate_score != "delight":
+            raise ValueError(
+                f"score={checks.described(score)} is for a gate that is not weighted, instead of gate_score; a noise "
+                "budget goes by the size of a row's gradient in TRL's loss."
+            )
 
     def _decide(self, gate: Gate, output: Rows) -> Tensor:
         """(B,) bool: which rows of this process are kept, out of those of all; their weights become a column."""
@@ -169,14 +168,8 @@ class DecidingMixin(SharingMixin):
         advantages, centred = own, False
         if own.dim() == 1:
             of_all = self.accelerator.gather(own)
-            advantages, centred = of_the_gate(
-                of_all,
-                self._gate_rewards,
-                self.reward_weights,
-                self.num_generations,
-                self.scale_rewards,
-                self.multi_objective_aggregation,
-            )
+            options = (self.num_generations, self.scale_rewards, self.multi_objective_aggregation)
+            advantages, centred = of_the_gate(of_all, self._gate_rewards, self.reward_weights, *options)
             if centred and self.args.gate_advantages == "trl":
                 advantages = of_all.masked_fill(advantages == 0, 0)
             advantages = self._mine(advantages, own)
@@ -211,13 +204,8 @@ class DecidingMixin(SharingMixin):
 
     def _size_of(self, rows: Rows, log_probs: Tensor | None) -> Tensor:
         """(B,) the size of each row's gradient in TRL's loss, by log-probs (B, T)."""
-        size = RowSize(
-            by_length=self.loss_type in DIVIDES_BY_LENGTH,
-            beta=self.beta,
-            entropy_coef=self.args.entropy_coef,
-            dg=self._gate_dg,
-            dg_temperature=self.args.gate_dg_temperature,
-        )
+        by_length, args = self.loss_type in DIVIDES_BY_LENGTH, self.args
+        size = RowSize(by_length, self.beta, args.entropy_coef, self._gate_dg, args.gate_dg_temperature)
         ratio, reference = self._sampler_ratio(rows), rows.get("ref_per_token_logps")
         return size(rows["advantages"], log_probs, loss_mask(rows), ratio, reference)
 

@@ -16,7 +16,7 @@ from sparkjoy.integrations.sampling import Recorder, prompts_read_once
 from sparkjoy.integrations.transformers import SharedTokens, evaluating, label_scores
 from sparkjoy.integrations.trl.checkpoints import GateInCheckpoints
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
-from sparkjoy.integrations.trl.packing import Rows, whole
+from sparkjoy.integrations.trl.rows import Rows, whole
 from sparkjoy.prefix_tree import PrefixTree, fold
 
 HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")

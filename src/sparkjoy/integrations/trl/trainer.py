@@ -11,16 +11,13 @@ training_step                     TRL's, then at times a comparison with TRL's o
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Sequence, Sized
 from contextlib import ExitStack
-from itertools import zip_longest
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
@@ -28,8 +25,8 @@ from sparkjoy.gates.decision import rule_of
 from sparkjoy.integrations.gates import refuse
 from sparkjoy.integrations.sampling import recording
 from sparkjoy.integrations.transformers import longest_with_fixed_rotations
-from sparkjoy.integrations.trl.comparing import ComparingMixin
-from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, Unit, loss_mask, pack, whole
+from sparkjoy.integrations.trl.packing import PackingMixin
+from sparkjoy.integrations.trl.rows import Rows, loss_mask, whole
 from sparkjoy.integrations.trl.sharing import reading_prompts_once
 from sparkjoy.losses import delightful_weight
 from sparkjoy.noise import noise_sums
@@ -42,7 +39,7 @@ TEXT_ONLY = (
 )
 
 
-class KondoGRPOMixin(ComparingMixin):
+class KondoGRPOMixin(PackingMixin):
     """Gives a GRPOTrainer the gate: `class Mine(KondoGRPOMixin, YourTrainer)`, with a `KondoGRPOConfig` as `args`.
 
     With any other config, or one without a gate, every method is the trainer's own.
@@ -53,8 +50,6 @@ class KondoGRPOMixin(ComparingMixin):
     Raises:
         ValueError: a set-up that the gate does not go with.
     """
-
-    gate_normalizer: Normalizer | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -179,51 +174,6 @@ class KondoGRPOMixin(ComparingMixin):
                 "micro-batch, and the gate and share_tokens make other micro-batches. Keep prompts and completions "
                 "together within that, or train without."
             )
-
-    # Packing
-
-    def _prepare_inputs(self, generation_batch: Any) -> Rows:
-        inputs: Rows = super()._prepare_inputs(generation_batch)
-        if "gate_keep" not in inputs:
-            return inputs  # evaluation, no gate, or packed before
-        self._buffered_inputs = self._pack(self._buffered_inputs)
-        place: int = self._step % self.args.steps_per_generation
-        return self._buffered_inputs[place]
-
-    def _pack(self, buffer: list[Rows]) -> list[Rows]:
-        """The micro-batches of a generation batch with kept rows packed, never across two optimizer steps."""
-        window = math.gcd(self.args.gradient_accumulation_steps, self.args.steps_per_generation)
-        packed: list[Rows] = []
-        for first in range(0, len(buffer), window):
-            packed += pack(
-                buffer[first : first + window],
-                self.gate_normalizer or LOSS_NORMALIZERS[self.loss_type],
-                self._tokenizer.pad_token_id,
-                trim_prompts=self._trims_prompts,
-                share_out=self._share_out,
-                spread=self.args.gate_pack_for == "memory",
-                room=self._room(buffer[first]),
-            )
-        return packed
-
-    def _room(self, rows: Rows) -> int | None:
-        """Tokens of a micro-batch of TRL's, padding included; the most of any process. None: tokens are not shared."""
-        if not self._shares:
-            return None
-        return int(self._of_all(torch.tensor([whole(rows)[0].numel()], device=rows["advantages"].device)).max())
-
-    def _share_out(self, units: list[Unit]) -> tuple[list[Unit], list[tuple[int, int]]]:
-        """This process's share of the units of all, and what the largest of each rank has, in tokens and in rows."""
-        processes = self.accelerator.num_processes
-        if processes == 1 or not self._trims_prompts:  # or else prompts are padded to another length there
-            own = sorted(((unit.tokens, len(unit.rows)) for unit in units), reverse=True)
-            of_ranks = [list(rank) for rank in zip_longest(*gather_object([own]), fillvalue=(0, 0))][::-1]
-        else:
-            everyone = sorted(gather_object(send_to_device(units, "cpu")), key=lambda unit: unit.tokens)
-            units = send_to_device(everyone[self.accelerator.process_index :: processes], self.accelerator.device)
-            sizes = [(unit.tokens, len(unit.rows)) for unit in everyone]
-            of_ranks = [sizes[max(0, stop - processes) : stop] for stop in range(len(sizes), 0, -processes)][::-1]
-        return units, [(max(tokens), max(rows)) for tokens, rows in (zip(*rank, strict=True) for rank in of_ranks)]
 
     # The loss
 
