@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from sparkjoy import UnbiasedGate
 from sparkjoy.integrations.sizes import DIVIDES_BY_LENGTH, RowSize
 from sparkjoy.integrations.trl import KondoGRPOTrainer
-from sparkjoy.integrations.trl.packing import loss_mask
+from sparkjoy.integrations.trl.rows import loss_mask
 from sparkjoy_lab.bench.timing import machine, options, print_table
 from sparkjoy_lab.training.tracking import write_json
 

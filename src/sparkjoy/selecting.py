@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparkjoy import checks
 from sparkjoy.gates import Decision, Gate
-from sparkjoy.gates.decision import GATE
+from sparkjoy.gates.decision import GATE, rule_of, weighs
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
 from sparkjoy.noise import noise_sums
 from sparkjoy.scores import (
@@ -84,11 +84,11 @@ def select(
     loss = checks.function("loss", loss, LOSS, ..., ..., ..., ...)
     if score is not None:
         checks.function("score", score, SCORE, ..., ...)
-    rule = getattr(gate, "rule", None)
+    rule = rule_of(gate)
     inputs = check_inputs({}, advantages, log_probs, None, mask, counts_signs=log_probs is None)
     if score is None:
         size = advantage_size if log_probs is None else size_of(loss)
-        score = size if getattr(gate, "weighted", None) else delight
+        score = size if weighs(gate) else delight
     if log_probs is not None or not reads_log_probs(score):
         known = inputs.blank_log_probs() if inputs.log_probs is None else inputs.log_probs
         scores = row_scores(score, inputs, known)
@@ -161,4 +161,4 @@ def select_by_score(gate: Gate, score: Tensor, cost: Tensor | None = None) -> Se
     >>> select_by_score(sj.KondoGate(rate=0.5), torch.tensor([0.5, -1.0, 2.0, 0.0])).rows
     tensor([0, 2])
     """
-    return select(gate, score, score=advantage_size if getattr(gate, "weighted", None) else advantage_score, cost=cost)
+    return select(gate, score, score=advantage_size if weighs(gate) else advantage_score, cost=cost)

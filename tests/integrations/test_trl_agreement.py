@@ -15,7 +15,7 @@ class Numbers(KondoGRPOTrainer):
     """The trainer's decision on numbers alone: no model, no generation."""
 
     def __init__(self, log_probs, at_hand):
-        self.accelerator = SimpleNamespace(num_processes=1, process_index=0, gather=lambda local: local)
+        self.accelerator = SimpleNamespace(num_processes=1, process_index=0, gather=lambda local: local, device="cpu")
         self.args = SimpleNamespace(
             gate_score="delight",
             gate_advantages="trl",
@@ -34,7 +34,7 @@ class Numbers(KondoGRPOTrainer):
         self.exact, self.at_hand = log_probs, at_hand
 
     def _screen(self, output, rows):
-        return self.exact[rows]
+        return self.exact
 
     def decided(self, gate, advantages, mask):
         output = {
@@ -92,6 +92,17 @@ def test_the_case_in_which_they_once_differed():
     advantages, log_probs = torch.tensor([1.0, 1.0, -1.0, -1.0]), -torch.tensor([[0.0], [1.0], [1.0], [1.0]])
     kept, _ = Numbers(log_probs, at_hand=True).decided(sj.KondoGate(0.5), advantages, torch.ones(4, 1))
     assert kept.tolist() == [True, True, False, False]
+
+
+def test_draws_are_the_same_on_every_process():
+    advantages, log_probs = torch.ones(40), -torch.ones(40, 1)
+    kept = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        gate = sj.SoftGate(temperature=1.0, price=1.0)
+        kept.append(Numbers(log_probs, at_hand=True).decided(gate, advantages, torch.ones(40, 1))[0])
+    assert torch.equal(*kept)
+    assert 0 < kept[0].sum() < 40
 
 
 class Seen:

@@ -207,7 +207,7 @@ def test_a_resumed_run_draws_as_an_unbroken_one(monkeypatch, folder, tmp_path):
     made, _ = trainer(monkeypatch, folder, tmp_path, completions, **saving)
     made.train()
     again, _ = trainer(monkeypatch, folder, tmp_path, completions, **saving | {"max_steps": 2})
-    asynchronous.load_gate(asynchronous._WithDraws(again._gate), tmp_path / "checkpoint-2")
+    again._load_gate(tmp_path / "checkpoint-2")
     other, _ = trainer(monkeypatch, folder, tmp_path / "other", completions, **saving | {"max_steps": 2})
     other.train()
     assert again._gate.state_dict() == other._gate.state_dict()

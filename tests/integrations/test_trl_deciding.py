@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparkjoy as sj
-from sparkjoy.integrations.trl.advantages import centred_advantages
-from sparkjoy.integrations.trl.deciding import Scored, draws, other_score, score_of_rows
+from sparkjoy.integrations.sizes import score_of_rows
+from sparkjoy.integrations.trl.advantages import centred_advantages, other_score
+from sparkjoy.integrations.trl.deciding import Scored, draws, figures
 from sparkjoy.signs import undecided
 
 advantages = st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=30)
@@ -32,8 +33,7 @@ def test_only_rows_in_doubt_need_log_probs(values, rate, price, share, seed):
     worth, log_probs = with_surprisal(values, seed)
     full = score_of_rows(sj.delight, worth, log_probs, torch.ones_like(log_probs))
     doubt = undecided(gate.rule, worth)
-    known = Scored(worth, doubt, full.where(doubt, math.nan))
-    assert torch.equal(gate(known.score).keep, gate(full).keep)
+    assert torch.equal(gate(full.where(doubt, worth)).keep, gate(full).keep)
 
 
 def test_signs_alone_settle_most_of_it():
@@ -97,13 +97,13 @@ def test_other_scores_are_zero_where_nothing_is_taught(name):
 
 def test_figures_tell_what_was_kept():
     worth = torch.tensor([1.0, 1.0, -1.0, 0.0])
-    delights = torch.tensor([2.0, 1.0, -3.0, 0.0])
-    scored = Scored(worth, worth != 0, delights)
-    figures = scored.figures(torch.tensor([True, False, False, False]))
-    assert figures["kept_rate"] == 0.25
-    assert figures["kept_rate_positive"] == 0.5
-    assert figures["kept_rate_negative"] == 0
-    assert figures["price"] == 2
-    assert figures["delight_p50"] == 1
-    assert figures["delight_std"] == pytest.approx(math.sqrt(14 / 3))
-    assert "price" not in scored.figures(torch.zeros(4, dtype=torch.bool))
+    scored = Scored(torch.tensor([2.0, 1.0, -3.0, 0.0]), worth, worth != 0, screened=3)
+    found = figures(scored, sj.KondoGate(rate=0.25)(scored.score), sized=False)
+    assert found["kept_rate"] == 0.25
+    assert found["kept_rate_positive"] == 0.5
+    assert found["kept_rate_negative"] == 0
+    assert found["screened_rate"] == 0.75
+    assert found["price"] == 2
+    assert found["delight_p50"] == 1
+    assert found["delight_std"] == pytest.approx(math.sqrt(14 / 3))
+    assert "price" not in figures(scored, sj.KondoGate(price=1e9)(scored.score), sized=False)

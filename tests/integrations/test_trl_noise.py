@@ -98,8 +98,10 @@ def test_noise_so_small_that_all_are_kept_is_trls_own_step_to_the_bit(tmp_path, 
     assert (entry["gate/kept_rate"], entry["gate/micro_steps"], entry["gate/noise"]) == (1, 4, 0)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
-    changes = {"gate_noise": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "top_p": 0.9}
+@pytest.mark.parametrize("updates", [{}, {"steps_per_generation": 8}, {"num_iterations": 2}], ids=str)
+def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, updates):
+    """Stopped where a generation ends; of several steps on one, each leaves the gate what the checkpoint has."""
+    changes = {"gate_noise": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 6, "top_p": 0.9} | updates
     whole, _ = trained(tmp_path / "whole", cls=Stale, **changes)
     saved = json.loads((tmp_path / "whole" / "checkpoint-2" / "gate_state.json").read_text())
     state = json.loads(saved["state"])
@@ -145,9 +147,13 @@ def test_a_row_costs_its_prompt_too(tmp_path):
     costs = []
 
     class Watching(KondoGRPOTrainer):
-        def _decide_by_size(self, gate, output, of_all):
-            costs.append((of_all, output["prompt_mask"].sum(dim=1) + output["completion_mask"].sum(dim=1)))
-            return super()._decide_by_size(gate, output, of_all)
+        def _decide(self, gate, output):
+            def watched(score, cost):
+                costs.append((cost, output["prompt_mask"].sum(dim=1) + output["completion_mask"].sum(dim=1)))
+                return gate(score, cost)
+
+            watched.weighted = True
+            return super()._decide(watched, output)
 
     trained(tmp_path, cls=Watching, gate_noise=0.4)
     assert torch.equal(costs[0][0], costs[0][1].float())
@@ -184,7 +190,7 @@ def test_only_a_row_without_a_term_has_a_size_of_zero():
         ({"gate_noise": 0.3, "gate_rate": 0.1}, "give it alone"),
         ({"gate_noise": 0.3, "gate_price": 0.0}, "give it alone"),
         ({"gate_noise": 0.3, "gate_negative_share": 0.2}, "leave gate_negative_share"),
-        ({"gate_noise": 0.3, "gate_score": "uniform"}, "leave gate_negative_share and gate_score"),
+        ({"gate_noise": 0.3, "gate_score": "uniform"}, "leave gate_score as it is"),
         ({"gate_rate": 0.3, "gate_log_probs": "none"}, "goes with gate_noise"),
         ({"gate_noise": -1.0}, "noise is -1"),
         ({"gate_noise": 0.3, "top_entropy_quantile": 0.2}, "Set top_entropy_quantile=1"),

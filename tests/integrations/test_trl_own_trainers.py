@@ -15,7 +15,7 @@ from sparkjoy import coverage
 from sparkjoy.coverage import Coverage
 from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOMixin, KondoGRPOTrainer
 from sparkjoy.integrations.trl.deciding import part_of
-from sparkjoy.integrations.trl.packing import whole
+from sparkjoy.integrations.trl.rows import whole
 from sparkjoy.scores import says
 
 

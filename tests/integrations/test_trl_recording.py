@@ -8,7 +8,7 @@ from trl_cases import SETTINGS, relative_error, trained
 
 from sparkjoy.integrations.sampling import Recorder, recording
 from sparkjoy.integrations.trl import KondoGRPOTrainer
-from sparkjoy.integrations.trl.packing import loss_mask
+from sparkjoy.integrations.trl.rows import loss_mask
 
 
 class Comparing(KondoGRPOTrainer):

@@ -9,7 +9,9 @@ import trl_task
 from trl import GRPOTrainer
 from trl_cases import trainer
 
-from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOMixin, KondoGRPOTrainer, available
+import sparkjoy as sj
+from sparkjoy.integrations import trl as ours
+from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOMixin, KondoGRPOTrainer
 
 
 @pytest.mark.parametrize(
@@ -22,18 +24,27 @@ from sparkjoy.integrations.trl import KondoGRPOConfig, KondoGRPOMixin, KondoGRPO
         ({"gate_rate": 0.1, "top_entropy_quantile": 0.2}, "Set top_entropy_quantile=1"),
         ({"gate_dg": "token", "loss_type": "dapo"}, "choose one of cispo, sapo, vespo"),
         ({"gate_dg": "token", "loss_type": "cispo", "gate_dg_temperature": 0}, "gate_dg_temperature is 0"),
-        ({"gate_negative_share": 0.25}, "without a gate"),
+        ({"gate_negative_share": 0.25}, "is a share of what gate_rate or gate_price keeps"),
         ({"gate_rate": 0.1, "gate_negative_share": 1.0}, "negative_share is 1.0"),
-        ({"gate_rate": 0.1, "gate_score": "surprise"}, "gate_score is 'surprise'; expected one of 'delight'"),
+        ({"gate_rate": 0.1, "gate_score": "surprise"}, "gate_score is 'surprise'; expected 'delight', 'advantage'"),
         ({"gate_rate": 0.1, "gate_advantages": "raw"}, "gate_advantages is 'raw'"),
         ({"gate_rate": 0.1, "gate_empty_step": "stop"}, "gate_empty_step is 'stop'"),
-        ({"gate_rate": 0.1, "gate_pack_for": "least"}, "gate_pack_for is 'least'; expected one of 'speed', 'memory'"),
-        ({"gate_pack_for": "memory"}, "gate_pack_for='memory' is set without a gate"),
+        ({"gate_rate": 0.1, "gate_pack_for": "least"}, "gate_pack_for is 'least'; expected 'speed' or 'memory'"),
     ],
 )
 def test_what_does_not_go_with_a_gate_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         KondoGRPOConfig(**trl_task.options(output_dir=str(tmp_path), **options))
+
+
+@pytest.mark.parametrize(
+    "option", [{"gate_pack_for": "memory"}, {"gate_compare_every": 5}, {"gate_log_probs": "none"}], ids=str
+)
+def test_what_is_of_a_gate_is_refused_without_one_and_taken_with_ones_own(tmp_path, option):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r} is set without a gate"):
+        trainer(tmp_path, **option)
+    trainer(tmp_path, arguments={"gate": sj.UnbiasedGate(noise=0.3)}, **option)
 
 
 def test_what_needs_every_row_is_fine_without_a_gate(tmp_path):
@@ -87,10 +98,10 @@ def test_images_are_refused(tmp_path):
 def test_a_missing_or_another_trl_is_said(monkeypatch, stand_in, message):
     monkeypatch.setitem(sys.modules, "trl", stand_in)
     with pytest.raises(ImportError, match=message):
-        runpy.run_path(available.__file__)
+        runpy.run_path(ours.__file__)
 
 
 def test_the_oldest_and_the_newest_trl_are_let_through(monkeypatch):
     for version in ("1.10.0", "1.16.9"):
         monkeypatch.setitem(sys.modules, "trl", SimpleNamespace(__version__=version))
-        runpy.run_path(available.__file__)
+        runpy.run_path(ours.__file__)

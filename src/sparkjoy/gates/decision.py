@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sparkjoy import states
+from sparkjoy.signs import Rule
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ class Gate(Protocol):
     def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
         """Decide on N samples from their scores (N,) and, where known, what each costs (N,), in tokens."""
         ...
+
+
+def rule_of(gate: Any) -> Rule | None:
+    """The rule that a gate says it keeps rows by; None where it says none."""
+    rule: Rule | None = getattr(gate, "rule", None)
+    return rule
+
+
+def weighs(gate: Any) -> bool:
+    """Whether a gate says that its weights make up for what it skips, so that it decides on sizes."""
+    return bool(getattr(gate, "weighted", None))
 
 
 def state_of(gate: Any) -> dict[str, Any]:

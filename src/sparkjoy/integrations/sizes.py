@@ -1,4 +1,4 @@
-"""How far a completion moves the policy in TRL's loss: the sizes by which a noise budget keeps completions.
+"""What a trainer's gate decides on: scores of rows, and for a noise budget sizes, how far each moves the policy.
 
 Gradients of different tokens point different ways, so their lengths add as squares: a row of four times the tokens
 moves the policy twice as far. A plain sum overrates long rows, and short ones then add more noise than was asked for.
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from sparkjoy.losses import delightful_weight
-from sparkjoy.scores import per_row
+from sparkjoy.scores import ScoreFunction, per_row
 from sparkjoy.signs import worth
+from sparkjoy.step.deciding import row_scores
+from sparkjoy.step.inputs import check_inputs
 
 LEAST_DOUBT = 0.01
 """The least 1 - π of a token: the policy may have moved since, and no row with a term may have next to no size."""
@@ -23,6 +25,11 @@ LEAST_PULL = 0.1
 """The least that a KL term is taken to pull a token by: a policy that is still its reference is not for long."""
 
 DIVIDES_BY_LENGTH = ("grpo", "sapo")
+
+
+def score_of_rows(score: ScoreFunction, advantages: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
+    """(B,) the score of rows (B, T), summed over the tokens that count; a delight has the advantage's sign, always."""
+    return row_scores(score, check_inputs({}, advantages, log_probs, None, mask, looks=False), log_probs)
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,11 @@ class RowSize:
         """
         valid = mask.bool()
         advantages = per_row(advantages, mask.to(advantages)).expand(mask.shape).where(valid, 0)
-        pull = advantages.abs() if ratio is None else advantages.abs() * ratio
+        pull = advantages.abs() * (1 if ratio is None else ratio)
         doubt: Tensor | float = 1.0
         if log_probs is not None:
             log_probs = log_probs.float().where(valid, 0).clamp(max=0)
-            doubt = -torch.expm1(log_probs)
-            doubt = doubt.clamp(min=LEAST_DOUBT)
+            doubt = (-torch.expm1(log_probs)).clamp(min=LEAST_DOUBT)
             if self.dg is not None:
                 pull = pull * delightful_weight(log_probs, advantages, mask, self.dg_temperature, self.dg)
         if self.beta:
@@ -77,6 +83,5 @@ class RowSize:
             pull = pull + self.beta * gap.abs().clamp(min=LEAST_PULL)
         pull = pull + abs(self.entropy_coef)
         size = (pull * doubt).where(valid, 0).square().sum(dim=1).sqrt()
-        if self.by_length:
-            size = size / valid.sum(dim=1).clamp(min=1)
-        return torch.copysign(size, worth(advantages))
+        length = valid.sum(dim=1).clamp(min=1) if self.by_length else 1
+        return torch.copysign(size / length, worth(advantages))

@@ -19,14 +19,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-
-BREAKS = (1, 14)
-"""The TRL from which on verl 0.9 builds no model beside it: its patches import a module that is gone."""
 
 
 def _version_of(package: str) -> tuple[int, ...] | None:
@@ -36,7 +32,7 @@ def _version_of(package: str) -> tuple[int, ...] | None:
         return None
 
 
-if (_trl := _version_of("trl")) is not None and _trl >= BREAKS:
+if (_version_of("trl") or (0,)) >= (1, 14):  # verl's patches import a module that is gone from there on
     raise ImportError(
         "verl 0.9 builds no model where TRL 1.14 or later is installed: give verl an environment of its own, or "
         "pip uninstall trl."
@@ -55,18 +51,17 @@ from verl.workers.utils.losses import ppo_loss  # noqa: E402
 from verl.workers.utils.padding import no_padding_2_padding  # noqa: E402
 
 from sparkjoy.gates import Gate  # noqa: E402
-from sparkjoy.gates.decision import load_state, state_of  # noqa: E402
-from sparkjoy.integrations.gates import gate_of  # noqa: E402
-from sparkjoy.integrations.sizes import RowSize  # noqa: E402
-from sparkjoy.noise import expected_noise, noise_ratio, noise_sums  # noqa: E402
+from sparkjoy.gates.decision import weighs  # noqa: E402
+from sparkjoy.integrations.gates import gate_of, learn_noise, load_with_draws, refuse, state_with_draws  # noqa: E402
+from sparkjoy.integrations.sizes import RowSize, score_of_rows  # noqa: E402
+from sparkjoy.noise import expected_noise, noise_sums  # noqa: E402
 from sparkjoy.scores import delight  # noqa: E402
 from sparkjoy.selecting import select_by_score  # noqa: E402
-from sparkjoy.step.deciding import row_scores  # noqa: E402
-from sparkjoy.step.inputs import check_inputs  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ["fsdp", "fsdp2"]
+STATE = "gate_rank_{}.pt"
 NOT_PROPORTIONAL = {
     "clip_cov": "chooses tokens by their covariance with the others of a micro-batch",
     "kl_cov": "chooses tokens by their covariance with the others of a micro-batch",
@@ -108,9 +103,8 @@ class GatedFSDPEngineConfig(FSDPEngineConfig):
 
     def gate(self) -> Gate | None:
         """The gate that these options describe; None where they keep every row."""
-        gate = gate_of(self.gate_noise, self.gate_rate, self.gate_price)
-        rule = getattr(gate, "rule", None)
-        return None if rule is not None and rule.keeps_everything else gate
+        generator = torch.Generator().manual_seed(self.seed)  # the same on every rank, which all draw as often
+        return gate_of(self.gate_noise, self.gate_rate, self.gate_price, generator=generator)
 
 
 def gated(**options: Any) -> GatedFSDPEngineConfig:
@@ -137,15 +131,11 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         super().__init__(*args, **kwargs)
         config = self.engine_config
         self._gate = config.gate() if isinstance(config, GatedFSDPEngineConfig) else None
-        self._draws = torch.Generator().manual_seed(config.seed)  # the same on every rank, which all draw as often
-        self._sums = torch.zeros(4, dtype=torch.float64)  # `noise_sums` of what this rank has run in this mini-batch
         if self._gate is not None and self.ulysses_sequence_parallel_size > 1:
             raise ValueError(
                 f"ulysses_sequence_parallel_size={self.ulysses_sequence_parallel_size}: the gate takes whole rows, and "
                 "Ulysses splits each over ranks. Set it to 1, or train without a gate."
             )
-        if getattr(self._gate, "weighted", None):
-            self._gate.generator = self._draws  # type: ignore[union-attr]  # it draws, so it has one
 
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False
@@ -156,17 +146,29 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
             return super().forward_backward_batch(data, loss_function, forward_only)
         start = time.perf_counter()
         config = self._config_of(loss_function, data)
-        score = _score(data, config, data["old_log_probs"]) if getattr(gate, "weighted", None) else _delight(data)
+        score = _score(data, config, data["old_log_probs"]) if weighs(gate) else _delight(data)
         rows, figures = self._decide(gate, data, score)
         kept = tu.index_select_tensor_dict(data, rows.pop("row"))
         kept.update({name: values.to(score.device) for name, values in rows.items()})
         figures["seconds"] = time.perf_counter() - start
-        loss = partial(self._weighted_loss, loss_function, figures.pop("loss_tokens"))
+        loss_tokens, sums = figures.pop("loss_tokens"), torch.zeros(4, dtype=torch.float64)  # `noise_sums` of this rank
+
+        def loss(model_output: dict[str, Any], data: TensorDict, dp_group: Any = None) -> Any:
+            """verl's, divided by the tokens of all rows, of what the model returned, with each row's weight on it."""
+            nonlocal sums
+            if weighs(gate):
+                exact = _score(data, config, no_padding_2_padding(model_output["log_probs"].detach(), data))
+                sums += noise_sums(exact, data["gate_size"], data["gate_weight"]).cpu()
+            for name in sorted({"log_probs", "entropy"} & set(model_output)):
+                model_output[name] = _weighted(model_output[name], data["gate_weight"])
+            data["batch_num_tokens"] = NonTensorData(loss_tokens)
+            return loss_function(model_output=model_output, data=data, dp_group=dp_group)
+
         output = super().forward_backward_batch(kept, loss)
-        if getattr(gate, "weighted", None):
-            measured = self._noise()
-            figures["noise"] *= noise_ratio(*measured)
-            gate.learn(*measured)  # type: ignore[attr-defined]  # as those that weigh do
+        if weighs(gate):
+            sums = sums.to(get_device_id())
+            torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
+            figures["noise"] = learn_noise(gate, figures["noise"], sums.tolist())
         output["metrics"] |= {f"gate/{name}": [value] for name, value in figures.items()}
         return output
 
@@ -174,8 +176,8 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         """verl's, and the gate's state beside it."""
         super().save_checkpoint(local_path, *args, **kwargs)
         if self._gate is not None and local_path is not None and self.checkpoint_manager.should_save_extra:
-            file = self._state_file(local_path)
-            torch.save({"gate": state_of(self._gate), "draws": self._draws.get_state()}, f"{file}.tmp")
+            file = os.path.join(local_path, STATE.format(self.rank))
+            torch.save(state_with_draws(self._gate), f"{file}.tmp")
             os.replace(f"{file}.tmp", file)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
@@ -183,15 +185,11 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         super().load_checkpoint(local_path, *args, **kwargs)
         if self._gate is None or local_path is None or not self.checkpoint_manager.should_load_extra:
             return
-        if not os.path.exists(self._state_file(local_path)):
+        file = os.path.join(local_path, STATE.format(self.rank))
+        if not os.path.exists(file):
             logger.warning("%s has no state of a gate: it starts anew.", local_path)
             return
-        state = torch.load(self._state_file(local_path), weights_only=True)
-        load_state(self._gate, state["gate"])
-        self._draws.set_state(state["draws"])
-
-    def _state_file(self, local_path: str) -> str:
-        return os.path.join(local_path, f"gate_rank_{self.rank}.pt")
+        load_with_draws(self._gate, torch.load(file, weights_only=True))
 
     def _config_of(self, loss_function: Callable[..., Any], data: TensorDict) -> ActorConfig:
         """The actor's options, of which the gate goes with all but these."""
@@ -202,33 +200,28 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
                 "without a gate."
             )
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]  # a partial of ppo_loss
-        mode = config.policy_loss.get("loss_mode", "vanilla")
-        if mode in NOT_PROPORTIONAL:
-            raise ValueError(
-                f"policy_loss.loss_mode={mode!r} {NOT_PROPORTIONAL[mode]}, so that skipping a row changes the others. "
-                "Choose another, or train without a gate."
-            )
-        correction = config.policy_loss.get("rollout_correction", None) or {}
-        if mode == "bypass_mode" and correction.get("rollout_is_batch_normalize", False):
-            raise ValueError(
-                "rollout_is_batch_normalize=True divides by the mean of each micro-batch, and the gate makes others: "
-                "set it to False, or train without a gate."
-            )
-        if config.get("use_prefix_grouper", False) or tu.get_non_tensor_data(data, "force_group_size", 1) != 1:
-            raise ValueError("the gate skips rows, and groups of rows are kept whole: set use_prefix_grouper=False.")
-        if config.loss_agg_mode == "seq-mean-token-sum-norm" and config.loss_scale_factor is None:
-            raise ValueError(
-                "loss_agg_mode='seq-mean-token-sum-norm' divides by the longest row of each micro-batch, and the gate "
-                "makes other micro-batches: set actor.loss_scale_factor, such as the longest response."
-            )
-        if tu.get_non_tensor_data(data, "return_model_output", False):
-            raise ValueError("return_model_output=True asks for every row, and the gate skips most: train without one.")
-        if not getattr(self._gate, "weighted", None) and (_beta(config) or config.entropy_coeff):
-            raise ValueError(
-                f"use_kl_loss with kl_loss_coef={config.kl_loss_coef:g} and entropy_coeff={config.entropy_coeff:g}: "
-                "these terms need the gradient of every row, and the gate skips most. Set both to 0 and take the KL "
-                "off the reward, or train with gate_noise=0.3, which weights them."
-            )
+        mode, correction = (config.policy_loss.get(name, None) for name in ("loss_mode", "rollout_correction"))
+        normalizes = mode == "bypass_mode" and (correction or {}).get("rollout_is_batch_normalize", False)
+        grouped = config.get("use_prefix_grouper", False) or tu.get_non_tensor_data(data, "force_group_size", 1) != 1
+        by_longest = config.loss_agg_mode == "seq-mean-token-sum-norm" and config.loss_scale_factor is None
+        reasons = {
+            f"policy_loss.loss_mode={mode!r} {NOT_PROPORTIONAL.get(mode)}, so that skipping a row changes the others. "
+            "Choose another, or train without a gate.": mode in NOT_PROPORTIONAL,
+            "rollout_is_batch_normalize=True divides by the mean of each micro-batch, and the gate makes others: set "
+            "it to False, or train without a gate.": normalizes,
+            "the gate skips rows, and groups of rows are kept whole: set use_prefix_grouper=False.": grouped,
+            "loss_agg_mode='seq-mean-token-sum-norm' divides by the longest row of each micro-batch, and the gate "
+            "makes other micro-batches: set actor.loss_scale_factor, such as the longest response.": by_longest,
+            "return_model_output=True asks for every row, and the gate skips most: train without one.": (
+                tu.get_non_tensor_data(data, "return_model_output", False)
+            ),
+            f"use_kl_loss with kl_loss_coef={config.kl_loss_coef} and entropy_coeff={config.entropy_coeff}: these "
+            "terms need the gradient of every row, and the gate skips most. Set both to 0 and take the KL off the "
+            "reward, or train with gate_noise=0.3, which weights them.": (
+                not weighs(self._gate) and (_beta(config) or config.entropy_coeff)
+            ),
+        }
+        refuse(reasons)
         return config
 
     def _decide(self, gate: Gate, data: TensorDict, score: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -237,41 +230,40 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
         Raises:
             ValueError: on every rank alike, where a score of one is NaN or infinite.
         """
-        group = self.get_data_parallel_group()
-        loss_tokens = data["loss_mask"].sum().item()
-        mine = (score.double().cpu(), data["input_ids"].offsets().diff().cpu(), loss_tokens)
+        group, rank = self.get_data_parallel_group(), self.get_data_parallel_rank()
+        mine = (score.double().cpu(), data["input_ids"].offsets().diff().cpu(), data["loss_mask"].sum().item())
         of_all: list[Any] = [None] * self.get_data_parallel_size()
         torch.distributed.all_gather_object(of_all, mine, group)
-        for rank, (scores, _, _) in enumerate(of_all):
-            if not bool(scores.isfinite().all()):
+        scores, tokens, loss_tokens = zip(*of_all, strict=True)  # by rank
+        for number, of_rank in enumerate(scores):
+            if not bool(of_rank.isfinite().all()):
                 raise ValueError(
-                    f"rank {rank} has {int((~scores.isfinite()).sum())} of {len(scores)} rows with NaN or infinite "
+                    f"rank {number} has {int((~of_rank.isfinite()).sum())} of {len(of_rank)} rows with NaN or infinite "
                     "advantages or log-probs; expected finite numbers wherever response_mask is 1."
                 )
-        scores, tokens = (torch.cat([part[column] for part in of_all]) for column in (0, 1))
-        chosen = select_by_score(gate, scores, tokens)
-        keeps = chosen.decision.keep.split([len(part[0]) for part in of_all])
-        kept = [keep.nonzero().squeeze(1) for keep in keeps]
-        passes, per_pass = self._passes(data, [part[1][rows] for part, rows in zip(of_all, kept, strict=True)], mine[1])
-        rank = torch.distributed.get_rank(group)
-        rows, weight = kept[rank], chosen.decision.weight.split([len(keep) for keep in keeps])[rank]
-        dummies = max(passes * per_pass - len(rows), 0)
-        fill = mine[1].argmin().expand(dummies)  # the shortest row
+        of_rows, costs = torch.cat(scores), torch.cat(tokens)
+        picked, _, decision = select_by_score(gate, of_rows, costs)
+        keeps, weights = (values.split([*map(len, scores)]) for values in (decision.keep, decision.weight))
+        kept = [of_rank[keep] for of_rank, keep in zip(tokens, keeps, strict=True)]
+        passes, per_pass = self._passes(data, kept, mine[1])
+        rows = keeps[rank].nonzero().squeeze(1)
+        fill = mine[1].argmin().expand(max(passes * per_pass - len(rows), 0))  # the shortest row
         figures = {
-            "kept_rate": len(chosen.rows) / len(scores),
-            "teaching_rate": float((scores != 0).double().mean()),
-            "tokens": float(tokens.sum()),
-            "backward_tokens": float(tokens[chosen.rows].sum()),
-            "dummy_rows": float(dummies),
+            "kept_rate": len(picked) / len(of_rows),
+            "teaching_rate": float((of_rows != 0).double().mean()),
+            "tokens": float(costs.sum()),
+            "backward_tokens": float(costs[picked].sum()),
+            "dummy_rows": float(len(fill)),
             "micro_batches": float(passes),
-            "loss_tokens": sum(part[2] for part in of_all),
+            "loss_tokens": sum(loss_tokens),
         }
-        if getattr(gate, "weighted", None):
-            figures["noise"] = expected_noise(scores, chosen.decision.probability)
+        if weighs(gate):
+            figures["noise"] = expected_noise(of_rows, decision.probability)
+        blank = torch.zeros(len(fill))
         return {
             "row": torch.cat([rows, fill]),
-            "gate_weight": torch.cat([weight[rows], torch.zeros(dummies)]).float(),
-            "gate_size": torch.cat([score.cpu()[rows], torch.zeros(dummies)]).float(),
+            "gate_weight": torch.cat([weights[rank][rows], blank]).float(),
+            "gate_size": torch.cat([score.cpu()[rows], blank]).float(),
         }, figures
 
     def _passes(self, data: TensorDict, kept: list[Tensor], mine: Tensor) -> tuple[int, int]:
@@ -293,38 +285,6 @@ class GatedFSDPEngine(FSDPEngineWithLMHead):
                 return passes, 1
             passes += 1
 
-    def _weighted_loss(
-        self,
-        loss_function: Callable[..., Any],
-        loss_tokens: float,
-        model_output: dict[str, Any],
-        data: TensorDict,
-        dp_group: Any = None,
-    ) -> Any:
-        """verl's loss, divided by the tokens of all rows, with the gradient of each row times its weight.
-
-        The weight is on what the model returned, of which policy loss, KL and entropy are made alike.
-        """
-        weight = data["gate_weight"]
-        if getattr(self._gate, "weighted", None):
-            config = loss_function.keywords["config"]  # type: ignore[attr-defined]
-            log_probs = no_padding_2_padding(model_output["log_probs"].detach(), data)
-            exact = _score(data, config, log_probs)
-            self._sums += noise_sums(exact, data["gate_size"], weight).cpu()
-        for name in ("log_probs", "entropy"):
-            if name in model_output:
-                model_output[name] = _weighted(model_output[name], weight)
-        data["batch_num_tokens"] = NonTensorData(loss_tokens)
-        return loss_function(model_output=model_output, data=data, dp_group=dp_group)
-
-    def _noise(self) -> list[float]:
-        """The `noise_sums` of the rows that all ranks have run since the last call."""
-        sums = self._sums.to(get_device_id())
-        torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
-        self._sums = torch.zeros(4, dtype=torch.float64)
-        found: list[float] = sums.tolist()
-        return found
-
 
 def _beta(config: ActorConfig) -> float:
     return config.kl_loss_coef if config.use_kl_loss else 0.0
@@ -339,11 +299,10 @@ def _padded(data: TensorDict, *names: str) -> dict[str, Tensor]:
 def _delight(data: TensorDict) -> Tensor:
     """(B,) the delight of each row, NaN where one of its numbers is."""
     rows = _padded(data, "advantages", "old_log_probs", "rollout_is_weights")
-    mask, log_probs = rows["response_mask"].bool(), rows["old_log_probs"].clamp(max=0)
-    advantages = rows["advantages"]
+    mask = rows["response_mask"].bool()
     if "rollout_is_weights" in rows:  # what it sets to 0 has no term in the loss
         mask = mask & (rows["rollout_is_weights"] != 0)
-    return row_scores(delight, check_inputs({}, advantages, log_probs, None, mask, looks=False), log_probs)
+    return score_of_rows(delight, rows["advantages"], rows["old_log_probs"].clamp(max=0), mask)
 
 
 def _score(data: TensorDict, config: ActorConfig, log_probs: Tensor) -> Tensor:
@@ -351,14 +310,8 @@ def _score(data: TensorDict, config: ActorConfig, log_probs: Tensor) -> Tensor:
     rows = _padded(data, "advantages", "rollout_is_weights", "ref_log_prob")
     size = RowSize(config.loss_agg_mode == "seq-mean-token-mean", _beta(config), config.entropy_coeff)
     log_probs = log_probs.to_padded_tensor(0) if log_probs.is_nested else log_probs
-    width = rows["response_mask"].shape[1]
-    return size(
-        rows["advantages"],
-        log_probs[:, :width],
-        rows["response_mask"],
-        rows.get("rollout_is_weights"),
-        rows.get("ref_log_prob"),
-    )
+    mask, ratio, reference = rows["response_mask"], rows.get("rollout_is_weights"), rows.get("ref_log_prob")
+    return size(rows["advantages"], log_probs[:, : mask.shape[1]], mask, ratio, reference)
 
 
 def _weighted(values: Any, weight: Tensor) -> Tensor:

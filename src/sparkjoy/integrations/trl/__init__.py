@@ -8,9 +8,21 @@
 extra: `pip install sparkjoy[trl]`. See docs/trl.md.
 """
 
-from sparkjoy.integrations.trl import available as available
-from sparkjoy.integrations.trl.config import KondoGRPOConfig as KondoGRPOConfig
-from sparkjoy.integrations.trl.trainer import KondoGRPOMixin as KondoGRPOMixin
-from sparkjoy.integrations.trl.trainer import KondoGRPOTrainer as KondoGRPOTrainer
+OLDEST, NEXT = (1, 10), (1, 17)
+
+try:
+    from trl import __version__ as found
+except ImportError as error:
+    raise ImportError("sparkjoy.integrations.trl needs TRL: pip install sparkjoy[trl]") from error
+
+if not OLDEST <= tuple(int(part) for part in found.split(".")[:2]) < NEXT:
+    raise ImportError(
+        "sparkjoy.integrations.trl rests on private methods of TRL, tested in TRL 1.10 to 1.16; found "
+        f"{found}. Install one of those: pip install sparkjoy[trl]"
+    )
+
+from sparkjoy.integrations.trl.config import KondoGRPOConfig as KondoGRPOConfig  # noqa: E402
+from sparkjoy.integrations.trl.trainer import KondoGRPOMixin as KondoGRPOMixin  # noqa: E402
+from sparkjoy.integrations.trl.trainer import KondoGRPOTrainer as KondoGRPOTrainer  # noqa: E402
 
 __all__ = ["KondoGRPOConfig", "KondoGRPOMixin", "KondoGRPOTrainer"]

@@ -1,4 +1,4 @@
-"""Which advantage the gate ranks by: the batch's own, or that with the division by its group's spread undone."""
+"""What a hard gate ranks by: the loss's advantages, or those with the division by their group's spread undone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import nanstd
 
+from sparkjoy import signs
 from sparkjoy.baselines import centred, precise
 
 STABILISER = 1e-4
@@ -51,21 +52,18 @@ def from_rewards(
         scale_rewards: TRL's option, "group", "batch" or "none".
         aggregation: TRL's `multi_objective_aggregation`.
     """
-    unscored = rewards_per_func.isnan().all(dim=1)
-    if aggregation == "normalize_then_sum":
+    unscored, of_batch = rewards_per_func.isnan().all(dim=1), aggregation == "normalize_then_sum"
+    if of_batch:
         grouped = rewards_per_func.view(-1, group_size, rewards_per_func.shape[1])
         spread = nanstd(grouped, dim=1, keepdim=True) + STABILISER
         rewards_per_func = ((grouped - grouped.nanmean(dim=1, keepdim=True)) / spread).flatten(0, 1)
     rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
-    if aggregation == "normalize_then_sum":
-        standardised: Tensor = (rewards - rewards.nanmean()) / (nanstd(rewards) + STABILISER)
-        return standardised.nan_to_num(nan=0.0)
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.nanmean(dim=1, keepdim=True)
-    if scale_rewards != "none":
+    groups = rewards.view(-1, len(rewards) if of_batch else group_size)
+    advantages = groups - groups.nanmean(dim=1, keepdim=True)
+    if of_batch or scale_rewards != "none":
         spread = nanstd(rewards) if scale_rewards == "batch" else nanstd(groups, dim=1, keepdim=True)
-        centred = centred / (spread + STABILISER)
-    return centred.nan_to_num(nan=0.0).flatten()
+        advantages = advantages / (spread + STABILISER)
+    return advantages.nan_to_num(nan=0.0).flatten()
 
 
 def of_the_gate(
@@ -103,3 +101,25 @@ def of_the_gate(
         alone = [centred_advantages(column, one, group_size) for column in columns]
         silent = (torch.stack(alone) == 0).all(dim=0)
     return own.masked_fill(silent & given, 0), False
+
+
+def worth(advantages: Tensor, own_advantages: Tensor, mask: Tensor) -> Tensor:
+    """(B,) what tells a row's sign: its advantage to the gate, 0 where it has no token or the loss no term.
+
+    Args:
+        advantages: (B,) or (B, T), those the gate ranks by.
+        own_advantages: (B,) or (B, T), those of the loss.
+        mask: (B, T), 1 for tokens that the loss has a term of.
+    """
+    teaches = (own_advantages.reshape(len(mask), -1) * mask != 0).any(dim=1)
+    return signs.worth(advantages, mask).where(teaches, 0)
+
+
+def other_score(name: str, worth: Tensor, generator: torch.Generator) -> Tensor:
+    """The scores that need no log-probs, (N,): "advantage", "absolute-advantage", "uniform"; 0 stays 0."""
+    if name == "advantage":
+        return worth
+    if name == "absolute-advantage":
+        return worth.abs()
+    uniform = torch.rand(len(worth), generator=generator)
+    return signs.with_sign(uniform, worth.abs()).where(worth != 0, 0)

@@ -15,8 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +23,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
-from sparkjoy.gates import Decision, Gate
-from sparkjoy.gates.decision import load_state, state_of
-from sparkjoy.integrations.gates import gate_of, load_gate, save_gate
-from sparkjoy.integrations.sizes import RowSize
+from sparkjoy.gates import Gate
+from sparkjoy.gates.decision import weighs
+from sparkjoy.integrations.gates import gate_of, one_gate
+from sparkjoy.integrations.sizes import RowSize, score_of_rows
+from sparkjoy.integrations.trl.checkpoints import GateInCheckpoints
+from sparkjoy.integrations.trl.config import GateOptions, option
 from sparkjoy.noise import expected_noise
-from sparkjoy.scores import sequence_delight
+from sparkjoy.scores import delight
 from sparkjoy.selecting import select_by_score
-from sparkjoy.signs import with_sign
 
 try:
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
@@ -42,30 +42,17 @@ except ImportError as error:
 
 
 @dataclass
-class KondoAsyncGRPOConfig(AsyncGRPOConfig):
-    """TRL's `AsyncGRPOConfig` with a gate; without one of the first three it is TRL's own.
+class KondoAsyncGRPOConfig(GateOptions, AsyncGRPOConfig):
+    """TRL's `AsyncGRPOConfig` with a gate; without one of the first three options it is TRL's own.
 
     Raises:
         ValueError: options that do not go together.
     """
 
-    gate_noise: float | None = field(
-        default=None,
-        metadata={
-            "help": "Noise that skipping may add to the gradient, as a multiple of the batch's own: start with 0.3. "
-            "The expected gradient is TRL's. 0 skips only what has no gradient, such as groups of equal rewards."
-        },
-    )
-    gate_rate: float | None = field(
-        default=None, metadata={"help": "Fraction of a micro-batch's completions to keep, by delight."}
-    )
-    gate_price: float | None = field(default=None, metadata={"help": "Keep only completions of a delight above this."})
-    gate_floor: float = field(
-        default=0.02,
-        metadata={
-            "help": "With `gate_noise`: the least probability of a completion that has an advantage. Its log-probs are "
-            "those of an older policy, and may say of tokens that they are certain which are not any more."
-        },
+    gate_floor: float = option(
+        0.02,
+        "With `gate_noise`: the least probability of a completion that has an advantage. Its log-probs are those of an "
+        "older policy, and may say of tokens that they are certain which are not any more.",
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +61,7 @@ class KondoAsyncGRPOConfig(AsyncGRPOConfig):
             counts_completions(self)
 
     def gate(self) -> Gate | None:
-        """The gate that these options say, None for none."""
+        """The gate that these options say; None for none, and at rate 1."""
         generator = torch.Generator().manual_seed(self.seed)
         return gate_of(self.gate_noise, self.gate_rate, self.gate_price, floor=self.gate_floor, generator=generator)
 
@@ -93,16 +80,10 @@ def counts_completions(config: Any) -> None:
     config.token_budget = 0
 
 
-class Window(list[TreeRow]):
-    """A micro-batch's rows, one for each process, and the completions that it was chosen from."""
-
-    def __init__(self, rows: list[TreeRow], seen: list[dict[str, Any]]) -> None:
-        super().__init__(rows)
-        self.seen = seen
-
-
-class GatedBatcher(IterableDataset[Window]):
+class GatedBatcher(IterableDataset[Any]):
     """TRL's `FixedCountBatcher`, of whose completions the gate keeps some.
+
+    It gives a row for each process, and all completions that these were chosen from.
 
     Args:
         dataset: gives one completion at a time.
@@ -115,15 +96,15 @@ class GatedBatcher(IterableDataset[Window]):
     def __init__(self, dataset: Any, gate: Gate, processes: int, count: int, metrics: dict[str, list[Any]]) -> None:
         self.dataset, self.gate, self.processes, self.count, self.metrics = dataset, gate, processes, count, metrics
 
-    def __iter__(self) -> Iterator[Window]:
+    def __iter__(self) -> Iterator[tuple[list[TreeRow], list[dict[str, Any]]]]:
         seen: list[dict[str, Any]] = []
         for completion in self.dataset:
             seen.append(completion)
             if len(seen) == self.count:
-                yield self.chosen(seen)
+                yield self.chosen(seen), seen
                 seen = []
 
-    def chosen(self, seen: list[dict[str, Any]]) -> Window:
+    def chosen(self, seen: list[dict[str, Any]]) -> list[TreeRow]:
         """The completions that the gate keeps, partitioned as TRL does; idle processes get one of advantage 0."""
         score, cost = self._scores(seen), distinct_tokens(seen)
         tokens = torch.tensor([int(completion["completion_mask"].sum()) for completion in seen])
@@ -131,12 +112,13 @@ class GatedBatcher(IterableDataset[Window]):
             raise ValueError("advantages or log-probs of the rollout worker are NaN or infinite; expected numbers.")
         picked, weights, decision = select_by_score(self.gate, score, cost)
         kept = [
-            seen[row] | {"advantage": seen[row]["advantage"] * weight}
+            seen[row] | {"advantage": seen[row]["advantage"] * weight, "metrics": {}}
             for row, weight in zip(picked.tolist(), weights.tolist(), strict=True)
         ]
         dummies = max(0, self.processes - len(kept))
         shortest = min(seen, key=lambda completion: len(completion["input_ids"]))
-        kept += [shortest | {"advantage": 0.0}] * dummies
+        kept += [shortest | {"advantage": 0.0, "metrics": {}}] * dummies
+        kept[0]["metrics"] = mean_metrics(seen)  # TRL logs the mean of those that have some
         rows = next(iter(trls.FixedCountBatcher(kept, self.processes, len(kept))))
         figures = {
             "kept_rate": (len(picked), len(seen)),
@@ -145,11 +127,11 @@ class GatedBatcher(IterableDataset[Window]):
             "distinct_tokens": float(cost.sum()),
             "dummies": float(dummies),
         }
-        if getattr(self.gate, "weighted", None):
+        if weighs(self.gate):
             figures["noise"] = expected_noise(score, decision.probability)
         for name, value in figures.items():
             self.metrics[f"gate/{name}"].append(value)
-        return Window(rows, seen)
+        return rows  # type: ignore[no-any-return]  # TRL is untyped
 
     def _scores(self, seen: list[dict[str, Any]]) -> Tensor:
         """(N,) sizes or delights, by the sampler's log-probs; 0 for what has no advantage."""
@@ -158,34 +140,31 @@ class GatedBatcher(IterableDataset[Window]):
             for name in ("old_log_probs", "completion_mask")
         )
         advantages = torch.tensor([float(completion["advantage"]) for completion in seen])
-        advantages = advantages.where(mask.any(dim=1), 0)
-        if getattr(self.gate, "weighted", None):
+        if weighs(self.gate):
             return RowSize(by_length=False)(advantages, log_probs, mask)
-        log_probs = log_probs.where(mask.bool(), 0).clamp(max=0)
-        return with_sign(sequence_delight(advantages, log_probs, mask), advantages)
+        return score_of_rows(delight, advantages, log_probs.clamp(max=0), mask)
 
 
-class CollatorOfSeen(trls.DataCollatorForRollout):
-    """TRL's collator, which divides by the tokens of all completions and logs the rewards of all."""
-
-    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
-        (window,) = examples
-        batch: dict[str, Any] = super().torch_call(examples)
-        counted = sum(int(completion["completion_mask"][1:].sum()) for completion in window.seen)
-        batch["global_n_tokens"] = torch.full((self.num_processes,), float(counted))
-        self.groups_trained.update(completion["group_id"] for completion in window.seen)
-        return batch
-
-    def _log_metrics(self, rows: list[TreeRow], all_examples: list[dict[str, Any]], padded: Tensor) -> None:
-        super()._log_metrics(rows, [example | {"metrics": {}} for example in all_examples], padded)
-        assert isinstance(rows, Window)
-        for name in dict.fromkeys(name for completion in rows.seen for name in completion["metrics"]):
-            values = [completion["metrics"].get(name, math.nan) for completion in rows.seen]
-            valid = [value for value in values if not math.isnan(value)]
-            self.metrics[name].append(sum(valid) / len(valid) if valid else math.nan)
+def mean_metrics(completions: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each figure, such as a reward, over the completions that have it, kept or not; NaN of none."""
+    means = {}
+    for name in dict.fromkeys(name for completion in completions for name in completion["metrics"]):
+        values = [completion["metrics"].get(name, math.nan) for completion in completions]
+        valid = [value for value in values if not math.isnan(value)]
+        means[name] = sum(valid) / len(valid) if valid else math.nan
+    return means
 
 
-class KondoAsyncGRPOTrainer(AsyncGRPOTrainer):
+def distinct_tokens(completions: list[dict[str, Any]]) -> Tensor:
+    """(N,) what each adds to a tree of all: its tokens, each divided by how many have it."""
+    tree = TreeRow()
+    for completion in completions:
+        tree.add(completion)
+    uses = Counter(node for nodes in tree.sample_nodes for node in nodes)
+    return torch.tensor([sum(1 / uses[node] for node in nodes) for nodes in tree.sample_nodes])
+
+
+class KondoAsyncGRPOTrainer(GateInCheckpoints, AsyncGRPOTrainer):
     """TRL's `AsyncGRPOTrainer` with the gate of its config: takes what that takes.
 
     The gradient of a micro-batch is that of TRL's own with the skipped completions' advantages at 0 and the others'
@@ -198,78 +177,35 @@ class KondoAsyncGRPOTrainer(AsyncGRPOTrainer):
         ValueError: a gate here and in the config.
     """
 
+    _gate_draws = True
+
     def __init__(self, *given: Any, gate: Gate | None = None, **options: Any) -> None:
         args = options.get("args") or (given[2] if len(given) > 2 else None)
-        said = args.gate() if isinstance(args, KondoAsyncGRPOConfig) else None
-        if gate is not None and said is not None:
-            raise ValueError(f"gate={gate!r}, and the config has {said!r}; give one of them.")
+        self._gate = one_gate(gate, args.gate() if isinstance(args, KondoAsyncGRPOConfig) else None)
         if gate is not None and args is not None:
             counts_completions(args)
-        self._gate = gate or said
         super().__init__(*given, **options)
 
     def get_train_dataloader(self) -> Any:
         if self._gate is None:
             return super().get_train_dataloader()
+        counts_completions(self.args)
+        super().get_train_dataloader()  # of which its queue is used
         processes, metrics = self.accelerator.num_processes, self._metrics["train"]
         dataset: Any = trls._EmptyIterableDataset()
         if self.accelerator.is_main_process:
-            self._rollout_dataset = trls.RolloutQueueDataset(
-                rollout_queue=self.rollout_queue,
-                model_version_fn=lambda: self.model_version,
-                check_health_fn=self.rollout_worker.check_health,
-                stale_after_s=self.args.heartbeat_stale_after_s,
-                metrics=metrics,
-                max_staleness=self.args.max_staleness,
-                report_to=self.args.report_to,
-            )
             count = self.args.per_device_train_batch_size * processes
             dataset = GatedBatcher(self._rollout_dataset, self._gate, processes, count, metrics)
-        collator = CollatorOfSeen(
+        collator = trls.DataCollatorForRollout(
             self.processing_class.pad_token_id, processes, groups_trained=self._trained_groups, metrics=metrics
         )
-        return self.accelerator.prepare(DataLoader(dataset, batch_size=1, collate_fn=collator, num_workers=0))
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self._gate is not None and self.accelerator.is_main_process:
-            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            save_gate(_WithDraws(self._gate), folder)
+        def collated(examples: list[Any]) -> dict[str, Any]:
+            """TRL's batch, whose loss is divided by the tokens of all completions, and whose groups are all theirs."""
+            ((rows, seen),) = examples
+            batch: dict[str, Any] = collator.torch_call([rows])
+            self._trained_groups.update(completion["group_id"] for completion in seen)
+            counted = sum(int(completion["completion_mask"][1:].sum()) for completion in seen)
+            return batch | {"global_n_tokens": torch.full((processes,), float(counted))}
 
-    def _inner_training_loop(self, *given: Any, **options: Any) -> Any:
-        folder = options.get("resume_from_checkpoint")
-        if folder is not None:  # on every process, so that what does not fit is raised on all
-            load_gate(None if self._gate is None else _WithDraws(self._gate), Path(folder))
-        return super()._inner_training_loop(*given, **options)
-
-
-class _WithDraws:
-    """A gate as its checkpoint has it: with its generator, so that a resumed run draws as an unbroken one."""
-
-    def __init__(self, gate: Any) -> None:
-        self.gate, self.generator = gate, getattr(gate, "generator", None)
-
-    def __repr__(self) -> str:
-        return repr(self.gate)
-
-    def __call__(self, score: Tensor, cost: Tensor | None = None) -> Decision:
-        decision: Decision = self.gate(score, cost)
-        return decision
-
-    def state_dict(self) -> dict[str, Any]:
-        draws = None if self.generator is None else self.generator.get_state().tolist()
-        return {"gate": state_of(self.gate), "draws": draws}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_state(self.gate, state["gate"])
-        if self.generator is not None:
-            self.generator.set_state(torch.tensor(state["draws"], dtype=torch.uint8))
-
-
-def distinct_tokens(completions: list[dict[str, Any]]) -> Tensor:
-    """(N,) what each adds to a tree of all: its tokens, each divided by how many have it."""
-    tree = TreeRow()
-    for completion in completions:
-        tree.add(completion)
-    uses = Counter(node for nodes in tree.sample_nodes for node in nodes)
-    return torch.tensor([sum(1 / uses[node] for node in nodes) for nodes in tree.sample_nodes])
+        return self.accelerator.prepare(DataLoader(dataset, batch_size=1, collate_fn=collated, num_workers=0))

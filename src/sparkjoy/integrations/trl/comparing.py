@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparkjoy.gradients import Comparisons, Gradients, same_random_state, sketches, sums
-from sparkjoy.integrations.trl.decision import DecidingMixin
-from sparkjoy.integrations.trl.packing import Rows
+from sparkjoy.integrations.trl.deciding import DecidingMixin
+from sparkjoy.integrations.trl.rows import Rows
 
 STATE = "gate_comparisons.pt"
 OLD = "gate_old_per_token_logps"  # the column with those of skipped rows too
@@ -62,14 +61,14 @@ class ComparingMixin(DecidingMixin):
         size, micro_steps = self.args.gradient_accumulation_steps, self.args.steps_per_generation * self.num_iterations
         if not self._due_within((micro_steps + 2 * size - 2) // size):  # the steps that they can have a part in
             return
-        rows = skipped.nonzero().flatten()
-        output[OLD] = output["old_per_token_logps"].index_copy(0, rows, self._screen(output, rows))
+        output[OLD] = output["old_per_token_logps"] + self._screen(output, skipped.nonzero().flatten())
 
     def _prepare_inputs(self, generation_batch: Any) -> Rows:
         if self._gate_compares:
             return generation_batch  # type: ignore[no-any-return]  # a micro-batch
+        trains = self.model.training  # before a reward function may have the policy evaluate
         inputs: Rows = super()._prepare_inputs(generation_batch)
-        if self._gate_comparisons is not None and self.model.training:
+        if self._gate_comparisons is not None and trains:
             if "gate_idle" not in inputs:  # not packed yet, or never to be
                 self._gate_unpacked = self._buffered_inputs
             self._gate_step_rows.append(self._gate_unpacked[self._step % self.args.steps_per_generation])
@@ -112,17 +111,15 @@ class ComparingMixin(DecidingMixin):
 
     # Checkpoints
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self._gate_comparisons is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+    def _save_gate(self, folder: Path) -> None:
+        super()._save_gate(folder)
+        if self._gate_comparisons is not None:
             torch.save(self._gate_comparisons.state_dict(), folder / STATE)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        saved = None if checkpoint is None else Path(checkpoint) / STATE
-        if self._gate_comparisons is not None and saved is not None and saved.exists():
-            self._gate_comparisons.load_state_dict(torch.load(saved, weights_only=True))
+    def _load_gate(self, folder: Path) -> None:
+        super()._load_gate(folder)
+        if self._gate_comparisons is not None and (folder / STATE).exists():
+            self._gate_comparisons.load_state_dict(torch.load(folder / STATE, weights_only=True))
 
 
 def as_of_trl(rows: Rows) -> Rows:

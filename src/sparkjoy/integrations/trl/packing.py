@@ -1,4 +1,4 @@
-"""Kept completions of several micro-batches packed into few, with the same gradient.
+"""TRL's GRPOTrainer, packing: the kept completions of an optimizer step in few or small micro-batches.
 
 TRL divides a micro-batch's loss by something of that micro-batch. A kept row remembers what its own was divided by, and
 is scaled by what the packed one divides by over that, times its weight where the gate gave one. The scale goes on its
@@ -7,22 +7,22 @@ advantage, which every policy loss of TRL is proportional to. A dummy row is a c
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal
+from collections.abc import Sequence
+from itertools import pairwise, zip_longest
+from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sparkjoy.integrations.trl.comparing import ComparingMixin
+from sparkjoy.integrations.trl.rows import Rows, loss_mask, whole
 from sparkjoy.prefix_tree import fold
 
 Normalizer = Literal["constant", "rows", "tokens"]
-Rows = dict[str, Any]
-"""A micro-batch as TRL has it: tensors with the row as leading dimension, and 0-dim ones for the whole batch."""
-
 LOSS_NORMALIZERS: dict[str, Normalizer] = {
     "dapo": "constant",  # the tokens of the generation batch, a number that packing does not change
     "cispo": "constant",
@@ -38,74 +38,83 @@ OWN = ("gate_keep", "gate_idle")
 NUMBERS = ("gate_weight", "gate_divisor", "gate_entropy_divisor")
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """Rows that stay in one micro-batch, and the tokens that a pass over them computes."""
 
     rows: list[Rows]
     tokens: int
 
 
-def loss_mask(rows: Rows) -> Tensor:
-    """(n, T), 1 for tokens that the loss counts."""
-    mask: Tensor = rows["completion_mask"]
-    return mask if rows.get("tool_mask") is None else mask * rows["tool_mask"]
+class PackingMixin(ComparingMixin):
+    """What packs in `KondoGRPOMixin`, which see."""
 
+    gate_normalizer: Normalizer | None = None
 
-def whole(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts and completions side by side: ids, mask, and which tokens are a completion's; each (n, P + T)."""
-    ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
-    mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
-    scored = torch.cat([torch.zeros_like(rows["prompt_mask"]), rows["completion_mask"]], dim=1)
-    return ids, mask, scored
+    def _prepare_inputs(self, generation_batch: Any) -> Rows:
+        inputs: Rows = super()._prepare_inputs(generation_batch)
+        if "gate_keep" not in inputs:
+            return inputs  # evaluation, no gate, or packed before
+        self._buffered_inputs = self._pack(self._buffered_inputs)
+        place: int = self._step % self.args.steps_per_generation
+        return self._buffered_inputs[place]
 
+    def _pack(self, buffer: list[Rows]) -> list[Rows]:
+        """The micro-batches of a generation batch with kept rows packed, never across two optimizer steps."""
+        size = math.gcd(self.args.gradient_accumulation_steps, self.args.steps_per_generation)
+        return [rows for first in range(0, len(buffer), size) for rows in self._packed(buffer[first : first + size])]
 
-def pack(
-    window: Sequence[Rows],
-    normalizer: Normalizer,
-    pad_token_id: int,
-    *,
-    trim_prompts: bool,
-    share_out: Callable[[list[Unit]], tuple[list[Unit], list[tuple[int, int]]]],
-    spread: bool = False,
-    room: int | None = None,
-) -> list[Rows]:
-    """The micro-batches of a window, which one optimizer step sees together, with their kept rows packed.
+    def _packed(self, window: list[Rows]) -> list[Rows]:
+        """The micro-batches of a window, which one optimizer step sees together, with their kept rows packed.
 
-    Those left without rows come first and hold one dummy row, with `gate_idle` set: they need not run.
+        Those left without rows come first and hold one dummy row, with `gate_idle` set: they need not run. Where rows
+        share tokens, those of a prompt stay together, and a micro-batch holds any number of them.
+        """
+        normalizer, trims = self.gate_normalizer or LOSS_NORMALIZERS[self.loss_type], self._trims_prompts
+        pad, size = self._tokenizer.pad_token_id, len(window[0]["gate_keep"])
+        kept = [row for rows in window for row in _kept_rows(rows, normalizer, trims)]
+        dummy = (min(kept, key=_length) if kept else _any_row(window[0], trims)) | {"gate_weight": 0.0}
+        room = self._room(window[0])
+        units, places = self._share_out(
+            [Unit([row], _length(row)) for row in kept] if room is None else by_prompt(kept, room)
+        )
+        filled = [Unit([dummy], 0)] * (len(places) - len(units)) + sorted(units, key=lambda unit: unit.tokens)
+        tokens, spread = [tokens for tokens, _ in places], self.args.gate_pack_for == "memory"
+        if room is None:
+            cuts = least_memory(tokens, len(window), size) if spread else _fewest(len(tokens), size)
+        else:
+            batches = len(window) if spread else min(len(window), len(_cuts(tokens, len(tokens), room)) - 1)
+            cuts = least_memory(tokens, batches, len(tokens))
+        shared = {name: value for name, value in window[0].items() if isinstance(value, Tensor) and value.dim() == 0}
+        packed = []
+        for first, stop in pairwise(cuts):
+            rows = []
+            for unit, (_, count) in zip(filled[first:stop], places[first:stop], strict=True):
+                rows += unit.rows + [unit.rows[0] | {"gate_weight": 0.0}] * (count - len(unit.rows))
+            packed.append(_micro_batch(rows, normalizer, pad) | shared)
+        idle = _micro_batch([dummy], normalizer, pad) | shared | {"gate_idle": True}
+        return [idle] * (len(window) - len(packed)) + packed
 
-    Args:
-        window: micro-batches of equal size, with `gate_keep` (B,) bool.
-        normalizer: what TRL divides the loss of a micro-batch by.
-        pad_token_id: fills ids.
-        trim_prompts: cut the padding left of prompts, which shifts absolute positions.
-        share_out: `units -> (units of this process, places)`: each process is to have a unit for each place, given as
-            tokens and rows, tokens ascending, of which its own of that rank has no more.
-        spread: have the largest micro-batch as small as can be, instead of as few as hold the rows.
-        room: where rows share tokens, the distinct ones that a micro-batch holds, of the same number on all processes:
-            rows of a prompt stay together then, and their number is not limited.
-    """
-    size = len(window[0]["gate_keep"])
-    kept = [row for rows in window for row in _kept_rows(rows, normalizer, trim_prompts)]
-    shortest = min(kept, key=length) if kept else _any_row(window[0], trim_prompts)
-    dummy = {**shortest, "gate_weight": 0.0}
-    units, places = share_out([Unit([row], length(row)) for row in kept] if room is None else by_prompt(kept, room))
-    filled = [Unit([dummy], 0)] * (len(places) - len(units)) + sorted(units, key=lambda unit: unit.tokens)
-    tokens = [tokens for tokens, _ in places]
-    if room is None:
-        cuts = least_memory(tokens, len(window), size) if spread else _fewest(len(tokens), size)
-    else:
-        batches = len(window) if spread else min(len(window), len(_cuts(tokens, len(tokens), room)) - 1)
-        cuts = least_memory(tokens, batches, len(tokens))
-    shared = {name: value for name, value in window[0].items() if isinstance(value, Tensor) and value.dim() == 0}
-    packed = []
-    for first, stop in pairwise(cuts):
-        rows = []
-        for unit, (_, count) in zip(filled[first:stop], places[first:stop], strict=True):
-            rows += unit.rows + [{**unit.rows[0], "gate_weight": 0.0}] * (count - len(unit.rows))
-        packed.append(_micro_batch(rows, normalizer, pad_token_id) | shared)
-    idle = _micro_batch([dummy], normalizer, pad_token_id) | shared | {"gate_idle": True}
-    return [idle] * (len(window) - len(packed)) + packed
+    def _room(self, rows: Rows) -> int | None:
+        """Tokens of a micro-batch of TRL's, padding included; the most of any process. None: tokens are not shared."""
+        if not self._shares:
+            return None
+        return int(self._of_all(torch.tensor([whole(rows)[0].numel()], device=rows["advantages"].device)).max())
+
+    def _share_out(self, units: list[Unit]) -> tuple[list[Unit], list[tuple[int, int]]]:
+        """This process's share of the units of all, and the places that every process fills, by ascending tokens.
+
+        A place is the tokens and rows of the largest unit that a process has there; who has none gets a dummy row.
+        """
+        processes = self.accelerator.num_processes
+        if processes == 1 or not self._trims_prompts:  # or else prompts are padded to another length there
+            own = sorted(((unit.tokens, len(unit.rows)) for unit in units), reverse=True)
+            of_ranks = [list(rank) for rank in zip_longest(*gather_object([own]), fillvalue=(0, 0))][::-1]
+        else:
+            everyone = sorted(gather_object(send_to_device(units, "cpu")), key=lambda unit: unit.tokens)
+            units = send_to_device(everyone[self.accelerator.process_index :: processes], self.accelerator.device)
+            sizes = [(unit.tokens, len(unit.rows)) for unit in everyone]
+            of_ranks = [sizes[max(0, stop - processes) : stop] for stop in range(len(sizes), 0, -processes)][::-1]
+        return units, [(max(tokens), max(rows)) for tokens, rows in (zip(*rank, strict=True) for rank in of_ranks)]
 
 
 def by_prompt(rows: Sequence[Rows], most: int) -> list[Unit]:
@@ -168,6 +177,13 @@ def _cuts(lengths: Sequence[int], size: int, most: int) -> list[int]:
 
 
 def _kept_rows(rows: Rows, normalizer: Normalizer, trim_prompts: bool) -> list[Rows]:
+    """The kept rows of a micro-batch without their padding, each with its weight and what its loss was divided by.
+
+    Args:
+        rows: with `gate_keep` (B,) bool.
+        normalizer: what TRL divides the loss of a micro-batch by.
+        trim_prompts: cut the padding left of prompts, which shifts absolute positions.
+    """
     divisor, entropy_divisor = (_divides_by(rows, how) for how in (normalizer, "tokens"))
     weights = rows["gate_weight"].tolist() if "gate_weight" in rows else [1.0] * len(rows["gate_keep"])
     return [
@@ -209,12 +225,19 @@ def _row(rows: Rows, index: int, trim_prompts: bool) -> Rows:
     return row
 
 
-def length(row: Rows) -> int:
+def _length(row: Rows) -> int:
     """Tokens of a row's prompt and completion, which is what it costs."""
     return len(row["prompt_ids"]) + len(row["completion_ids"])
 
 
 def _micro_batch(rows: Sequence[Rows], normalizer: Normalizer, pad_token_id: int) -> Rows:
+    """Rows that were cut out, padded to one length, with the scales that give each the gradient it had.
+
+    Args:
+        rows: at least one.
+        normalizer: what TRL divides the loss of a micro-batch by.
+        pad_token_id: fills ids.
+    """
     batch: Rows = {}
     lengths = [len(row["completion_ids"]) for row in rows]
     for name in rows[0]:

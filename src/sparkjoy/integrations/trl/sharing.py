@@ -14,18 +14,19 @@ from trl.trainer import utils
 
 from sparkjoy.integrations.sampling import Recorder, prompts_read_once
 from sparkjoy.integrations.transformers import SharedTokens, evaluating, label_scores
+from sparkjoy.integrations.trl.checkpoints import GateInCheckpoints
 from sparkjoy.integrations.trl.config import KondoGRPOConfig
-from sparkjoy.integrations.trl.packing import Rows, whole
+from sparkjoy.integrations.trl.rows import Rows, whole
 from sparkjoy.prefix_tree import PrefixTree, fold
 
 HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")
 """TRL 1.15 and later compute log-probs inside the model's forward pass, without its logits."""
 
 
-class SharingMixin(GRPOTrainer):
+class SharingMixin(GateInCheckpoints, GRPOTrainer):
     """What shares tokens in `KondoGRPOMixin`, which see."""
 
-    args: KondoGRPOConfig
+    args: Any  # a KondoGRPOConfig, or one of TRL's
     _shared: SharedTokens | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -91,11 +92,14 @@ class SharingMixin(GRPOTrainer):
             of_tree, _ = self._of_tree(self.model, fold(ids, mask, scored), tokens, False)
             self._shared.compare(plain * scored[:, -tokens:], of_tree, self._everywhere)
 
+    def _of_all(self, local: Tensor) -> Tensor:
+        """What the processes have, one after another, on the CPU."""
+        gathered: Tensor = self.accelerator.gather(local)
+        return gathered.cpu()
+
     def _everywhere(self, true: bool) -> bool:
         """Whether it is so on every process."""
-        if self.accelerator.num_processes == 1:
-            return true
-        return bool(self.accelerator.gather(torch.tensor([true], device=self.accelerator.device)).all())
+        return bool(self._of_all(torch.tensor([true], device=self.accelerator.device)).all())
 
     def _log_tokens(self) -> None:
         """Log the tokens of an optimizer step's passes, and count from there."""

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer with the gate: decide where the whole generation batch is known, pack, and let TRL do the loss.
 
 _generate_single_turn             TRL's, watched for the log-probs of what it samples; prompts may be read once
-_generate_and_score_completions   TRL's, then one decision over all processes (`decision.py`): a column `gate_keep`
+_generate_and_score_completions   TRL's, then one decision over all processes (`deciding.py`): a column `gate_keep`
 _prepare_inputs                   TRL's, then: the kept rows of an optimizer step in micro-batches, few or small
 _compute_loss                     TRL's on a packed micro-batch; nothing on one left without rows
 _get_per_token_logps_and_entropies   TRL's, or those of a prefix tree (`sharing.py`); the weights go on here
@@ -11,29 +11,23 @@ training_step                     TRL's, then at times a comparison with TRL's o
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Sequence, Sized
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import zip_longest
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from sparkjoy.integrations.gates import load_gate, save_gate
+from sparkjoy.gates.decision import rule_of
+from sparkjoy.integrations.gates import refuse
 from sparkjoy.integrations.sampling import recording
 from sparkjoy.integrations.transformers import longest_with_fixed_rotations
-from sparkjoy.integrations.trl.comparing import ComparingMixin
-from sparkjoy.integrations.trl.decision import DecidingMixin
-from sparkjoy.integrations.trl.packing import LOSS_NORMALIZERS, Normalizer, Rows, Unit, loss_mask, pack, whole
-from sparkjoy.integrations.trl.sharing import SharingMixin, reading_prompts_once
+from sparkjoy.integrations.trl.packing import PackingMixin
+from sparkjoy.integrations.trl.rows import Rows, loss_mask, whole
+from sparkjoy.integrations.trl.sharing import reading_prompts_once
 from sparkjoy.losses import delightful_weight
 from sparkjoy.noise import noise_sums
 from sparkjoy.scores import per_row, reads_log_probs
@@ -43,20 +37,9 @@ TEXT_ONLY = (
     "the gate and share_tokens pack text only, and these prompts come with images. Train without the gate and "
     "share_tokens, or leave the images out."
 )
-OURS = (ComparingMixin, DecidingMixin, SharingMixin)
 
 
-@dataclass
-class Running:
-    """A micro-batch in TRL's loss: what that was given, the advantages before they were scaled, and after."""
-
-    inputs: Rows
-    own: Tensor
-    scaled: Tensor
-    measured: bool = False
-
-
-class KondoGRPOMixin(ComparingMixin):
+class KondoGRPOMixin(PackingMixin):
     """Gives a GRPOTrainer the gate: `class Mine(KondoGRPOMixin, YourTrainer)`, with a `KondoGRPOConfig` as `args`.
 
     With any other config, or one without a gate, every method is the trainer's own.
@@ -68,64 +51,51 @@ class KondoGRPOMixin(ComparingMixin):
         ValueError: a set-up that the gate does not go with.
     """
 
-    gate_normalizer: Normalizer | None = None
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._gate_running: Running | None = None
-        self._gate_postpones = False  # whether the old log-probs wait until it is decided whose are needed
+        self._gate_running: tuple[Rows, Rows] | None = None  # the micro-batch in TRL's loss, and what that was given
         self._gate_micro_steps = 0  # run since the last optimizer step
         self._packs = self._gate is not None or self._shared is not None
         if self._packs:
             self._refuse_unproven_setups()
 
     def _refuse_unproven_setups(self) -> None:
-        if self.args.parallelism_config is not None:
-            raise ValueError(
-                "the gate is not proven with a parallelism_config, which splits a completion or a layer over "
-                "processes. Train with DDP, FSDP2 or DeepSpeed, or without the gate."
-            )
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError(
-                "the gate is not proven with version 1 of FSDP. Set version=2 in fsdp_config (fsdp_version: 2 in "
-                "accelerate's), or train without the gate."
-            )
-        if self.is_deepspeed_enabled and self._gate is not None and self.args.gate_empty_step != "momentum":
-            raise ValueError(
-                "DeepSpeed steps its optimizer itself, so a step without any kept completion cannot leave the weights. "
-                "Set gate_empty_step='momentum', or train without the gate."
-            )
-        if getattr(self, "use_liger_kernel", False):  # of TRL before 1.15; later ones have no such loss
-            raise ValueError(
-                "use_liger_kernel=True computes the loss apart from log-probs, where the gate cannot weight it. Set "
-                "use_liger_kernel=False (TRL 1.15 and later take Liger's layers with the gate), or train without the "
-                "gate."
-            )
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "the router's auxiliary loss counts every token of every completion, which neither the gate nor "
-                "share_tokens runs. Set router_aux_loss_coef=0, or train without the gate and share_tokens."
-            )
+        version_1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+        empties = self._gate is not None and self.args.gate_empty_step != "momentum"
+        liger = getattr(self, "use_liger_kernel", False)  # of TRL before 1.15; later ones have no such loss
+        reasons = {
+            "the gate is not proven with a parallelism_config, which splits a completion or a layer over processes. "
+            "Train with DDP, FSDP2 or DeepSpeed, or without the gate.": self.args.parallelism_config is not None,
+            "the gate is not proven with version 1 of FSDP. Set version=2 in fsdp_config (fsdp_version: 2 in "
+            "accelerate's), or train without the gate.": version_1,
+            "DeepSpeed steps its optimizer itself, so a step without any kept completion cannot leave the weights. Set "
+            "gate_empty_step='momentum', or train without the gate.": self.is_deepspeed_enabled and empties,
+            "use_liger_kernel=True computes the loss apart from log-probs, where the gate cannot weight it. Set "
+            "use_liger_kernel=False (TRL 1.15 and later take Liger's layers with the gate), or train without the "
+            "gate.": liger,
+            "the router's auxiliary loss counts every token of every completion, which neither the gate nor "
+            "share_tokens runs. Set router_aux_loss_coef=0, or train without the gate and share_tokens.": (
+                self.aux_loss_enabled
+            ),
+        }
+        refuse(reasons)
         self._refuse_unproven_comparisons()
         self._refuse_images()
-        own = self._overriding("_compute_loss", type(self).__mro__)
-        if own and self.gate_normalizer is None:
-            raise ValueError(
-                f"{own} has a _compute_loss of its own; say what it divides a micro-batch's loss by with a class "
-                "attribute gate_normalizer: 'constant', 'rows' or 'tokens'."
-            )
+        loss = self._overriding("_compute_loss", type(self).__mro__)
         under = type(self).__mro__[type(self).__mro__.index(KondoGRPOMixin) :]
-        own = self._overriding("_get_per_token_logps_and_entropies", under)
-        if own and self._shared is not None:
-            raise ValueError(
-                f"{own} has a _get_per_token_logps_and_entropies of its own, which share_tokens=True would go around. "
-                "Leave one of them out."
-            )
+        log_probs = self._overriding("_get_per_token_logps_and_entropies", under)
+        reasons = {
+            f"{loss} has a _compute_loss of its own; say what it divides a micro-batch's loss by with a class "
+            "attribute gate_normalizer: 'constant', 'rows' or 'tokens'.": loss and self.gate_normalizer is None,
+            f"{log_probs} has a _get_per_token_logps_and_entropies of its own, which share_tokens=True would go "
+            "around. Leave one of them out.": log_probs and self._shared is not None,
+        }
+        refuse(reasons)
 
     def _overriding(self, method: str, classes: Sequence[type]) -> str | None:
         """A class that has a method of TRL's and ours of its own, if one of these does."""
-        known = (KondoGRPOMixin, *OURS, GRPOTrainer)
-        return next((cls.__name__ for cls in classes if method in vars(cls) and cls not in known), None)
+        theirs = [cls for cls in classes if cls is not GRPOTrainer and not cls.__module__.startswith(__package__)]
+        return next((cls.__name__ for cls in theirs if method in vars(cls)), None)
 
     def _refuse_images(self) -> None:
         """Look at the first training example; what is streamed, or has images only later, is refused when it comes."""
@@ -145,7 +115,7 @@ class KondoGRPOMixin(ComparingMixin):
         generates = not (self.use_vllm or self.use_transformers_continuous_batching or self.tools)
         if self._gate is None or not generates or not self.model.training:
             return False
-        by_sign = getattr(self._gate, "rule", None) == Rule(floor=0.0)
+        by_sign = rule_of(self._gate) == Rule(floor=0.0)
         reads = self.args.gate_score == "delight" and reads_log_probs(self._gate_score)
         return reads and self.args.gate_log_probs == "auto" and not by_sign
 
@@ -157,47 +127,44 @@ class KondoGRPOMixin(ComparingMixin):
             if self._shared is not None:
                 stack.enter_context(reading_prompts_once(model, recorder, self.accelerator.autocast))
             completions, log_probs = super()._generate_single_turn(*args, **kwargs)
-        if recorder is not None and log_probs is None:
-            log_probs = recorder.log_probs(completions)
-            self._gate_recorded = log_probs is not None
-        return completions, log_probs
+        recorded = recorder.log_probs(completions) if recorder is not None and log_probs is None else None
+        self._gate_recorded = recorded is not None
+        return completions, recorded or log_probs
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._gate_rewards = super()._calculate_rewards(*args, **kwargs)
         return self._gate_rewards
 
     def _generate_and_score_completions(self, inputs: list[Rows]) -> Rows:
-        if not self._packs or not self.model.training:
-            return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]  # TRL is untyped
-        # Not where TRL reads those of all rows, nor where it computes the reference's in the same way.
-        corrects = self.use_vllm and self.vllm_importance_sampling_correction
-        postpones = self._gate is not None and not corrects and self.beta == 0
-        self._gate_postpones, self._gate_recorded = postpones, False
-        try:
-            output: Rows = super()._generate_and_score_completions(inputs)
-        finally:
-            self._gate_postpones = False
+        packs = self._packs and self.model.training  # before a reward function may have the policy evaluate
+        output: Rows = super()._generate_and_score_completions(inputs)
+        if not packs:
+            return output
         if output.get("num_images") is not None or output.get("pixel_values") is not None:
             raise ValueError(TEXT_ONLY)
         self._refuse_long_rows(whole(output)[0].shape[1])
         self._compare_sharing(output)
-        if self._gate is None and not self._shares:
-            return output
-        if self._gate is None:
-            keep = torch.ones(len(output["advantages"]), dtype=torch.bool, device=output["advantages"].device)
-            return {**output, "gate_keep": keep}
-        old = output.pop("old_per_token_logps", None) if postpones else None
-        keep = self._decide(self._gate, output)
-        self._watch(inputs, output, keep)
-        weight = output.get("gate_weight")
-        if old is not None:
-            rows = keep.nonzero().flatten()
-            output["old_per_token_logps"] = old.index_copy(0, rows, self._screen(output, rows))
-            self._keep_old_log_probs(output, ~keep)
-        whole_batch = self._everywhere(bool(keep.all()) and (weight is None or bool((weight == 1).all())))
-        if whole_batch and not self._shares:
+        keep = torch.ones(len(output["advantages"]), dtype=torch.bool, device=output["advantages"].device)
+        if self._gate is not None:
+            postponed = output.pop("old_per_token_logps", None) if self._gate_postpones else None
+            keep = self._decide(self._gate, output)
+            self._watch(inputs, output, keep)
+            if postponed is not None:
+                output["old_per_token_logps"] = self._screen(output, keep.nonzero().flatten())
+                self._keep_old_log_probs(output, ~keep)
+        whole_batch = bool(keep.all()) and bool((output.get("gate_weight", keep) == 1).all())
+        if not self._shares and self._everywhere(whole_batch):
             return {name: value for name, value in output.items() if not name.startswith("gate_")}  # TRL's own step
         return {**output, "gate_keep": keep}
+
+    @property
+    def _gate_postpones(self) -> bool:
+        """Whether TRL's pass for old log-probs waits until it is decided whose are needed.
+
+        Not where TRL reads those of all rows, nor where it computes the reference's in the same way.
+        """
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        return self._gate is not None and not corrects and self.beta == 0
 
     def _refuse_long_rows(self, width: int) -> None:
         longest = longest_with_fixed_rotations(self.model.config.get_text_config())
@@ -208,53 +175,6 @@ class KondoGRPOMixin(ComparingMixin):
                 "together within that, or train without."
             )
 
-    # Packing
-
-    def _prepare_inputs(self, generation_batch: Any) -> Rows:
-        inputs: Rows = super()._prepare_inputs(generation_batch)
-        if "gate_keep" not in inputs:
-            return inputs  # evaluation, no gate, or packed before
-        self._buffered_inputs = self._pack(self._buffered_inputs)
-        place: int = self._step % self.args.steps_per_generation
-        return self._buffered_inputs[place]
-
-    def _pack(self, buffer: list[Rows]) -> list[Rows]:
-        """The micro-batches of a generation batch with kept rows packed, never across two optimizer steps."""
-        window = math.gcd(self.args.gradient_accumulation_steps, self.args.steps_per_generation)
-        packed: list[Rows] = []
-        for first in range(0, len(buffer), window):
-            packed += pack(
-                buffer[first : first + window],
-                self.gate_normalizer or LOSS_NORMALIZERS[self.loss_type],
-                self._tokenizer.pad_token_id,
-                trim_prompts=self._trims_prompts,
-                share_out=self._share_out,
-                spread=self.args.gate_pack_for == "memory",
-                room=self._room(buffer[first]),
-            )
-        return packed
-
-    def _room(self, rows: Rows) -> int | None:
-        """Tokens of a micro-batch of TRL's, padding included; the most of any process. None: tokens are not shared."""
-        if not self._shares:
-            return None
-        return int(self._of_all(torch.tensor([whole(rows)[0].numel()], device=rows["advantages"].device)).max())
-
-    def _share_out(self, units: list[Unit]) -> tuple[list[Unit], list[tuple[int, int]]]:
-        """This process's share of the units of all, and what the largest of each rank has, in tokens and in rows."""
-        processes, device = self.accelerator.num_processes, self.accelerator.device
-        if processes == 1 or not self._trims_prompts:  # or else prompts are padded to another length there
-            own = sorted(((unit.tokens, len(unit.rows)) for unit in units), reverse=True)
-            of_each = [own] if processes == 1 else gather_object([own])
-            of_ranks = [list(rank) for rank in zip_longest(*of_each, fillvalue=(0, 0))][::-1]
-        else:
-            moved = gather_object([_moved(unit, "cpu") for unit in units])
-            everyone: list[Unit] = sorted(moved, key=lambda unit: unit.tokens)
-            units = [_moved(unit, device) for unit in everyone[self.accelerator.process_index :: processes]]
-            sizes = [(unit.tokens, len(unit.rows)) for unit in everyone]
-            of_ranks = [sizes[max(0, stop - processes) : stop] for stop in range(len(sizes), 0, -processes)][::-1]
-        return units, [(max(tokens), max(rows)) for tokens, rows in (zip(*rank, strict=True) for rank in of_ranks)]
-
     # The loss
 
     def _compute_loss(self, model: nn.Module, inputs: Rows) -> Tensor:
@@ -264,19 +184,27 @@ class KondoGRPOMixin(ComparingMixin):
         if inputs.get("gate_idle", False) and not self._owes_a_pass(sync):
             loss = torch.zeros((), device=inputs["advantages"].device, requires_grad=True)
         else:
-            own = scaled = inputs["advantages"]
-            if "gate_scale" in inputs and not self._gate_scales_gradients:
-                scaled = own * inputs["gate_scale"].to(own).reshape(-1, *[1] * (own.dim() - 1))
-            given = {**inputs, "advantages": scaled}
-            self._gate_running = Running(given, own, scaled)
+            given = {**inputs, "advantages": self._scaled(inputs)}
+            self._gate_running = inputs, given
             try:
                 loss = super()._compute_loss(model, given)
             finally:
                 self._gate_running = None
             self._gate_micro_steps += 1
-        if sync:
-            self._finish_step()
+        if sync:  # the end of an optimizer step
+            self._metrics["train"]["gate/micro_steps"].append(float(self._gate_micro_steps))
+            self._gate_micro_steps = 0
+            self._learn_noise()
+            self._log_tokens()
         return loss
+
+    def _scaled(self, inputs: Rows) -> Tensor:
+        """Advantages of a packed micro-batch, of each row times its scale, unless that goes on its gradients."""
+        advantages: Tensor = inputs["advantages"]
+        if "gate_scale" not in inputs or self._gate_scales_gradients:
+            return advantages
+        scale: Tensor = inputs["gate_scale"].to(advantages)
+        return advantages * scale.reshape(-1, *[1] * (advantages.dim() - 1))
 
     @property
     def _gate_scales_gradients(self) -> bool:
@@ -285,13 +213,6 @@ class KondoGRPOMixin(ComparingMixin):
         Terms beside the policy's (KL, entropy) are scaled too then. TRL's loss is logged without the scale.
         """
         return bool(self.beta != 0 or self.args.entropy_coef != 0)
-
-    def _finish_step(self) -> None:
-        """At the end of an optimizer step."""
-        self._metrics["train"]["gate/micro_steps"].append(float(self._gate_micro_steps))
-        self._gate_micro_steps = 0
-        self._learn_noise()
-        self._log_tokens()
 
     def _owes_a_pass(self, sync: bool) -> bool:
         """Whether a micro-step must run although it has no rows; `sync`: it is the last of an optimizer step.
@@ -309,46 +230,31 @@ class KondoGRPOMixin(ComparingMixin):
         return self.args.gate_empty_step == "momentum" or bool(self.accelerator.mixed_precision == "fp16")
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if self._gate_postpones and _asked_by_trl():  # of all rows: those of the kept ones are computed once known
+        if self._gate_postpones and self.model.training and _asked_by_trl():
             ids, logits_to_keep = args[1], args[3]
             return torch.zeros(len(ids), logits_to_keep, device=ids.device), None, None
         log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        running = self._gate_running
-        if running is None or not log_probs.requires_grad or log_probs.shape != running.inputs["completion_ids"].shape:
+        inputs, given = self._gate_running or ({}, {})
+        if not inputs or not log_probs.requires_grad or log_probs.shape != inputs["completion_ids"].shape:
             return log_probs, entropies, aux_loss
-        # TRL's loss reads its inputs after this, so what depends on the log-probs can be put into them here.
-        inputs, own = running.inputs, running.own
-        if "gate_size" in inputs and not running.measured:
-            running.measured = True
-            self._gate_sums += self._measured(inputs, log_probs.detach(), own)
+        # TRL's loss reads what it was given after this, so what depends on the log-probs can be put into it here.
+        if self._gate_expected is not None and "gate_size" in given:  # not in a later step, nor twice in this one
+            del given["gate_size"]
+            self._gate_sums += self._measured(inputs, log_probs.detach())
         if self._gate_dg is not None:
-            weight = delightful_weight(log_probs, own, loss_mask(inputs), self.args.gate_dg_temperature, self._gate_dg)
-            inputs["advantages"] = per_row(running.scaled, log_probs) * weight
+            own, temperature = inputs["advantages"], self.args.gate_dg_temperature
+            weight = delightful_weight(log_probs, own, loss_mask(inputs), temperature, self._gate_dg)
+            given["advantages"] = per_row(self._scaled(inputs), log_probs) * weight
         if "gate_scale" in inputs and self._gate_scales_gradients:
             log_probs = scale_gradient(log_probs, inputs["gate_scale"])
             entropies = scale_gradient(entropies, inputs["gate_entropy_scale"])
         return log_probs, entropies, aux_loss
 
-    def _measured(self, inputs: Rows, log_probs: Tensor, own_advantages: Tensor) -> Tensor:
+    def _measured(self, inputs: Rows, log_probs: Tensor) -> Tensor:
         """(4,) the `noise_sums` of a micro-batch's rows, by the log-probs it is differentiated with."""
-        exact = self._size_of(inputs, log_probs, own_advantages)
+        exact = self._size_of(inputs, log_probs)
         rows = inputs["gate_weight"] > 0  # a dummy row has none
         return noise_sums(*(value[rows].cpu() for value in (exact, inputs["gate_size"], inputs["gate_weight"])))
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self._gate is not None and self.args.should_save:
-            save_gate(
-                self._gate,
-                Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}",
-            )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_gate(self._gate, Path(checkpoint))
 
 
 def _asked_by_trl() -> bool:
@@ -358,17 +264,6 @@ def _asked_by_trl() -> bool:
     while frame is not None and frame.f_code.co_name == method:  # classes that call their parent's
         frame = frame.f_back
     return frame is not None and frame.f_code is inspect.unwrap(GRPOTrainer._generate_and_score_completions).__code__
-
-
-def _moved(unit: Unit, device: Any) -> Unit:
-    """The same on another device."""
-    return Unit(
-        [
-            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in row.items()}
-            for row in unit.rows
-        ],
-        unit.tokens,
-    )
 
 
 def scale_gradient(values: Tensor, scale: Tensor) -> Tensor:
