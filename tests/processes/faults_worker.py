@@ -187,7 +187,7 @@ def faults(kind, names=None, ways=WAYS):
             if gateless or exact or way not in ways or (name == "drafting" and way != "screened"):
                 continue
             policy = copy.deepcopy(fresh)
-            module = wrap(policy, kind)
+            module = wrap(policy, kind, gradient_as_bucket_view=True)  # whose .grad takes care to zero
             given = {"log_probs": known} if has_log_probs else {}
             run = partial(fault, name, module, policy, local, advantages[own], way_gate, given)
             found = {"kind": kind, "way": way, "said": [], "grad": [], "error": []}
