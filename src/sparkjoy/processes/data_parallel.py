@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class Replicated(Wrapped):
 
     def screening(self) -> AbstractContextManager[None]:
         # The user's function calls the wrapper, whose forward broadcasts buffers and prepares for a backward pass.
-        return _replaced(vars(self.module), "forward", self.module.module.__call__)
+        return mock.patch.object(self.module, "forward", self.module.module.__call__)
 
     def begin(self) -> None:
         # What the wrapper does before a forward pass: it broadcasts buffers, and once regroups its gradients.
@@ -105,7 +106,7 @@ class Replicated(Wrapped):
         """What the wrapper does around a forward pass, with nothing inside."""
         nothing = nn.Identity()
         nothing.named_buffers = self.module.module.named_buffers  # type: ignore[method-assign]  # on this object alone
-        with _replaced(self.module._modules, "module", nothing):
+        with mock.patch.dict(self.module._modules, module=nothing):
             through: Tensor = self.module(tensor)
         return through
 
@@ -146,7 +147,7 @@ class Sharded(Wrapped):
 
     def catch_up(self) -> None:
         for part in self._order[len(self._gathered) :]:
-            with _replaced(vars(part), "forward", lambda: None), torch.no_grad():
+            with mock.patch.object(part, "forward", lambda: None), torch.no_grad():  # noqa: PT008  # a plain function
                 part()  # gathers its weights, and does nothing with them
         self._gathered = self._order
 
@@ -177,15 +178,3 @@ def _calls_of(modules: list[Any]) -> Iterator[list[Any]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _replaced(attributes: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """With another value in a dictionary of attributes."""
-    before = {name: attributes[name]} if name in attributes else {}
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        del attributes[name]
-        attributes.update(before)

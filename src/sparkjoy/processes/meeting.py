@@ -21,9 +21,6 @@ from torch import Tensor, nn
 PLACES = ("failed", "open", "counts", "gather", "same", "add", "forward", "backward", "close")
 """Where ranks meet."""
 
-NUMBERS = 2
-"""How many numbers a rank can bring to a meeting."""
-
 PATIENCE = 10.0
 """Seconds to find out which rank is lost."""
 
@@ -60,12 +57,12 @@ class Meeting:
         self._steps += 1
 
     def meet(self, place: str, *numbers: float, failure: BaseException | None = None) -> Tensor:
-        """(ranks, NUMBERS) what each rank brings.
+        """(ranks, 2): the numbers that each rank brings, two at most.
 
         Raises:
             RanksError: a rank has failed, this one by `failure`, or the ranks met in different places.
         """
-        mine = [failure is not None, PLACES.index(place), self.began, *numbers, *[0] * (NUMBERS - len(numbers))]
+        mine = [failure is not None, PLACES.index(place), self.began, *numbers, 0, 0][:5]
         every = self.all_gather(torch.tensor(mine, dtype=torch.float64, device="cpu"))
         fails, places, began = every[:, :3].T.long().tolist()
         if not any(fails) and len(set(places)) == 1:
@@ -86,8 +83,7 @@ class Meeting:
         """What one rank has for `value`, a Python object with its tensors on the CPU."""
         values = [value]
         with self._answered():
-            source = dist.get_global_rank(self._group, rank)
-            dist.broadcast_object_list(values, source, self._group, self._device)
+            dist.broadcast_object_list(values, dist.get_global_rank(self._group, rank), self._group, self._device)
         return values[0]
 
     def all_gather(self, tensor: Tensor) -> Tensor:
