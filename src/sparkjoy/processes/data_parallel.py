@@ -40,8 +40,8 @@ class Wrapped:
     def begin(self) -> None:
         """Run the collectives that come before the first forward pass with a graph."""
 
-    def forward(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do a forward pass."""
+    def forward(self, work: Callable[[], Tensor], own: bool) -> Tensor:
+        """Do a forward pass: the policy's `own`, or a draft's, which may run the module or not."""
         raise NotImplementedError
 
     def averages(self, last: bool) -> bool:
@@ -79,7 +79,7 @@ class Replicated(Wrapped):
         with self.module.no_sync():
             self._through(torch.zeros((), device=self.device))
 
-    def forward(self, work: Callable[[], Tensor]) -> Tensor:
+    def forward(self, work: Callable[[], Tensor], own: bool) -> Tensor:
         with self.module.no_sync():  # `backward` says which pass averages
             if self._called or not torch.is_grad_enabled():
                 return work()
@@ -129,12 +129,16 @@ class Sharded(Wrapped):
             )
         super().__init__(module, meshes.pop().get_group())
         self._parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
-        self._order = self._gathered = self._parts  # whose weights a whole forward pass gathers, and the last one did
+        self._orders: dict[
+            bool, list[Any]
+        ] = {}  # whose weights the policy's own forward pass gathers, and a draft's
+        self._own, self._gathered = True, self._parts  # what the last one was, and whose weights it did gather
 
-    def forward(self, work: Callable[[], Tensor]) -> Tensor:
+    def forward(self, work: Callable[[], Tensor], own: bool) -> Tensor:
+        self._own = own
         with _calls_of(self._parts) as self._gathered:
             log_probs = work()
-        self._order = self._gathered
+        self._orders[own] = self._gathered
         return log_probs
 
     @contextmanager
@@ -146,10 +150,12 @@ class Sharded(Wrapped):
             self.module.set_requires_gradient_sync(True)
 
     def catch_up(self) -> None:
-        for part in self._order[len(self._gathered) :]:
+        runs = self._own or self._gathered  # a draft need not run this module
+        order = self._orders.get(self._own, self._parts if runs else [])
+        for part in order[len(self._gathered) :]:
             with mock.patch.object(part, "forward", lambda: None), torch.no_grad():  # noqa: PT008  # a plain function
                 part()  # gathers its weights, and does nothing with them
-        self._gathered = self._order
+        self._gathered = order
 
     def abandon(self) -> None:
         for part in self._parts:

@@ -94,8 +94,8 @@ class Ranks:
         """How many micro-batches every rank runs, of which `parts` are this one's, and `kept` the rows of all."""
         return parts
 
-    def forward(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do a forward pass."""
+    def forward(self, work: Callable[[], Tensor], own: bool = True) -> Tensor:
+        """Do a forward pass, the policy's `own` or a draft's."""
         return work()
 
     def backward(self, loss: Tensor, last: bool) -> AbstractContextManager[Tensor]:
@@ -209,8 +209,8 @@ class SeveralRanks(Ranks):
             self._wrapped.begin()
         return rounds
 
-    def forward(self, work: Callable[[], Tensor]) -> Tensor:
-        log_probs = self._wrapped.forward(work)
+    def forward(self, work: Callable[[], Tensor], own: bool = True) -> Tensor:
+        log_probs = self._wrapped.forward(work, own)
         if self._wrapped.shards:
             self._meeting.meet("forward")
         return log_probs

@@ -102,7 +102,7 @@ class Passes:
                     part_rows: Rows = parts[number] if number < len(parts) else slice(0, 1)  # a dummy, for the others
                     part, columns = packing.trimmed(self.inputs.take(part_rows))
                     work = partial(self.counting.screen, source, part, own)
-                    found.append((part_rows, columns, ranks.forward(work) if own else work(), part))
+                    found.append((part_rows, columns, ranks.forward(work, own), part))
             finally:
                 # Older versions of torch keep weights that were cast in here, without a graph, for later passes.
                 torch.clear_autocast_cache()
