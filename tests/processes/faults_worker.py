@@ -116,7 +116,7 @@ def fault(name, module, policy, batch, advantages, gate, given):
     """A step in which only the last rank has the fault."""
     options, broken = {"module": module, "micro_batch_size": 3}, here(True, False)
     function = FUNCTIONS[name](module) if broken and name in FUNCTIONS else module
-    policy.breaks = broken and name == "half way"
+    policy.breaks = broken and name in ("half way", "drafting by the policy")
     if name == "loss":
         options["loss"] = partial(failing, sj.reinforce, broken)
     if name == "score":
@@ -128,6 +128,8 @@ def fault(name, module, policy, batch, advantages, gate, given):
         gate.broken = broken
     if name == "drafting":
         options["draft"] = sj.Draft(Student(drafts=not broken), verify=1.2)
+    if name == "drafting by the policy":
+        options["draft"] = sj.Draft(module, verify=1.2)
     if name == "options":
         options["micro_batch_size"] = 2 if broken else 3
     if name == "comparing":
@@ -179,15 +181,16 @@ def faults(kind, names=None, ways=WAYS):
         "behavior",
         "score of NaN",
         "drafting",
+        "drafting by the policy",
     )
     for way, (way_gate, has_log_probs) in WAYS.items():
         for name in names or (*FUNCTIONS, *others):
             gateless = way == "dense" and name in ("score", "gate", "rate", "score of NaN", "comparing")
             exact = way != "known" and name == "learning"  # there is nothing to learn from exact sizes
-            if gateless or exact or way not in ways or (name == "drafting" and way != "screened"):
+            if gateless or exact or way not in ways or ("drafting" in name and way != "screened"):
                 continue
             policy = copy.deepcopy(fresh)
-            module = wrap(policy, kind)
+            module = wrap(policy, kind, gradient_as_bucket_view=True)  # whose .grad takes care to zero
             given = {"log_probs": known} if has_log_probs else {}
             run = partial(fault, name, module, policy, local, advantages[own], way_gate, given)
             found = {"kind": kind, "way": way, "said": [], "grad": [], "error": []}
@@ -230,7 +233,7 @@ def quick():
             ("before the module", "half way", "NaN", "the second pass", "comparing", "learning", "rate"),
             ("known",),
         )
-        faults(kind, ("drafting",), ("screened",))
+        faults(kind, ("drafting", "drafting by the policy"), ("screened",))
 
 
 def skips():

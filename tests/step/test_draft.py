@@ -194,7 +194,7 @@ def test_every_option_of_a_draft_is_compared_between_processes():
     inputs = check_inputs(torch.ones(2), torch.ones(2), None, None, None)
 
     def words(**options):
-        return GatedBackward(KondoGate(rate=0.3), draft=Draft(torch.neg, **options))._in_words(inputs)
+        return str(GatedBackward(KondoGate(rate=0.3), draft=Draft(torch.neg, **options))._in_words(inputs))
 
     others = {"verify": 2}, {"score": surprisal_score}
     assert len({words(), *(words(**options) for options in others)}) == 3

@@ -136,7 +136,7 @@ def load_gate(gate: Gate | None, folder: Path, draws: bool = False) -> None:
 
 def _named(gate: Gate) -> str:
     """A gate as two runs of one program call it: without addresses in memory."""
-    return in_words({"gate": gate}).removeprefix("gate=")
+    return in_words({"gate": gate})["gate"]
 
 
 def _tensor_in_words(value: Any) -> dict[str, Any]:

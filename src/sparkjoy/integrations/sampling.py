@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import is_peft_available
 
 ROOM = 16
 """Tokens that a layer of the cache has room for, and a quarter of those it holds, before it is copied once more."""
@@ -56,26 +56,18 @@ def prompts_read_once(model: nn.Module, given: dict[str, Any]) -> Iterator[dict[
     cache = output[name]
     cache.layers = [RoomyLayer(layer, of_row) for layer in cache.layers]
     output.logits = output.logits[of_row]
-    own, forward = vars(base).get("forward"), base.forward
+    forward, known = base.forward, [output]
 
     @wraps(forward)
-    def first_pass(*_: Any, **__: Any) -> Any:
-        put_back()
+    def known_first(*arguments: Any, **given: Any) -> Any:
+        if not known:
+            return forward(*arguments, **given)
         for layer in cache.layers:
             layer.show_all()
-        return output
+        return known.pop()
 
-    def put_back() -> None:
-        if own is None:
-            vars(base).pop("forward", None)
-        else:
-            base.forward = own
-
-    base.forward = first_pass
-    try:
+    with mock.patch.object(base, "forward", known_first):
         yield {name: cache}
-    finally:
-        put_back()
 
 
 def _goes_with_a_cache(base: Any, given: dict[str, Any]) -> bool:
@@ -135,12 +127,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' is untype
 
 def base_of(model: nn.Module) -> Any:
     """The model of transformers inside PEFT's adapters."""
-    if is_peft_available():
-        from peft import PeftModel
-
-        if isinstance(model, PeftModel):
-            return model.get_base_model()
-    return model
+    peft = sys.modules.get("peft")  # who has adapters has imported it, so we need not
+    return model if peft is None or not isinstance(model, peft.PeftModel) else model.get_base_model()
 
 
 class Recorder:
@@ -202,7 +190,7 @@ class Recorder:
 
 @contextmanager
 def recording(model: nn.Module, temperature: float) -> Iterator[Recorder]:
-    """Watch what `model` (its base, where adapters wrap it) is run on and gives inside."""
+    """Watch what `model` is run on and gives inside: its base, where adapters wrap it, whose `generate` runs that."""
     recorder = Recorder(temperature)
 
     def after_pass(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:

@@ -1,8 +1,7 @@
-"""How the processes of a step meet, so that none waits for one that has failed.
+"""How the ranks of a step meet, so that none waits for one that has failed.
 
-All meetings begin alike, by a few numbers of which the first says that a rank has failed. A rank where anything is
+A meeting is an all-gather of a few numbers, the first of which says whether a rank has failed. A rank where anything is
 raised goes straight to a meeting and says so; the others hear of it wherever they meet next, and all raise the same.
-What they compare, options and gates, is told in words (`in_words`), so that all can say what differs.
 """
 
 from __future__ import annotations
@@ -10,45 +9,27 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Place = Literal["failed", "open", "sum", "most", "gather", "same", "add", "forward", "backward", "close"]
+PLACES = ("failed", "open", "counts", "gather", "same", "add", "forward", "backward", "close")
 """Where ranks meet."""
-
-PLACES: tuple[str, ...] = get_args(Place)
-
-KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
-"""What all ranks raise: the kind of the first failure, the last one for any other kind."""
-
-NUMBERS = 4
-"""What a rank can bring to a meeting."""
-
-TEXT = 4096
-"""Bytes of a sentence that is told to the others."""
 
 PATIENCE = 10.0
 """Seconds to find out which rank is lost."""
 
 
 class RanksError(Exception):
-    """A rank has failed, or the ranks met in different places; raised on all of them.
+    """A rank has failed, or the ranks met in different places; raised on all of them, from the failure of this one.
 
-    Args:
-        sentence: what happened, the same everywhere.
-        kind: what to raise.
-        numbers: (ranks, NUMBERS) what each brought.
+    Its `args`, the same everywhere: the type to raise for the user, what happened, and whether a rank had `began`.
     """
-
-    def __init__(self, sentence: str, kind: type[Exception], numbers: Tensor) -> None:
-        super().__init__(sentence)
-        self.kind = kind
-        self.numbers = numbers
 
 
 class Meeting:
@@ -56,7 +37,7 @@ class Meeting:
 
     Args:
         group: the process group.
-        device: where its tensors are.
+        device: where the tensors of its collectives have to be.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
@@ -64,58 +45,60 @@ class Meeting:
         self.size = dist.get_world_size(group)
         self.over = False
         """Whether this rank may meet no more in this step: all know of a failure, or cannot be told."""
+        self.began = False
+        """Whether this rank has begun a backward pass in this step."""
         self._group = group
         self._device = device
         self._steps = 0
 
     def begin(self) -> None:
         """Begin a step."""
-        self.over = False
+        self.over = self.began = False
         self._steps += 1
 
-    def meet(self, place: Place, numbers: Sequence[float] = (), failure: BaseException | None = None) -> Tensor:
-        """(ranks, NUMBERS) what each rank brings.
+    def meet(self, place: str, *numbers: float, failure: BaseException | None = None) -> Tensor:
+        """(ranks, 2): the numbers that each rank brings, two at most.
 
         Raises:
             RanksError: a rank has failed, this one by `failure`, or the ranks met in different places.
         """
-        kind = 0
-        if failure is not None:
-            kind = next((code for code, kind in enumerate(KINDS, 1) if isinstance(failure, kind)), len(KINDS))
-        mine = [kind, PLACES.index(place), *map(float, numbers)]
-        every = self.all_gather(
-            torch.tensor(mine + [0.0] * (2 + NUMBERS - len(mine)), dtype=torch.float64, device="cpu")
-        )
-        kinds, places = every[:, 0].long().tolist(), every[:, 1].long().tolist()
-        if not any(kinds) and len(set(places)) == 1:
-            return every[:, 2:]
-        said = self.texts(place if failure is None else _sentence(failure))
+        mine = [failure is not None, PLACES.index(place), self.began, *numbers, 0, 0][:5]
+        every = self.all_gather(torch.tensor(mine, dtype=torch.float64, device="cpu"))
+        fails, places, began = every[:, :3].T.long().tolist()
+        if not any(fails) and len(set(places)) == 1:
+            return every[:, 3:]
         self.over = True
-        failed = [rank for rank, kind in enumerate(kinds) if kind]
-        if not failed:
-            where = ", ".join(f"rank {rank} at {text!r}" for rank, text in enumerate(said))
+        kind: type[Exception] = RuntimeError
+        if any(fails):
+            failed = [rank for rank, fail in enumerate(fails) if fail]
+            kind, said = self.told(failed[0], None if failure is None else _told_of(failure))
+            who = f"rank {', '.join(map(str, failed))} of {self.size}" if len(failed) < self.size else "every rank"
+            sentence = f"{who} failed, so none goes on: {said.rstrip('.')}"
+        else:
+            where = ", ".join(f"rank {rank} at {PLACES[number]!r}" for rank, number in enumerate(places))
             sentence = f"the ranks are out of step: {where}; they were given different work"
-            raise RanksError(sentence, KINDS[-1], every[:, 2:])
-        who = f"rank {', '.join(map(str, failed))} of {self.size}" if len(failed) < self.size else "every rank"
-        sentence = f"{who} failed, so none goes on: {said[failed[0]].rstrip('.')}"
-        raise RanksError(sentence, KINDS[kinds[failed[0]] - 1], every[:, 2:])
+        raise RanksError(kind, sentence, any(began)) from failure
 
-    def texts(self, text: str) -> list[str]:
-        """What each rank says."""
-        data = text.encode()[:TEXT]
-        every = self.all_gather(torch.tensor(list(data) + [0] * (TEXT - len(data)), dtype=torch.uint8, device="cpu"))
-        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in every]
+    def told(self, rank: int, value: Any) -> Any:
+        """What one rank has for `value`, a Python object with its tensors on the CPU."""
+        values = [value]
+        with self._answered():
+            dist.broadcast_object_list(values, dist.get_global_rank(self._group, rank), self._group, self._device)
+        return values[0]
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """(ranks, *shape), on the CPU.
-
-        Raises:
-            RuntimeError: a rank does not answer, and which one.
-        """
+        """(ranks, *shape), on the CPU."""
         tensor = tensor.to(self._device)
         every = [torch.empty_like(tensor) for _ in range(self.size)]
-        try:
+        with self._answered():
             dist.all_gather(every, tensor, self._group)
+        return torch.stack(every).cpu()
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Around a collective, whose failure is a RuntimeError that names the rank that does not answer."""
+        try:
+            yield
         except RuntimeError as error:
             self.over = True
             others = absent(self.rank, self.size, f"{self._group.group_name}/{self._steps}")
@@ -123,7 +106,6 @@ class Meeting:
                 f"rank {', '.join(others)} of {self.size} does not answer: it has ended, was stopped, or did "
                 "not make this call within the time-out of the process group."
             ) from error
-        return torch.stack(every).cpu()
 
 
 def absent(rank: int, size: int, where: str) -> list[str]:
@@ -139,58 +121,37 @@ def absent(rank: int, size: int, where: str) -> list[str]:
     return others
 
 
-def _sentence(error: BaseException) -> str:
-    """What is told of an error: of one that was not meant as a sentence for the user, its kind too."""
-    said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return said.rstrip(": ")
+def _told_of(error: BaseException) -> tuple[type[Exception], str]:
+    """What all raise for an error, and its message: where that was not written for the user, after its type."""
+    kind = next((kind for kind in (ValueError, TypeError) if isinstance(error, kind)), RuntimeError)
+    said = str(error) if kind is ValueError else f"{type(error).__name__}: {error}"
+    return kind, said.rstrip(": ")
 
 
 LONGEST = 200
 """Characters of one option that are looked at."""
 
 
-def in_words(options: Mapping[str, Any]) -> str:
-    """One line for each option, `name=value`, without addresses in memory.
+def in_words(options: Mapping[str, Any]) -> dict[str, str]:
+    """Each option as one line, the same in every process: without addresses in memory.
 
-    >>> print(in_words({"rate": 0.5, "loss": in_words}))
-    rate=0.5
-    loss=in_words
+    >>> in_words({"rate": 0.5, "loss": in_words})
+    {'rate': '0.5', 'loss': 'in_words'}
     """
-    return "\n".join(f"{name}={_described(value)[:LONGEST]}".replace("\n", " ") for name, value in options.items())
-
-
-def first_difference(texts: list[str]) -> str:
-    """The first option that is not everywhere the same, and what it is where.
-
-    >>> first_difference(["rate=0.5", "rate=0.1"])
-    'rate is 0.5 on rank 0 and 0.1 on rank 1'
-    """
-    for rank, text in enumerate(texts):
-        for here, there in zip(texts[0].splitlines(), text.splitlines(), strict=False):
-            if here != there:
-                (name, first), (_, other) = here.split("=", 1), there.split("=", 1)
-                return f"{name} is {first} on rank 0 and {other} on rank {rank}"
-    return "options differ"
+    return {name: _described(value)[:LONGEST].replace("\n", " ") for name, value in options.items()}
 
 
 def _described(value: Any) -> str:
     if isinstance(value, partial):
         named = [f"{name}={_described(given)}" for name, given in value.keywords.items()]
         return f"{_described(value.func)}({', '.join([*map(_described, value.args), *named])})"
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module):  # whose repr may be long
         return type(value).__qualname__
     name = getattr(value, "__qualname__", None)
     if name is None:
-        kind: Any = type(value)
-        return kind.__qualname__ if kind.__repr__ is object.__repr__ else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
-    plain_cells = [str(cell) for cell in cells if isinstance(cell, bool | int | float | str)]
-    return f"{name}({', '.join(plain_cells)})" if plain_cells else str(name)
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    held: list[str] = []  # plain values in the closure of a function, such as the clip of `sj.clipped(0.2)`
+    for cell in getattr(value, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # the cell is empty
+            held += [str(cell.cell_contents)] * isinstance(cell.cell_contents, bool | int | float | str)
+    return f"{name}({', '.join(held)})" if held else str(name)

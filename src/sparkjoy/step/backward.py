@@ -23,8 +23,8 @@ from sparkjoy.gates import Decision, Gate, KondoGate
 from sparkjoy.gates.decision import GATE, load_state, state_of
 from sparkjoy.gradients import Comparison, Comparisons, Gradients, sketches, sums
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
-from sparkjoy.processes.distributed import ranks_of
 from sparkjoy.processes.meeting import in_words
+from sparkjoy.processes.ranks import ranks_of
 from sparkjoy.scores import SCORE, ScoreFunction, delight, is_size
 from sparkjoy.step.counts import Counting, Counts
 from sparkjoy.step.deciding import added_noise, decide, scores_of_rows, to_decide_on
@@ -294,7 +294,7 @@ class GatedBackward:
         if self._comparisons is not None and state["comparisons"]:
             self._comparisons.load_state_dict(state["comparisons"])
 
-    def _in_words(self, inputs: Inputs, step_number: int | None = None) -> str:
+    def _in_words(self, inputs: Inputs, step_number: int | None = None) -> dict[str, str]:
         """What has to be the same on all processes: options, and what a call is given."""
         options = self._options
         draft, packing = options.draft, options.packing

@@ -61,14 +61,14 @@ def _looked(options: Options, passes: Passes, kept_fraction: float | None, r: fl
     assert inputs.signs is not None  # counted where log-probs are not known
     goods, bads, differs = inputs.signs
     signs_tell = all(map(sign_of_advantage, (score, (draft and draft.score) or score)))
-    signs_tell = signs_tell and not ranks.sum(int(differs))
+    signs_tell = signs_tell and not any(ranks.counts(differs))
     total, value = ranks.total(inputs.total), worth(inputs.advantages)
-    good, bad = fates(rule if signs_tell else None, ranks.sum(goods), ranks.sum(bads), total)
+    good, bad = fates(rule if signs_tell else None, sum(ranks.counts(goods)), sum(ranks.counts(bads)), total)
     kept = (value > 0) * (good is True) | (value < 0) * (bad is True)
     open_ = (value > 0) * (good is None) | (value < 0) * (bad is None)
     of_kept = goods * (good is True) + bads * (bad is True)
     of_open = goods * (good is None) + bads * (bad is None)
-    priced = rule is None or rule.rate is None or not ranks.most(int(of_kept > 0))
+    priced = rule is None or rule.rate is None or not any(ranks.counts(of_kept))
     narrowed_by = "signs of the advantages"
     if draft is not None:
         counting.plan = "draft"
@@ -77,12 +77,12 @@ def _looked(options: Options, passes: Passes, kept_fraction: float | None, r: fl
             counting.reason = f"A draft decides about {of_open} of {inputs.total} rows."
             return torch.where(open_, drafted, value.to(drafted.dtype)), False, priced
         assert rule is not None  # the draft saw to it
-        everywhere, _, _ = ranks.gather(drafted, None, None)
-        proposed = ranks.own(draft.propose(everywhere, rule, ranks.sum(of_kept), total))
+        (everywhere,) = ranks.gather(drafted)
+        proposed = ranks.own(draft.propose(everywhere, rule, sum(ranks.counts(of_kept)), total))
         open_ = open_ & proposed
         of_open = int(open_.count_nonzero())
         value = value.where(kept | open_, 0)
-        counting.proposed = ranks.sum(of_kept + of_open)
+        counting.proposed = sum(ranks.counts(of_kept + of_open))
         narrowed_by = "signs of the advantages and a draft"
 
     possible, count = kept | open_, of_kept + of_open
@@ -93,7 +93,7 @@ def _looked(options: Options, passes: Passes, kept_fraction: float | None, r: fl
     counting.reason = reason
     if draft is None:
         counting.plan = "signs" if of_open == 0 else "dense" if dense else "screen"
-    any_open = ranks.most(int(of_open > 0))
+    any_open = any(ranks.counts(of_open))
     counting.lap("screen")
     log_probs = None
     if dense:
@@ -112,7 +112,7 @@ def _drafted(source: Any, score: ScoreFunction, passes: Passes, open_: Tensor, o
     log_probs = inputs.log_probs
     if source is not None:
         # A draft may run a sharded policy, whose passes are meetings: where one process asks it, all do.
-        log_probs = passes.screen(_indices(open_, of_open), source) if ranks.most(int(of_open > 0)) else None
+        log_probs = passes.screen(_indices(open_, of_open), source) if any(ranks.counts(of_open)) else None
     if log_probs is None:
         return torch.zeros_like(worth(inputs.advantages))
     return row_scores(score, inputs, log_probs).where(open_, 0)

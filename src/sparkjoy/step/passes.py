@@ -83,7 +83,6 @@ class Passes:
         self._discrete = discrete
         self._graph: tuple[Tensor | None, Inputs, Tensor] | None = None
         self._losses: list[Tensor] = []
-        self._rounds = 0
         self._divisor: float | None = None
 
     def screen(self, rows: Tensor | None, draft: LogProbFunction | None = None) -> Tensor | None:
@@ -95,7 +94,7 @@ class Passes:
         packing, ranks = self.options.packing, self.options.ranks
         source, own = (self.log_prob_fn, True) if draft is None else (draft, False)
         parts = packing.divide(self.inputs, rows)
-        rounds = ranks.most(len(parts))  # passes may be meetings, a draft's too where it runs a sharded policy
+        rounds = max(ranks.counts(len(parts)))  # passes may be meetings, a draft's too where it runs a sharded policy
         found, seen = [], None
         with torch.no_grad(), ranks.screening():
             try:
@@ -103,7 +102,7 @@ class Passes:
                     part_rows: Rows = parts[number] if number < len(parts) else slice(0, 1)  # a dummy, for the others
                     part, columns = packing.trimmed(self.inputs.take(part_rows))
                     work = partial(self.counting.screen, source, part, own)
-                    found.append((part_rows, columns, ranks.forward(work) if own else work(), part))
+                    found.append((part_rows, columns, ranks.forward(work, own), part))
             finally:
                 # Older versions of torch keep weights that were cast in here, without a graph, for later passes.
                 torch.clear_autocast_cache()
@@ -133,7 +132,6 @@ class Passes:
         """Add the gradient of the forward pass made before, each row times its weight (B,), 0 for those not kept."""
         assert self._graph is not None  # `holds_graph`
         of_graph, part, log_probs = self._graph
-        self._rounds += 1
         with self._refusing_hooks(log_probs, 1, 1):
             self._add(log_probs, part, weight if of_graph is None else weight[of_graph], rows)
 
@@ -173,14 +171,13 @@ class Passes:
             where = f"micro-batch {number} of {rounds}"
             with self._refusing_hooks(log_probs, number, rounds):
                 self._add(log_probs, part, part_weight, rows, where, last=number == rounds)
-        self._rounds += rounds
         return watched
 
     def close(self) -> Tensor:
         """The loss of all processes, 0-dim and detached, when all passes are done."""
         losses = self._losses
         loss = losses[0] if len(losses) == 1 else sum(losses, start=self.inputs.advantages.new_zeros(()))
-        return self.options.ranks.close(loss, self._rounds)
+        return self.options.ranks.close(loss)
 
     def _add(
         self,
@@ -208,11 +205,11 @@ class Passes:
         """What this process divides by, whose gradients are then averaged; 1 where only masked tokens would count."""
         normalizer, ranks = self.options.normalizer, self.options.ranks
         if normalizer == "batch":
-            count: float = max(1, ranks.sum(self.inputs.tokens(log_probs)))
+            count: float = max(1, sum(ranks.counts(self.inputs.tokens(log_probs))))
         elif normalizer == "samples":
             count = ranks.total(self.inputs.total)
         elif normalizer == "kept":
-            count = max(1, ranks.sum(self.inputs.tokens(log_probs, rows)))
+            count = max(1, sum(ranks.counts(self.inputs.tokens(log_probs, rows))))
         else:
             count = normalizer
         return count / ranks.size
