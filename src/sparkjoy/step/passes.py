@@ -193,7 +193,7 @@ class Passes:
     ) -> None:
         if self._divisor is None:
             self._divisor = self._divided_by(rows, log_probs)
-        loss = _terms(self.options.loss, log_probs, part, weight).sum() / self._divisor
+        loss = loss_terms(self.options.loss, log_probs, part, weight).sum() / self._divisor
         value = loss.detach()
         self._check(loss, value, log_probs, part, where)
         self.counting.lap("forward")
@@ -279,7 +279,7 @@ def valid(log_probs: Tensor, mask: Tensor | None) -> Tensor:
     return log_probs if mask is None else log_probs.where(mask, 0)
 
 
-def _terms(loss: Loss, log_probs: Tensor, part: Inputs, weight: Tensor | None) -> Tensor:
+def loss_terms(loss: Loss, log_probs: Tensor, part: Inputs, weight: Tensor | None) -> Tensor:
     """Weighted terms of the loss, 0 where the mask is 0."""
     mask = part.mask
     log_probs = at_least_float32(
