@@ -19,6 +19,7 @@ from sparkjoy.scores import ScoreFunction, says
 from sparkjoy.selecting import select
 from sparkjoy.signs import worth
 from sparkjoy.step.inputs import Inputs
+from sparkjoy.step.report import BackwardReport
 
 NamedGate = tuple[str, Kind, Gate, ScoreFunction | None]
 """Name, kind, gate, and what it decides on; None: its own default."""
@@ -41,7 +42,7 @@ class Arm:
 
     Args:
         name: as `Setting`'s, as are kind, gate, shared and peak_bytes.
-        step: adds one step's gradient to `.grad`; returns rows, tokens and noise.
+        step: adds one step's gradient to `.grad`; returns the engine's report, None for the dense step.
         turns: taken so far.
     """
 
@@ -49,7 +50,7 @@ class Arm:
     kind: Kind
     gate: Gate | None
     shared: bool
-    step: Callable[[], tuple[int, int, float | None]]
+    step: Callable[[], BackwardReport | None]
     turns: list[Turn] = field(default_factory=list)
     peak_bytes: int = 0
 

@@ -119,27 +119,25 @@ def frontier(
     seed = checks.whole("seed", seed, "a whole number of at least 0", least=0)
     if progress is not None:
         checks.function("progress", progress, "a function (fraction, what) -> None, or None", ..., ...)
-    given = None if gates is None else list(given_gates(gates))
-    engine = partial(GatedBackward, loss=loss, normalizer=normalizer)
-    for gate in [UnbiasedGate()] if gates is None else gates.values():
-        engine(gate)  # refuses what does not go together
     if shared is not None:
         checks.function("shared", shared, "a function from rows to log-probs, or None", ...)
     elif group_by is not None:
         raise ValueError(f"group_by is {checks.described(group_by)}, for the settings with `shared`; give that too.")
-    sampled, device = _checked_seconds(sampling_seconds), inputs.advantages.device
-    with Gradients(STEPS_IN_HOOK, _checked_parameters(parameters)) as gradients:
-        measuring = _Measuring(inputs, engine, loss, normalizer, gradients, progress)
-        with same_random_state(device), gradients.set_aside(), torch.enable_grad():
-            size = measuring.fastest_size(log_prob_fn, micro_batch_size)
-            measuring.measure_dense(log_prob_fn, size)
-            named = given or default_gates(inputs, measuring.log_probs, loss, seed)
-            arms = measuring.arms(named, log_prob_fn, size, shared=False)
-            if shared is not None:
-                size_shared = measuring.fastest_size(shared, micro_batch_size)
-                unbiased = [gate for gate in named if gate[1] == "unbiased"]
-                arms += measuring.arms(unbiased, shared, size_shared, shared=True, group_by=group_by)
-            measuring.take_turns(arms, rounds, seconds)
+    sampled, given = _checked_seconds(sampling_seconds), None if gates is None else list(given_gates(gates))
+    gradients, device = Gradients(STEPS_IN_HOOK, _checked_parameters(parameters)), inputs.advantages.device
+    measuring = _Measuring(inputs, loss, normalizer, gradients, progress)
+    for gate in [UnbiasedGate()] if gates is None else gates.values():
+        measuring.engine(gate)  # refuses what does not go together
+    with gradients, same_random_state(device), gradients.set_aside(), torch.enable_grad():
+        size = measuring.fastest_size(log_prob_fn, micro_batch_size)
+        measuring.measure_dense(log_prob_fn, size)
+        named = given or default_gates(inputs, measuring.log_probs, loss, seed)
+        arms = measuring.arms(named, log_prob_fn, size, shared=False)
+        if shared is not None:
+            unbiased = [gate for gate in named if gate[1] == "unbiased"]
+            size_shared = measuring.fastest_size(shared, micro_batch_size)
+            arms += measuring.arms(unbiased, shared, size_shared, shared=True, group_by=group_by)
+        measuring.take_turns(arms, rounds, seconds)
     settings, peak_is = tuple(arm.setting() for arm in arms), PEAK_IS[device.type == "cuda"]
     return Frontier(settings, inputs.total, measuring.tokens, size, log_probs is not None, peak_is, sampled)
 
@@ -148,18 +146,12 @@ class _Measuring:
     """What all settings have in common: the batch, and the dense gradient that theirs are compared with."""
 
     def __init__(
-        self,
-        inputs: Inputs,
-        engine: Callable[..., GatedBackward],
-        loss: Loss,
-        normalizer: Normalizer,
-        gradients: Gradients,
-        progress: Progress | None,
+        self, inputs: Inputs, loss: Loss, normalizer: Normalizer, gradients: Gradients, progress: Progress | None
     ) -> None:
-        self.inputs, self.engine, self.loss, self.normalizer = inputs, engine, loss, normalizer
-        self.gradients, self.device = gradients, inputs.advantages.device
+        self.inputs, self.loss, self.normalizer, self.gradients = inputs, loss, normalizer, gradients
+        self.device, self.engine = inputs.advantages.device, partial(GatedBackward, loss=loss, normalizer=normalizer)
         self.progress, self.done = progress or (lambda fraction, what: None), 0.0
-        self.dense_gradient, self.log_probs, self.tokens = Snapshot(), inputs.log_probs, 0
+        self.dense_gradient, self.log_probs, self.tokens = Snapshot(), torch.empty(0), 0
 
     def tell(self, done: float, what: str) -> None:
         """Call `progress`, with a fraction that never falls, though more turns may be planned later."""
@@ -191,7 +183,7 @@ class _Measuring:
         return best
 
     def measure_dense(self, log_prob_fn: LogProbFunction, size: int) -> None:
-        """Keep the dense gradient to compare with, and the log-probs of the batch where they are not known."""
+        """Keep the dense gradient to compare with, and the log-probs and the number of tokens of the batch."""
         self.tell(0.05, "the gradient to compare with")
         found: list[Tensor] = []
 
@@ -206,7 +198,7 @@ class _Measuring:
         length = math.sqrt(inner_products(self.gradients.pairs_with(self.dense_gradient))[0])
         if not 0 < length < math.inf:
             raise ValueError(f"the gradient of the batch has a length of {length:g}; expected one to compare with.")
-        self.log_probs = torch.cat(found) if self.log_probs is None else self.log_probs
+        self.log_probs = torch.cat(found) if self.inputs.log_probs is None else self.inputs.log_probs
         self.tokens = self.inputs.tokens(self.log_probs)
 
     def arms(
@@ -218,28 +210,22 @@ class _Measuring:
         arms = [Arm(f"dense{suffix}", "unbiased" if shared else "dense", None, shared, dense)]
         for name, kind, gate, score in copy.deepcopy(gates):
             engine = self.engine(gate, score=score, micro_batch_size=size, group_by=group_by)
-            arms.append(Arm(f"{name}{suffix}", kind, gate, shared, partial(self.gated_step, engine, log_prob_fn)))
+            step = partial(_run, engine, log_prob_fn, self.inputs)
+            arms.append(Arm(f"{name}{suffix}", kind, gate, shared, step))
         return arms
 
-    def plain_step(self, log_prob_fn: LogProbFunction, size: int) -> tuple[int, int, float]:
-        """The dense step as one writes it without a gate, a loop over micro-batches: rows, tokens, noise."""
+    def plain_step(self, log_prob_fn: LogProbFunction, size: int) -> None:
+        """The dense step as one writes it without a gate: a loop over micro-batches."""
         total, divisor = self.inputs.total, self.normalizer
         if isinstance(divisor, str):
             divisor = total if divisor == "samples" else self.tokens
         for start in range(0, total, size):
             self.plain_pass(log_prob_fn, slice(start, start + size), divisor)
-        return total, self.tokens, 0.0
 
     def plain_pass(self, log_prob_fn: LogProbFunction, rows: slice, divisor: float) -> None:
         """Forward and backward over some rows, copies of them: the function may write into what it gets."""
         part = self.inputs.take(rows)
         (loss_terms(self.loss, log_prob_fn(part.batch), part, None).sum() / divisor).backward()
-
-    def gated_step(self, engine: GatedBackward, log_prob_fn: LogProbFunction) -> tuple[int, int, float | None]:
-        """A step of the engine: rows, tokens, noise."""
-        report = _run(engine, log_prob_fn, self.inputs)
-        assert self.log_probs is not None  # since `measure_dense`
-        return report.kept, self.inputs.tokens(self.log_probs, report.decision.keep.cpu().nonzero()[:, 0]), report.noise
 
     def take_turns(self, arms: list[Arm], rounds: int | None, seconds: float) -> None:
         """Each arm in turn, `rounds` times; None: as often as fits the seconds."""
@@ -259,10 +245,14 @@ class _Measuring:
         """Measure one step of an arm: seconds, what it kept, its gradient beside the dense one, at first its bytes."""
         self.gradients.clear()
         if arm.turns:
-            seconds, (rows, tokens, noise) = timed(arm.step, self.device)
+            seconds, report = timed(arm.step, self.device)
         else:
             watched = partial(with_peak, arm.step, self.device, self.gradients.parameters)
-            seconds, ((rows, tokens, noise), arm.peak_bytes) = timed(watched, self.device)
+            seconds, (report, arm.peak_bytes) = timed(watched, self.device)
+        rows, tokens, noise = self.inputs.total, self.tokens, 0.0
+        if report is not None:
+            rows, noise = report.kept, report.noise
+            tokens = self.inputs.tokens(self.log_probs, report.decision.keep.cpu().nonzero().squeeze(1))
         pairs = ((here, dense) for dense, here in self.gradients.pairs_with(self.dense_gradient))
         cosine, error, _ = figures(inner_products(pairs))
         if error is None:
