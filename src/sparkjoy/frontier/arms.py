@@ -14,11 +14,8 @@ from sparkjoy import checks
 from sparkjoy.frontier.result import Kind, Setting
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
 from sparkjoy.gates.decision import GATE
-from sparkjoy.losses import Loss
 from sparkjoy.scores import ScoreFunction, says
-from sparkjoy.selecting import select
 from sparkjoy.signs import worth
-from sparkjoy.step.inputs import Inputs
 from sparkjoy.step.report import BackwardReport
 
 NamedGate = tuple[str, Kind, Gate, ScoreFunction | None]
@@ -87,14 +84,12 @@ def given_gates(gates: Mapping[str, Gate]) -> Iterator[NamedGate]:
         yield name, "unbiased" if getattr(gate, "weighted", None) else "biased", gate, None
 
 
-def default_gates(inputs: Inputs, log_probs: Tensor | None, loss: Loss, seed: int) -> list[NamedGate]:
-    """Noise budgets, hard gates, and a uniform gate that keeps as many rows as a noise of 0.3."""
+def default_gates(rate: float, seed: int) -> list[NamedGate]:
+    """Noise budgets, hard gates, and a uniform gate of this rate."""
 
     def unbiased(**budget: float) -> UnbiasedGate:
         return UnbiasedGate(**budget, generator=torch.Generator("cpu").manual_seed(seed))
 
-    kept = select(unbiased(noise=0.3), inputs.advantages, log_probs, inputs.mask, loss=loss).decision
-    rate = min(float(kept.probability.mean()), 1.0) or 1 / inputs.total  # 0 where rounding leaves no row a size
     return [
         *((f"noise {noise:g}", "unbiased", unbiased(noise=noise), None) for noise in (0.1, 0.3, 1.0, 3.0)),
         *((f"hard {fraction:.0%}", "biased", KondoGate(rate=fraction), None) for fraction in (0.25, 0.1, 0.03)),

@@ -131,12 +131,13 @@ def frontier(
     with gradients, same_random_state(device), gradients.set_aside(), torch.enable_grad():
         size = measuring.fastest_size(log_prob_fn, micro_batch_size)
         measuring.measure_dense(log_prob_fn, size)
-        named = given or default_gates(inputs, measuring.log_probs, loss, seed)
-        arms = measuring.arms(named, log_prob_fn, size, shared=False)
+        if given is None:  # a noise of 0.3 keeps no row where rounding leaves none a size
+            rate = measuring.rate(UnbiasedGate(noise=0.3), log_prob_fn, size) or 1 / inputs.total
+            given = default_gates(rate, seed)
+        arms = measuring.arms(given, log_prob_fn, size, shared=False)
         if shared is not None:
-            unbiased = [gate for gate in named if gate[1] == "unbiased"]
             size_shared = measuring.fastest_size(shared, micro_batch_size)
-            arms += measuring.arms(unbiased, shared, size_shared, shared=True, group_by=group_by)
+            arms += measuring.arms(given, shared, size_shared, shared=True, group_by=group_by)
         measuring.take_turns(arms, rounds, seconds)
     settings, peak_is = tuple(arm.setting() for arm in arms), PEAK_IS[device.type == "cuda"]
     return Frontier(settings, inputs.total, measuring.tokens, size, log_probs is not None, peak_is, sampled)
@@ -151,7 +152,7 @@ class _Measuring:
         self.inputs, self.loss, self.normalizer, self.gradients = inputs, loss, normalizer, gradients
         self.device, self.engine = inputs.advantages.device, partial(GatedBackward, loss=loss, normalizer=normalizer)
         self.progress, self.done = progress or (lambda fraction, what: None), 0.0
-        self.dense_gradient, self.log_probs, self.tokens = Snapshot(), torch.empty(0), 0
+        self.dense_gradient, self.tokens = Snapshot(), 0
 
     def tell(self, done: float, what: str) -> None:
         """Call `progress`, with a fraction that never falls, though more turns may be planned later."""
@@ -183,35 +184,33 @@ class _Measuring:
         return best
 
     def measure_dense(self, log_prob_fn: LogProbFunction, size: int) -> None:
-        """Keep the dense gradient to compare with, and the log-probs and the number of tokens of the batch."""
+        """Keep the dense gradient to compare with, and the number of tokens of the batch."""
         self.tell(0.05, "the gradient to compare with")
-        found: list[Tensor] = []
-
-        def keeping(rows: Any) -> Tensor:
-            log_probs = log_prob_fn(rows)
-            found.append(log_probs.detach())
-            return log_probs
-
         self.gradients.clear()
-        _run(self.engine(None, micro_batch_size=size), self.gradients.watched(keeping), self.inputs)
+        engine = self.engine(None, micro_batch_size=size)
+        self.tokens = _run(engine, self.gradients.watched(log_prob_fn), self.inputs).backward_tokens
         self.dense_gradient = self.gradients.snapshot()
         length = math.sqrt(inner_products(self.gradients.pairs_with(self.dense_gradient))[0])
         if not 0 < length < math.inf:
             raise ValueError(f"the gradient of the batch has a length of {length:g}; expected one to compare with.")
-        self.log_probs = torch.cat(found) if self.inputs.log_probs is None else self.inputs.log_probs
-        self.tokens = self.inputs.tokens(self.log_probs)
+
+    def rate(self, gate: Gate, log_prob_fn: LogProbFunction, size: int) -> float:
+        """The fraction of the rows that a gate keeps, on average over its draws."""
+        probability = _run(self.engine(gate, micro_batch_size=size), log_prob_fn, self.inputs).decision.probability
+        return min(float(probability.mean()), 1.0)
 
     def arms(
         self, gates: list[NamedGate], log_prob_fn: LogProbFunction, size: int, shared: bool, group_by: str | None = None
     ) -> list[Arm]:
-        """The dense step and copies of the gates by this function, in micro-batches of that size."""
+        """The dense step and copies of the gates (with shared tokens of the unbiased ones alone) by this function."""
         suffix = ", shared" if shared else ""
         dense = partial(self.plain_step, log_prob_fn, size)
         arms = [Arm(f"dense{suffix}", "unbiased" if shared else "dense", None, shared, dense)]
         for name, kind, gate, score in copy.deepcopy(gates):
-            engine = self.engine(gate, score=score, micro_batch_size=size, group_by=group_by)
-            step = partial(_run, engine, log_prob_fn, self.inputs)
-            arms.append(Arm(f"{name}{suffix}", kind, gate, shared, step))
+            if kind == "unbiased" or not shared:
+                engine = self.engine(gate, score=score, micro_batch_size=size, group_by=group_by)
+                step = partial(_run, engine, log_prob_fn, self.inputs)
+                arms.append(Arm(f"{name}{suffix}", kind, gate, shared, step))
         return arms
 
     def plain_step(self, log_prob_fn: LogProbFunction, size: int) -> None:
@@ -251,8 +250,9 @@ class _Measuring:
             seconds, (report, arm.peak_bytes) = timed(watched, self.device)
         rows, tokens, noise = self.inputs.total, self.tokens, 0.0
         if report is not None:
-            rows, noise = report.kept, report.noise
-            tokens = self.inputs.tokens(self.log_probs, report.decision.keep.cpu().nonzero().squeeze(1))
+            rows, tokens, noise = report.kept, self.tokens // rows * report.kept, report.noise
+            if self.inputs.row_tokens is not None:
+                tokens = int(self.inputs.row_tokens[report.decision.keep.cpu().numpy()].sum())
         pairs = ((here, dense) for dense, here in self.gradients.pairs_with(self.dense_gradient))
         cosine, error, _ = figures(inner_products(pairs))
         if error is None:

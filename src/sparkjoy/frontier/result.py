@@ -189,7 +189,8 @@ class Frontier:
         shown = sorted((one for one in self.settings if math.isfinite(one.error)), key=lambda one: one.error)
         for kind, (colour, label) in KINDS.items():
             points = [(one.seconds, one.error) for one in shown if one.kind == kind]
-            axis.plot(*zip(*points, strict=True), "o", color=colour, label=label) if points else None
+            if points:
+                axis.plot(*zip(*points, strict=True), "o", color=colour, label=label)
         axis.plot(recommended.seconds, recommended.error, "o", ms=14, mfc="none", mec="C2", mew=2, label="recommended")
         longest, highest = max(one.seconds for one in shown), shown[-1].error or 1.0
         names: list[tuple[float, float]] = []  # where they begin, in parts of the longest and the highest
