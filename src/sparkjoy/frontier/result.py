@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["dense", "unbiased", "biased", "baseline"]
 LEEWAY = 1.25
-"""How far above the budget a noise may be estimated and still be within it: as far as the estimate itself may be off
-where sizes are approximate."""
-
+"""A noise counts as within the budget up to this many times it: sizes are approximate, and so is the estimate."""
 WIDTH, HEIGHT = 0.18, 0.06
 """Of a name in the figure, in parts of the longest seconds and the greatest error."""
 KINDS: dict[Kind, tuple[str, str | None]] = {
@@ -134,22 +132,19 @@ class Frontier:
             setting
             for setting in self.settings
             if setting.kind == "unbiased" and setting.noise is not None and setting.noise <= LEEWAY * noise
-            if setting.rows > 0 and math.isfinite(setting.error)
+            if setting.rows > 0 and math.isfinite(setting.error)  # else it is no step to train with
         ]
         if not within:
             why = f"The dense step: no unbiased gate was measured within a noise of {noise:g}."
             return Recommendation(self.dense, why)
         best = min(within, key=self.share)
-        step, share = "whole step" if self.sampling_seconds else "step", self.share(best)
-        found = f"{best.name} keeps {best.rows / self.rows:.0%} of the rows, takes {share:.2f} of the dense {step}'s "
-        found += "seconds"
+        share, of = self.share(best), "whole step's" if self.sampling_seconds else "step's"
+        what = f"{best.name} keeps {best.rows / self.rows:.0%} of the rows, takes {share:.2f} of the dense {of} seconds"
         if share > 1 - saving:
-            why = (
-                f"The dense step: {found}, and is the cheapest within a noise of {noise:g}; gating is worth it from a "
-            )
-            return Recommendation(self.dense, why + f"saving of {saving:.0%} on.")
+            why = f"The dense step: {what}, and is the cheapest within a noise of {noise:g}; gating is worth it from "
+            return Recommendation(self.dense, f"{why}a saving of {saving:.0%} on.")
         how = (best.gate or "The dense step") + (" with shared tokens" if best.shared else "")
-        why = f"{how}: {found} and adds {best.noise:.2f} of the batch's own noise, within {noise:g}."
+        why = f"{how}: {what} and adds {best.noise:.2f} of the batch's own noise, within {noise:g}."
         return Recommendation(best, why)
 
     def table(self) -> str:
@@ -186,30 +181,30 @@ class Frontier:
     def draw(self, axis: Axes, noise: float = 0.3) -> None:
         """The figure of `plot`, on an axis of matplotlib's."""
         recommended = self.recommend(noise).setting
-        shown = sorted((one for one in self.settings if math.isfinite(one.error)), key=lambda one: one.error)
+        finite = [setting for setting in self.settings if math.isfinite(setting.error)]
+        longest, highest = max(setting.seconds for setting in finite), max(setting.error for setting in finite) or 1.0
         for kind, (colour, label) in KINDS.items():
-            points = [(one.seconds, one.error) for one in shown if one.kind == kind]
+            points = [(setting.seconds, setting.error) for setting in finite if setting.kind == kind]
             if points:
                 axis.plot(*zip(*points, strict=True), "o", color=colour, label=label)
         axis.plot(recommended.seconds, recommended.error, "o", ms=14, mfc="none", mec="C2", mew=2, label="recommended")
-        longest, highest = max(one.seconds for one in shown), shown[-1].error or 1.0
         names: list[tuple[float, float]] = []  # where they begin, in parts of the longest and the highest
-        for one in shown:
-            x, y = one.seconds / longest + 0.02, one.error / highest + 0.02
+        for setting in sorted(finite, key=lambda setting: setting.error):  # from below, so that a name can move up
+            x, y = setting.seconds / longest + 0.02, setting.error / highest + 0.02
             while any(abs(x - left) < WIDTH and abs(y - middle) < HEIGHT for left, middle in names):
                 y += 0.01
             names.append((x, y))
             axis.annotate(
-                one.name,
-                (one.seconds, one.error),
+                setting.name,
+                (setting.seconds, setting.error),
                 (x * longest, y * highest),
                 fontsize=11,
                 va="center",
-                color=KINDS[one.kind][0],
+                color=KINDS[setting.kind][0],
                 arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.8},
                 parse_math=False,
             )
-        axis.set(xlim=(0, 1.2 * longest), ylim=(-0.08 * highest, max(1.15, names[-1][1] + HEIGHT) * highest))
+        axis.set(xlim=(0, 1.2 * longest), ylim=(-0.08 * highest, max(1.15, *(y + HEIGHT for _, y in names)) * highest))
         axis.set_xlabel("seconds of a step", fontsize=12)
         axis.set_ylabel("error of the gradient, relative to the dense one", fontsize=12)
         known = "known" if self.known else "not known"
@@ -224,9 +219,9 @@ class Frontier:
             ("setting", setting.name),
             ("rows", f"{rows:,.4g}" if rows < 1000 else f"{rows:,.0f}"),
             ("tokens", f"{setting.tokens:,.0f}"),
-            ("ms", _three_digits(1000 * setting.seconds)),
+            ("ms", _short(1000 * setting.seconds)),
             ("of dense", f"{setting.seconds / dense.seconds:.2f}"),
-            ("MB", _three_digits(setting.peak_bytes / 1e6)),
+            ("MB", _short(setting.peak_bytes / 1e6)),
             ("of dense", f"{setting.peak_bytes / dense.peak_bytes:.2f}" if dense.peak_bytes else ""),
             ("error", f"{setting.error:.3f}"),
             ("cosine", f"{setting.cosine:.3f}"),
@@ -236,5 +231,5 @@ class Frontier:
         return cells + whole
 
 
-def _three_digits(number: float) -> str:
+def _short(number: float) -> str:
     return f"{number:,.1f}" if number >= 10 else f"{number:.3g}"
