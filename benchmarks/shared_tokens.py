@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from sparkjoy.frontier.arms import SavedBytes
+from sparkjoy.frontier.cost import SavedBytes
 from sparkjoy.integrations.trl import KondoGRPOConfig
 from sparkjoy_lab.bench import timing
 from sparkjoy_lab.bench.timing import median, print_table

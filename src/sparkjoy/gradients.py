@@ -26,13 +26,20 @@ from sparkjoy import states
 
 ACCUMULATES = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 WINDOW = 20
+"""Comparisons that a warning is about."""
 WIDTH = 4096
+"""Numbers in a sketch."""
 CHUNK = 1 << 20
-CONSISTENT = 0.6
-FOLLOWED = 0.1
+"""Numbers sketched at a time, to bound the memory that takes."""
+CONSISTENT, FOLLOWED = 0.6, 0.1
+"""A warning needs dense gradients with at least this mean cosine, and a gated one with less than this part of it."""
 Pairs = Iterable[tuple[Tensor, Tensor]]
+"""Two gradients, parameter by parameter: (n,) of each."""
 Snapshot = WeakIdKeyDictionary
-"""(n,) gradients by parameter."""
+"""Gradients by parameter, None for a parameter without one.
+
+Weak: an input embedding that is made to require a gradient is a leaf too, and gone with its graph.
+"""
 
 
 def leaves(graph: Tensor) -> list[Tensor]:
@@ -113,7 +120,7 @@ def refuse_hooks(leaf: Tensor, why: str) -> None:
 
 
 class Gradients(Leaves):
-    """The gradients of some parameters: what passes add to them, beside what others added.
+    """What backward passes add to the gradients of some parameters, apart from what `.grad` already had.
 
     >>> weight = torch.ones(2, requires_grad=True)
     >>> weight.grad = torch.tensor([5.0, 5.0])
@@ -121,34 +128,33 @@ class Gradients(Leaves):
     ...     log_prob_fn = gradients.watched(lambda rows: weight * rows)
     ...     log_prob_fn(torch.tensor([1.0, 0.0])).sum().backward()
     ...     gated = gradients.snapshot()
-    ...     with gradients.apart():
+    ...     with gradients.set_aside():
     ...         log_prob_fn(torch.tensor([1.0, 1.0])).sum().backward()
-    ...         sums(gradients.beside(gated)).tolist()
+    ...         inner_products(gradients.pairs_with(gated)).tolist()
     [1.0, 2.0, 1.0, 1.0]
     >>> weight.grad
     tensor([6., 5.])
 
     Args:
-        why: what is said of a parameter that runs a hook on its gradient, which would see several.
+        why: what a refusal says of a parameter with a hook on its gradient, which would run several times.
         parameters: known beforehand; others are found behind the log-probs of a `watched` function.
     """
 
     def __init__(self, why: str, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__(self._find)
         self._why = why
-        # Weak: an input embedding that is made to require a gradient is a leaf too, and gone with its graph.
-        self._before = Snapshot()  # what was in .grad when it was found
-        self._aside: Snapshot | None = None  # what was there before `apart`
+        self._before = Snapshot()  # what .grad was when the parameter was found, or when it was set aside
+        self._is_aside = False
         for parameter in parameters:
             self._find(parameter)
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All that were found and are still there."""
+        """All that were found and still exist."""
         return list(self._before)
 
     def watched(self, log_prob_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        """The function; parameters behind what it returns are found before anything is added to them."""
+        """The function; parameters behind what it returns are found before anything is added to their gradients."""
 
         def watched(rows: Any) -> Tensor:
             log_probs = log_prob_fn(rows)
@@ -159,71 +165,52 @@ class Gradients(Leaves):
         return watched
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """`.grad` begins at 0, and in the end it is what it was, to the bit."""
-        self._aside = aside = Snapshot()
+    def set_aside(self) -> Iterator[None]:
+        """Start with `.grad` at 0; at the end restore what it was, to the bit."""
+        before = Snapshot()
+        for leaf in self.parameters:
+            before[leaf] = _copy(leaf.grad)
+        self._before, self._is_aside = before, True
         try:
-            for leaf in self.parameters:
-                self._put_aside(leaf, aside)
+            self.clear()
             yield
         finally:
-            self._aside = None
-            for leaf, gradient in aside.items():
+            self._is_aside = False
+            for leaf, gradient in self._before.items():
                 if leaf.grad is None or gradient is None or gradient.layout != torch.strided:
                     leaf.grad = gradient
                 else:
                     _local(leaf.grad).copy_(gradient)  # in place: whoever averages may hold on to it
 
     def clear(self) -> None:
-        """Zeros, in memory that is there before a step and after it."""
+        """Set gradients to 0, in the memory that they have."""
         for leaf in self.parameters:
-            if leaf.grad is None or leaf.grad.layout != torch.strided:
-                leaf.grad = torch.zeros_like(leaf)
-            else:
-                _local(leaf.grad).zero_()
+            _clear(leaf)
 
     def snapshot(self) -> Snapshot:
-        """A copy of what has been added since, by parameter."""
+        """A copy of what has been added so far."""
         found = Snapshot()
         for leaf in self.parameters:
-            if (gradient := self._added(leaf)) is not None:
-                found[leaf] = gradient.clone()
+            found[leaf] = _copy(self._added(leaf))
         return found
 
-    def beside(self, other: Snapshot) -> Iterator[tuple[Tensor, Tensor]]:
-        """(n,) of each parameter the gradient in `other` and the one here."""
+    def pairs_with(self, other: Snapshot) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each parameter the gradient in `other` and what has been added here."""
         for leaf in self.parameters:
-            here, there = self._added(leaf), other.get(leaf)
-            zeros = torch.zeros_like(_local(leaf)) if here is None or there is None else leaf
-            yield _wide(zeros if there is None else there), _wide(zeros if here is None else here)
+            yield _numbers(other.get(leaf), leaf), _numbers(self._added(leaf), leaf)
 
     def _find(self, leaf: Tensor) -> None:
         if leaf not in self._before and leaf.requires_grad:
             refuse_hooks(leaf, self._why)
-            if self._aside is None:
-                self._before[leaf] = _copy(leaf)
-            else:
-                self._put_aside(leaf, self._aside)
-
-    def _put_aside(self, leaf: Tensor, aside: Snapshot) -> None:
-        aside[leaf] = _copy(leaf)
-        if leaf.grad is None or leaf.grad.layout != torch.strided:
-            leaf.grad = None
-        else:
-            _local(leaf.grad).zero_()
-        self._before[leaf] = None
+            self._before[leaf] = _copy(leaf.grad)
+            if self._is_aside:
+                _clear(leaf)
 
     def _added(self, leaf: Tensor) -> Tensor | None:
-        if leaf.grad is None:
-            return None
-        before = self._before[leaf]
-        return _local(leaf.grad) if before is None else _wide(_local(leaf.grad)) - _wide(before)
-
-
-def same_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Inside, draws are of torch's generators; afterwards these are as they were, and what was drawn comes again."""
-    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-    return torch.random.fork_rng(devices, device_type=kind)
+        before = None if self._is_aside else self._before[leaf]
+        if leaf.grad is None or before is None:
+            return leaf.grad
+        return _numbers(leaf.grad, leaf) - _numbers(before, leaf)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -233,18 +220,31 @@ def _local(tensor: Tensor) -> Tensor:
     return local.detach()
 
 
-def _copy(leaf: Tensor) -> Tensor | None:
-    return None if leaf.grad is None else _local(leaf.grad).clone()
+def _copy(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else _local(gradient).clone()
 
 
-def _wide(gradient: Tensor) -> Tensor:
-    """(n,) real numbers, at least in float32: two for each complex one."""
-    dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+def _clear(leaf: Tensor) -> None:
+    if leaf.grad is None or leaf.grad.layout != torch.strided:
+        leaf.grad = None
+    else:
+        _local(leaf.grad).zero_()
+
+
+def _numbers(gradient: Tensor | None, leaf: Tensor) -> Tensor:
+    """(n,) real numbers, at least in float32: two for each complex one; zeros where the leaf has no gradient."""
+    dense = torch.zeros_like(_local(leaf)) if gradient is None else _local(gradient).to_dense()
     flat = (torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense).flatten()
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
-def sums(pairs: Pairs) -> Tensor:
+def same_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, draws are of torch's generators; afterwards these are as they were, and what was drawn comes again."""
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    return torch.random.fork_rng(devices, device_type=kind)
+
+
+def inner_products(pairs: Pairs) -> Tensor:
     """(4,) ‖g‖², ‖d‖², g · d and ‖g − d‖² of gradients g and d, in double precision, on the CPU."""
     total = torch.zeros(4, dtype=torch.float64, device="cpu")
     for g, d in pairs:
@@ -269,13 +269,15 @@ def sketches(pairs: Pairs, salt: int = 0) -> Tensor:
     return both
 
 
-def figures(sums: Tensor) -> tuple[float | None, float | None, float | None]:
-    """Cosine of g and d, ‖g − d‖ / ‖d‖ and ‖g‖ / ‖d‖; None where d is 0 or one is not finite, a cosine also of g = 0.
+def figures(products: Tensor) -> tuple[float | None, float | None, float | None]:
+    """Cosine of g and d, ‖g − d‖ / ‖d‖ and ‖g‖ / ‖d‖, from their `inner_products`.
+
+    All are None where d is 0 or one is not finite; the cosine also where g is 0.
 
     >>> figures(torch.tensor([4.0, 1.0, 2.0, 1.0]))
     (1.0, 1.0, 2.0)
     """
-    gated, dense, product, error = sums.tolist()
+    gated, dense, product, error = products.tolist()
     if not (math.isfinite(gated + dense) and dense > 0):
         return None, None, None
     cosine = product / math.sqrt(gated) / math.sqrt(dense) if gated > 0 else None
@@ -315,10 +317,8 @@ class Comparisons:
     def __init__(self, every: int, instead: str = "UnbiasedGate(noise=0.3)") -> None:
         self.every = every
         self._instead = instead
-        self._steps = 0
-        self._seen = 0
-        self._window = torch.zeros(2, WINDOW, WIDTH, device="cpu")
-        self._warned = False
+        self._steps, self._seen, self._warned = 0, 0, False
+        self._window = torch.zeros(2, WINDOW, WIDTH, device="cpu")  # of the last sketches: gated, dense
 
     def due(self) -> bool:
         """Count a step; whether it is to be compared."""
@@ -326,33 +326,29 @@ class Comparisons:
         return self._steps % self.every == 0
 
     def compared(
-        self, sums: Tensor, sketches: Tensor, forward_rows: int, backward_rows: int, seconds: float
+        self, products: Tensor, sketches: Tensor, forward_rows: int, backward_rows: int, seconds: float
     ) -> Comparison:
-        """One comparison, from the sums and sketches of all parameters; warns, once, if the gate surely hurts."""
-        cosine, error, ratio = figures(sums)
+        """One comparison, from inner products and sketches of all parameters; warns, once, if the gate surely hurts."""
+        cosine, error, ratio = figures(products)
         if error is not None:
             self._window[:, self._seen % WINDOW] = sketches
             self._seen += 1
         if self._seen >= WINDOW and not self._warned:
-            self._warn(*self._window.double())
+            self._warn_if_it_hurts(*self._window.double())
         return Comparison(cosine, error, ratio, forward_rows, backward_rows, seconds)
 
-    def _warn(self, gated: Tensor, dense: Tensor) -> None:
-        """By mean inner products of different steps (WINDOW, WIDTH), whose noise is independent, over mean squares."""
-
-        def of_different(products: Tensor) -> float:
-            return float(products.sum() - products.diagonal().sum()) / (WINDOW * (WINDOW - 1))
-
-        own, other = float(dense.square().sum()) / WINDOW, float(gated.square().sum()) / WINDOW
-        consistency = of_different(dense @ dense.T) / own
-        agreement = of_different(gated @ dense.T) / math.sqrt(own * other) if other > 0 else 0.0
+    def _warn_if_it_hurts(self, gated: Tensor, dense: Tensor) -> None:
+        """By mean inner products of sketches (WINDOW, WIDTH) of different steps, whose noise is independent."""
+        different = ~torch.eye(WINDOW, dtype=torch.bool, device="cpu")
+        of_dense, of_gated = dense.square().sum() / WINDOW, gated.square().sum() / WINDOW
+        consistency = float((dense @ dense.T)[different].mean() / of_dense)
+        agreement = float((gated @ dense.T)[different].mean() / (of_dense * of_gated).sqrt()) if of_gated > 0 else 0.0
         if consistency >= CONSISTENT and agreement < FOLLOWED * consistency:
             self._warned = True
             warnings.warn(
-                f"the gated gradient does not follow the dense gradient: in the last {WINDOW} comparisons "
-                f"two dense ones had a mean cosine of {consistency:.2f}, a gated and a dense one of {agreement:.2f}. "
-                "Unless the reward rises, "
-                f"set {self._instead}, whose mean gradient is the dense one, or a higher rate.",
+                f"the gated gradient does not follow the dense gradient: in the last {WINDOW} comparisons two dense "
+                f"ones had a mean cosine of {consistency:.2f}, a gated and a dense one of {agreement:.2f}. Unless the "
+                f"reward rises, set {self._instead}, whose mean gradient is the dense one, or a higher rate.",
                 stacklevel=6,
             )
 
@@ -362,13 +358,12 @@ class Comparisons:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        shape = self._window.shape
         states.check(
             "Comparisons",
             state,
             steps=states.is_count,
             seen=states.is_count,
-            window=lambda value: isinstance(value, Tensor) and value.shape == shape,
+            window=lambda value: isinstance(value, Tensor) and value.shape == (2, WINDOW, WIDTH),
             warned=lambda value: isinstance(value, bool),
         )
         self._steps, self._seen, self._warned = state["steps"], state["seen"], state["warned"]

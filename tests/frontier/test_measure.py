@@ -192,13 +192,44 @@ def test_a_tiny_mlp_is_told_to_take_the_dense_step():
     assert found.recommend().reason.startswith("The dense step: noise")
 
 
-def test_progress_is_told_before_every_turn_and_at_the_end():
+@pytest.mark.parametrize("rounds", [2, None])
+def test_progress_is_told_before_every_turn_and_at_the_end_and_never_falls(rounds):
+    policy, batch, advantages, _ = make_case("rows")
     told = []
-    measured(progress=lambda fraction, what: told.append((fraction, what)), rounds=2)
+    found = sj.frontier(
+        policy.log_probs,
+        batch,
+        advantages,
+        shared=policy.log_probs,
+        progress=lambda fraction, what: told.append((fraction, what)),
+        rounds=rounds,
+        seconds=0.2,
+    )
     fractions = [fraction for fraction, _ in told]
     assert fractions == sorted(fractions)
     assert told[-1] == (1.0, "done")
-    assert sum(what.startswith("turn") for _, what in told) == 2 * 10
+    assert sum(what.startswith("turn") for _, what in told) == found.dense.turns * (10 + 5)
+
+
+def test_parameters_that_only_the_shared_function_has_are_left_as_they_were():
+    policy, batch, advantages, _ = make_case("rows")
+    own = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    gates = {"noise": sj.UnbiasedGate(noise=0.3)}
+    found = sj.frontier(
+        policy.log_probs, batch, advantages, gates=gates, rounds=1, shared=lambda rows: policy.log_probs(rows) + own
+    )
+    assert [setting.name for setting in found.settings] == ["dense", "noise", "dense, shared", "noise, shared"]
+    assert own.grad is None
+
+
+def test_a_policy_too_sure_for_sizes_is_measured_and_told_to_take_the_dense_step():
+    """Its log-probs round to 0, its gradient does not, so a noise budget keeps nothing: no step to train with."""
+    logits = torch.tensor([[20.0, 0.0]] * 8, requires_grad=True)
+    advantages = torch.tensor([1.5, -0.5]).repeat(4)
+    found = sj.frontier(lambda rows: logits[rows].log_softmax(1)[:, 0], torch.arange(8), advantages, rounds=1)
+    assert {setting.name: setting.rows for setting in found.settings}["noise 0.3"] == 0
+    assert found.recommend().setting.name == "dense"
+    assert "no unbiased gate" in found.recommend().reason
 
 
 def test_the_number_of_turns_follows_the_time_there_is():
@@ -229,6 +260,11 @@ def test_a_step_that_keeps_nothing_has_no_gradient():
         ({"advantages": torch.zeros(13)}, "advantages are all 0"),
         ({"advantages": torch.full((13,), math.nan)}, "NaN or infinite"),
         ({"log_probs": -torch.ones(5)}, "log_probs"),
+        ({"shared": 3}, "shared is 3"),
+        ({"shared": lambda rows: None, "micro_batch_size": 4}, "returned a NoneType; expected a floating-point tensor"),
+        ({"group_by": "prompt"}, "group_by is 'prompt', for the settings with `shared`"),
+        ({"sampling_seconds": (1, 2, 3)}, "sampling_seconds has 3 numbers"),
+        ({"sampling_seconds": -1}, "sampling_seconds is -1"),
     ],
 )
 def test_wrong_input_is_refused_before_any_gradient_is_touched(options, message):

@@ -82,6 +82,13 @@ def test_no_two_names_in_the_figure_cover_each_other(tmp_path):
     assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
 
 
+def test_a_gradient_that_is_not_finite_is_neither_recommended_nor_drawn_nor_are_names_formulas(tmp_path):
+    found = frontier(setting("broken", 0.1, 0.1, error=float("nan")), setting(r"a $\no$ formula", 0.4, 0.3))
+    assert found.recommend().setting.name == r"a $\no$ formula"
+    found.plot(tmp_path / "frontier.png")
+    assert found.table().splitlines()[3].split()[-3:] == ["nan", "0.900", "0.100"]
+
+
 def test_a_figure_without_matplotlib_says_what_to_install():
     code = """
 import sys

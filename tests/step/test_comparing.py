@@ -276,9 +276,9 @@ def test_sketches_keep_inner_products():
     gradients = Gradients("", [parameter])
     parameter.grad = left.clone()
     added = gradients.snapshot()
-    with gradients.apart():
+    with gradients.set_aside():
         parameter.grad.add_(right)
-        gated, dense = sketches(gradients.beside(added))
+        gated, dense = sketches(gradients.pairs_with(added))
     assert float(gated @ dense) == pytest.approx(float(left @ right), abs=4 * 1.12 * 100_000 / math.sqrt(WIDTH))
     assert float(dense @ dense) == pytest.approx(float(right @ right), rel=0.1)
 

@@ -1,10 +1,11 @@
 """Quality against cost of a step on the user's own model and batch. A guided tour.
 
-`measure.py`    frontier(): every setting takes turns       <- start here
-`arms.py`       the settings: the plain dense loop, and the default gates
-`gradients.py`  the gradients of whatever parameters the log-probs depend on, compared and put back
-`cost.py`       seconds and peak bytes
-`result.py`     Frontier: table, figure, recommended setting
+`measure.py`  frontier(): every setting takes turns       <- start here
+`arms.py`     the settings while they are measured: default gates, medians and means
+`cost.py`     seconds and peak bytes of a step
+`result.py`   Frontier: table, figure, recommended setting
+
+The gradients are found, set aside and compared by `sparkjoy.gradients`.
 """
 
 from sparkjoy.frontier.measure import frontier as frontier

@@ -4,47 +4,32 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import count, takewhile
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.frontier.arms import (
-    PEAK_BYTES,
-    Arm,
-    Outcome,
-    Progress,
-    check_gates,
-    default_gates,
-    plain_pass,
-    timed,
-    turns,
-    with_peak,
-)
-from sparkjoy.frontier.result import Frontier, Kind, checked_seconds
+from sparkjoy.frontier.arms import Arm, NamedGate, Turn, default_gates, given_gates
+from sparkjoy.frontier.cost import PEAK_IS, timed, with_peak
+from sparkjoy.frontier.result import Frontier
 from sparkjoy.gates import Gate, UnbiasedGate
-from sparkjoy.gradients import Gradients, Snapshot, figures, same_random_state, sums
+from sparkjoy.gradients import Gradients, Snapshot, figures, inner_products, same_random_state
 from sparkjoy.losses import Loss, reinforce
-from sparkjoy.scores import ScoreFunction
-from sparkjoy.selecting import select
-from sparkjoy.step.backward import GatedBackward, check_unbiased, checked_normalizer
+from sparkjoy.step.backward import GatedBackward
 from sparkjoy.step.inputs import Inputs, LogProbFunction, check_inputs
-from sparkjoy.step.passes import Normalizer
+from sparkjoy.step.passes import Normalizer, loss_terms
 from sparkjoy.step.report import BackwardReport
 
-SHARED = ", shared"
-"""What ends the names of settings with shared tokens."""
-
+Progress = Callable[[float, str], None]
+"""Called with the fraction done and what comes next."""
+FEWEST_TURNS, MOST_TURNS = 3, 50
 LARGER, FASTER = 4, 0.9
 """Micro-batches are tried so many times as large as the last, while a row takes less than this part of its seconds."""
-
-NamedGate = tuple[str, Kind, Gate, ScoreFunction | None]
-"""Name, kind, gate, and what it decides on; None: its own default."""
-
 STEPS_IN_HOOK = "measuring takes many backward passes: the hook would run in each. Remove it while measuring."
 
 
@@ -125,7 +110,6 @@ def frontier(
     inputs = check_inputs(batch, advantages, log_probs, behavior_log_probs, mask)
     if not bool(inputs.teaches().any()):
         raise ValueError("advantages are all 0, so there is no gradient; give a batch that has something to teach.")
-    normalizer = checked_normalizer(normalizer)
     if micro_batch_size is not None:
         expected = "a whole number of at least 1, or None to look for the best"
         micro_batch_size = checks.whole("micro_batch_size", micro_batch_size, expected)
@@ -135,178 +119,153 @@ def frontier(
     seed = checks.whole("seed", seed, "a whole number of at least 0", least=0)
     if progress is not None:
         checks.function("progress", progress, "a function (fraction, what) -> None, or None", ..., ...)
-    if gates is not None:
-        check_gates(gates)
-    for gate in [UnbiasedGate()] if gates is None else gates.values():
-        check_unbiased(normalizer, gate)
     if shared is not None:
         checks.function("shared", shared, "a function from rows to log-probs, or None", ...)
-    sampled = checked_seconds(sampling_seconds)
-    say = progress or (lambda fraction, what: None)
-    with Gradients(STEPS_IN_HOOK, _checked(parameters)) as gradients:
-        measuring = _Measuring(inputs, loss, normalizer, gradients, say)
-        with same_random_state(measuring.device), gradients.apart(), torch.enable_grad():
-            watched = gradients.watched(log_prob_fn)
-            measuring.refuse(watched)
-            size = min(micro_batch_size or measuring.best_size(watched), inputs.total)
-            say(0.05, "the gradient to compare with")
-            known = measuring.refer(watched, size)
-            arms = measuring.arms(measuring.gates(gates, known, seed), log_prob_fn, size)
-            if shared is not None:
-                of_shared = min(micro_batch_size or measuring.best_size(shared), inputs.total)
-                unbiased = [gate for gate in measuring.gates(gates, known, seed) if gate[1] == "unbiased"]
-                arms += measuring.arms(unbiased, shared, of_shared, SHARED, group_by)
-            for arm in turns(arms, rounds, seconds, say):
-                measuring.take(arm)
-    settings = tuple(arm.measured() for arm in arms)
-    bytes_are = PEAK_BYTES[measuring.device.type == "cuda"]
-    return Frontier(settings, inputs.total, measuring.tokens, size, log_probs is not None, bytes_are, sampled)
+    elif group_by is not None:
+        raise ValueError(f"group_by is {checks.described(group_by)}, for the settings with `shared`; give that too.")
+    sampled, given = _checked_seconds(sampling_seconds), None if gates is None else list(given_gates(gates))
+    gradients, device = Gradients(STEPS_IN_HOOK, _checked_parameters(parameters)), inputs.advantages.device
+    measuring = _Measuring(inputs, loss, normalizer, gradients, progress)
+    for gate in [UnbiasedGate()] if gates is None else gates.values():
+        measuring.engine(gate)  # refuses what does not go together
+    with gradients, same_random_state(device), gradients.set_aside(), torch.enable_grad():
+        size = measuring.fastest_size(log_prob_fn, micro_batch_size)
+        measuring.measure_dense(log_prob_fn, size)
+        if given is None:  # a noise of 0.3 keeps no row where rounding leaves none a size
+            rate = measuring.rate(UnbiasedGate(noise=0.3), log_prob_fn, size) or 1 / inputs.total
+            given = default_gates(rate, seed)
+        arms = measuring.arms(given, log_prob_fn, size, shared=False)
+        if shared is not None:
+            size_shared = measuring.fastest_size(shared, micro_batch_size)
+            arms += measuring.arms(given, shared, size_shared, shared=True, group_by=group_by)
+        measuring.take_turns(arms, rounds, seconds)
+    settings, peak_is = tuple(arm.setting() for arm in arms), PEAK_IS[device.type == "cuda"]
+    return Frontier(settings, inputs.total, measuring.tokens, size, log_probs is not None, peak_is, sampled)
 
 
 class _Measuring:
-    """What all settings have in common: the batch, the gradients they add, the dense one to compare with."""
+    """What all settings have in common: the batch, and the dense gradient that theirs are compared with."""
 
     def __init__(
-        self,
-        inputs: Inputs,
-        loss: Loss,
-        normalizer: Normalizer,
-        gradients: Gradients,
-        say: Progress,
+        self, inputs: Inputs, loss: Loss, normalizer: Normalizer, gradients: Gradients, progress: Progress | None
     ) -> None:
-        self.inputs, self.loss, self.normalizer, self.gradients, self.say = inputs, loss, normalizer, gradients, say
-        self.device = inputs.advantages.device
-        self.tokens, self.reference = 0, Snapshot()
+        self.inputs, self.loss, self.normalizer, self.gradients = inputs, loss, normalizer, gradients
+        self.device, self.engine = inputs.advantages.device, partial(GatedBackward, loss=loss, normalizer=normalizer)
+        self.progress, self.done = progress or (lambda fraction, what: None), 0.0
+        self.dense_gradient, self.tokens = Snapshot(), 0
 
-    def refuse(self, log_prob_fn: LogProbFunction) -> None:
-        """What is wrong with the function, at once."""
-        self._run(GatedBackward(None, loss=self.loss, normalizer=self.normalizer), log_prob_fn, slice(0, 1))
+    def tell(self, done: float, what: str) -> None:
+        """Call `progress`, with a fraction that never falls, though more turns may be planned later."""
+        self.done = max(self.done, done)
+        self.progress(self.done, what)
 
-    def best_size(self, log_prob_fn: LogProbFunction) -> int:
-        """The fastest micro-batch size, by seconds a row: 1, 4, 16, ... while the larger one is clearly faster."""
-        total = self.inputs.total
-        best, best_seconds, size = 0, math.inf, 1
-        while True:
-            self.say(0.0, f"{size:,} rows in a micro-batch")
-            step = partial(plain_pass, log_prob_fn, self.inputs, self.loss, slice(0, size))
+    def fastest_size(self, log_prob_fn: LogProbFunction, given: int | None) -> int:
+        """The micro-batch size given, or the fastest by seconds a row: 1, 4, 16, ... while that clearly falls.
+
+        The engine runs one row first, to say at once what is wrong with the function.
+        """
+        watched, total = self.gradients.watched(log_prob_fn), self.inputs.total
+        _run(self.engine(None), watched, self.inputs.take(slice(0, 1)))
+        if given is not None:
+            return min(given, total)
+        best, best_seconds = 0, math.inf
+        for size in [*takewhile(total.__gt__, (LARGER**power for power in count())), total]:
+            self.tell(0.0, f"{size:,} rows in a micro-batch")
+            step = partial(self.plain_pass, watched, slice(0, size), 1.0)
             try:
                 seconds = min(timed(step, self.device)[0] for _ in range(2)) / size
             except torch.OutOfMemoryError:
                 if not best:
                     raise
-                return best
+                break
             if seconds > FASTER * best_seconds:
-                return best
+                break
             best, best_seconds = size, seconds
-            if size == total:
-                return best
-            size = min(LARGER * size, total)
+        return best
 
-    def refer(self, log_prob_fn: LogProbFunction, size: int) -> Tensor:
-        """Take the dense gradient to compare with; the log-probs of the batch."""
-        seen: list[Tensor] = []
-
-        def seeing(rows: Any) -> Tensor:
-            log_probs = log_prob_fn(rows)
-            seen.append(log_probs.detach())
-            return log_probs
-
+    def measure_dense(self, log_prob_fn: LogProbFunction, size: int) -> None:
+        """Keep the dense gradient to compare with, and the number of tokens of the batch."""
+        self.tell(0.05, "the gradient to compare with")
         self.gradients.clear()
-        engine = GatedBackward(None, loss=self.loss, normalizer=self.normalizer, micro_batch_size=size)
-        self._run(engine, seeing, slice(0, self.inputs.total))
-        self.reference = self.gradients.snapshot()
-        length = math.sqrt(sums(self.gradients.beside(self.reference))[0])
+        engine = self.engine(None, micro_batch_size=size)
+        self.tokens = _run(engine, self.gradients.watched(log_prob_fn), self.inputs).backward_tokens
+        self.dense_gradient = self.gradients.snapshot()
+        length = math.sqrt(inner_products(self.gradients.pairs_with(self.dense_gradient))[0])
         if not 0 < length < math.inf:
             raise ValueError(f"the gradient of the batch has a length of {length:g}; expected one to compare with.")
-        found = torch.cat(seen)
-        self.tokens = self.inputs.tokens(found)
-        return found if self.inputs.log_probs is None else self.inputs.log_probs
 
-    def gates(self, given: Mapping[str, Gate] | None, known: Tensor, seed: int) -> Iterable[NamedGate]:
-        """Copies of the gates given, or the default ones."""
-        if given is not None:
-            return [
-                (name, "unbiased" if getattr(gate, "weighted", None) else "biased", gate, None)
-                for name, gate in copy.deepcopy(dict(given)).items()
-            ]
-        kept = select(UnbiasedGate(noise=0.3), self.inputs.advantages, known, self.inputs.mask, loss=self.loss)
-        return default_gates(float(kept.decision.probability.mean()), seed)
+    def rate(self, gate: Gate, log_prob_fn: LogProbFunction, size: int) -> float:
+        """The fraction of the rows that a gate keeps, on average over its draws."""
+        probability = _run(self.engine(gate, micro_batch_size=size), log_prob_fn, self.inputs).decision.probability
+        return min(float(probability.mean()), 1.0)
 
     def arms(
-        self,
-        gates: Iterable[NamedGate],
-        log_prob_fn: LogProbFunction,
-        size: int,
-        suffix: str = "",
-        group_by: str | None = None,
+        self, gates: list[NamedGate], log_prob_fn: LogProbFunction, size: int, shared: bool, group_by: str | None = None
     ) -> list[Arm]:
-        """The dense step and the gates by this function, in micro-batches of that size."""
-        shared = bool(suffix)
-        arms = [
-            Arm(
-                f"dense{suffix}",
-                "unbiased" if shared else "dense",
-                None,
-                partial(self.dense, log_prob_fn, size),
-                shared,
-            )
-        ]
-        for name, kind, gate, score in gates:
-            engine = GatedBackward(
-                gate,
-                loss=self.loss,
-                score=score,
-                normalizer=self.normalizer,
-                micro_batch_size=size,
-                group_by=group_by,
-            )
-            arms.append(Arm(f"{name}{suffix}", kind, gate, partial(self.gated, engine, log_prob_fn), shared))
+        """The dense step and copies of the gates (with shared tokens of the unbiased ones alone) by this function."""
+        suffix = ", shared" if shared else ""
+        dense = partial(self.plain_step, log_prob_fn, size)
+        arms = [Arm(f"dense{suffix}", "unbiased" if shared else "dense", None, shared, dense)]
+        for name, kind, gate, score in copy.deepcopy(gates):
+            if kind == "unbiased" or not shared:
+                engine = self.engine(gate, score=score, micro_batch_size=size, group_by=group_by)
+                step = partial(_run, engine, log_prob_fn, self.inputs)
+                arms.append(Arm(f"{name}{suffix}", kind, gate, shared, step))
         return arms
 
-    def dense(self, log_prob_fn: LogProbFunction, size: int) -> Outcome:
-        """The plain loop over all rows."""
+    def plain_step(self, log_prob_fn: LogProbFunction, size: int) -> None:
+        """The dense step as one writes it without a gate: a loop over micro-batches."""
         total, divisor = self.inputs.total, self.normalizer
         if isinstance(divisor, str):
             divisor = total if divisor == "samples" else self.tokens
         for start in range(0, total, size):
-            plain_pass(log_prob_fn, self.inputs, self.loss, slice(start, min(start + size, total)), divisor)
-        return total, self.tokens, 0.0
+            self.plain_pass(log_prob_fn, slice(start, start + size), divisor)
 
-    def gated(self, engine: GatedBackward, log_prob_fn: LogProbFunction) -> Outcome:
-        """A step of the engine."""
-        report, total = self._run(engine, log_prob_fn, slice(0, self.inputs.total)), self.inputs.total
-        row_tokens = self.inputs.row_tokens
-        if row_tokens is None:
-            row_tokens = np.full(total, self.tokens // total)
-        return report.kept, int(row_tokens[report.decision.keep.cpu().numpy()].sum()), report.noise
+    def plain_pass(self, log_prob_fn: LogProbFunction, rows: slice, divisor: float) -> None:
+        """Forward and backward over some rows, copies of them: the function may write into what it gets."""
+        part = self.inputs.take(rows)
+        (loss_terms(self.loss, log_prob_fn(part.batch), part, None).sum() / divisor).backward()
 
-    def take(self, arm: Arm) -> None:
-        """A turn of a setting: its seconds, what came of it, its gradient beside the dense one, once its bytes."""
+    def take_turns(self, arms: list[Arm], rounds: int | None, seconds: float) -> None:
+        """Each arm in turn, `rounds` times; None: as often as fits the seconds."""
+        start, turn, planned = time.perf_counter(), 0, rounds or MOST_TURNS
+        while turn < planned:
+            of = f" of {planned}" if rounds or turn else ""
+            for index, arm in enumerate(arms):
+                self.tell(0.1 + 0.9 * (turn + index / len(arms)) / planned, f"turn {turn + 1}{of}: {arm.name}")
+                self.take_turn(arm)
+            turn += 1
+            if rounds is None:
+                fitting = int(seconds * turn / (time.perf_counter() - start))
+                planned = min(max(FEWEST_TURNS, fitting), MOST_TURNS)
+        self.tell(1.0, "done")
+
+    def take_turn(self, arm: Arm) -> None:
+        """Measure one step of an arm: seconds, what it kept, its gradient beside the dense one, at first its bytes."""
         self.gradients.clear()
-        if arm.peaks:
-            taken, outcome = timed(arm.step, self.device)
+        if arm.turns:
+            seconds, report = timed(arm.step, self.device)
         else:
             watched = partial(with_peak, arm.step, self.device, self.gradients.parameters)
-            taken, (outcome, peak) = timed(watched, self.device)
-            arm.peaks.append(peak)
-        arm.seconds.append(taken)
-        arm.outcomes.append(outcome)
-        cosine, error, _ = figures(sums((here, dense) for dense, here in self.gradients.beside(self.reference)))
-        arm.compared.append((math.nan if error is None else error, cosine or 0.0))
-
-    def _run(self, engine: GatedBackward, log_prob_fn: LogProbFunction, rows: slice) -> BackwardReport:
-        part = self.inputs.take(rows)
-        return engine(
-            log_prob_fn,
-            part.batch,
-            part.advantages,
-            log_probs=part.log_probs,
-            behavior_log_probs=part.behavior_log_probs,
-            mask=part.mask,
-        )
+            seconds, (report, arm.peak_bytes) = timed(watched, self.device)
+        rows, tokens, noise = self.inputs.total, self.tokens, 0.0
+        if report is not None:
+            rows, tokens, noise = report.kept, self.tokens // rows * report.kept, report.noise
+            if self.inputs.row_tokens is not None:
+                tokens = int(self.inputs.row_tokens[report.decision.keep.cpu().numpy()].sum())
+        pairs = ((here, dense) for dense, here in self.gradients.pairs_with(self.dense_gradient))
+        cosine, error, _ = figures(inner_products(pairs))
+        if error is None:
+            cosine = error = math.nan  # the gradient is not finite
+        arm.turns.append(Turn(seconds, rows, tokens, noise, error, cosine or 0.0))
 
 
-def _checked(parameters: Iterable[Tensor] | None) -> list[Tensor]:
+def _run(engine: GatedBackward, log_prob_fn: LogProbFunction, inputs: Inputs) -> BackwardReport:
+    known = {name: getattr(inputs, name) for name in ("log_probs", "behavior_log_probs", "mask")}
+    return engine(log_prob_fn, inputs.batch, inputs.advantages, **known)
+
+
+def _checked_parameters(parameters: Iterable[Tensor] | None) -> list[Tensor]:
     if parameters is None:
         return []
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
@@ -316,3 +275,18 @@ def _checked(parameters: Iterable[Tensor] | None) -> list[Tensor]:
     if not any(parameter.requires_grad for parameter in found):
         raise ValueError("parameters has none that requires a gradient; leave it out for them to be found.")
     return found
+
+
+def _checked_seconds(sampling: Any) -> tuple[float, float] | None:
+    """Seconds of sampling without shared tokens and with them, from one number or two."""
+    if sampling is None:
+        return None
+    both = sampling if isinstance(sampling, tuple | list) else (sampling, sampling)
+    if len(both) != 2:
+        raise ValueError(
+            f"sampling_seconds has {len(both)} numbers; expected one, or two: without shared tokens, with."
+        )
+    plain, shared = (
+        checks.number("sampling_seconds", one, "a number of at least 0", lambda value: value >= 0) for one in both
+    )
+    return plain, shared

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from sparkjoy import checks
 
@@ -13,11 +14,16 @@ if TYPE_CHECKING:
 
 Kind = Literal["dense", "unbiased", "biased", "baseline"]
 LEEWAY = 1.25
-"""How far above the budget a noise may be estimated and still be within it: as far as the estimate itself may be off
-where sizes are approximate."""
-
-NAME = (0.18, 0.06)
-"""Width and height of a name in the figure, in parts of its longest seconds and greatest error."""
+"""A noise counts as within the budget up to this many times it: sizes are approximate, and so is the estimate."""
+WIDTH, HEIGHT = 0.18, 0.06
+"""Of a name in the figure, in parts of the longest seconds and the greatest error."""
+KINDS: dict[Kind, tuple[str, str | None]] = {
+    "dense": ("black", None),
+    "unbiased": ("C0", "unbiased: noise only"),
+    "biased": ("C3", "biased: another algorithm"),
+    "baseline": ("C7", "baseline"),
+}
+"""Colour and legend of the kinds in the figure."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +61,6 @@ class Setting:
     shared: bool = False
 
 
-def checked_seconds(sampling: Any) -> tuple[float, float] | None:
-    """Seconds of sampling without shared tokens and with them, from one number or two, or a ValueError."""
-    if sampling is None:
-        return None
-    both = sampling if isinstance(sampling, tuple | list) else (sampling, sampling)
-    if len(both) != 2:
-        raise ValueError(
-            f"sampling_seconds has {len(both)} numbers; expected one, or two: without shared tokens, with."
-        )
-    plain, shared = (
-        checks.number("sampling_seconds", one, "a number of at least 0", lambda value: value >= 0) for one in both
-    )
-    return plain, shared
-
-
 class Recommendation(NamedTuple):
     """The setting to use, and why in one sentence."""
 
@@ -97,7 +88,7 @@ class Frontier:
         settings: what was measured, the dense step first.
         rows: of the batch.
         tokens: of the batch that count.
-        micro_batch_size: rows per forward and backward pass, the same for all settings.
+        micro_batch_size: rows per forward and backward pass, the same for all settings that are not shared.
         known: whether the log-probs to decide on were given.
         bytes_are: what `peak_bytes` counts.
         sampling_seconds: of the batch, without shared tokens and with them; None where they were not given.
@@ -141,60 +132,33 @@ class Frontier:
             setting
             for setting in self.settings
             if setting.kind == "unbiased" and setting.noise is not None and setting.noise <= LEEWAY * noise
+            if setting.rows > 0 and math.isfinite(setting.error)  # else it is no step to train with
         ]
         if not within:
-            return Recommendation(
-                self.dense, f"The dense step: no unbiased gate was measured within a noise of {noise:g}."
-            )
+            why = f"The dense step: no unbiased gate was measured within a noise of {noise:g}."
+            return Recommendation(self.dense, why)
         best = min(within, key=self.share)
-        share = self.share(best)
-        of = "whole step's" if self.sampling_seconds else "step's"
-        found = (
-            f"{best.name} keeps {best.rows / self.rows:.0%} of the rows, takes {share:.2f} of the dense {of} seconds"
-        )
+        share, of = self.share(best), "whole step's" if self.sampling_seconds else "step's"
+        what = f"{best.name} keeps {best.rows / self.rows:.0%} of the rows, takes {share:.2f} of the dense {of} seconds"
         if share > 1 - saving:
-            return Recommendation(
-                self.dense,
-                f"The dense step: {found}, and is the cheapest within a noise of {noise:g}; gating is worth it from a "
-                f"saving of {saving:.0%} on.",
-            )
-        how = " with shared tokens".join([best.gate or "The dense step", ""]) if best.shared else best.gate
-        return Recommendation(
-            best, f"{how}: {found} and adds {best.noise:.2f} of the batch's own noise, within {noise:g}."
-        )
+            why = f"The dense step: {what}, and is the cheapest within a noise of {noise:g}; gating is worth it from "
+            return Recommendation(self.dense, f"{why}a saving of {saving:.0%} on.")
+        how = (best.gate or "The dense step") + (" with shared tokens" if best.shared else "")
+        why = f"{how}: {what} and adds {best.noise:.2f} of the batch's own noise, within {noise:g}."
+        return Recommendation(best, why)
 
     def table(self) -> str:
         """One line a setting, under a line that says of what."""
-        head = (
-            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.micro_batch_size:,} rows in a micro-batch, log-probs "
-            f"{'known' if self.known else 'not known'}; {self.dense.turns} turns each"
-        )
-        names: tuple[str, ...] = (
-            "setting",
-            "rows",
-            "tokens",
-            "ms",
-            "of dense",
-            "MB",
-            "of dense",
-            "error",
-            "cosine",
-            "noise",
-        )
+        known = "known" if self.known else "not known"
+        head = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.micro_batch_size:,} rows in a micro-batch, "
+        head += f"log-probs {known}; {self.dense.turns} turns each"
         if self.sampling_seconds is not None:
-            head += (
-                "; sampling took "
-                + " s, with shared tokens ".join(f"{took:.3g}" for took in self.sampling_seconds)
-                + " s"
-            )
-            names += ("whole step, of dense",)
-        lines = [names, *(self._cells(setting) for setting in self.settings)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
-        body = (
-            "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-            for cells in (zip(line, widths, strict=True) for line in lines)
-        )
-        return "\n".join([head, *body, f"MB: {self.bytes_are}."])
+            head += "; sampling took {:.3g} s, with shared tokens {:.3g} s".format(*self.sampling_seconds)
+        cells = [self._cells(setting) for setting in self.settings]
+        rows = [[title for title, _ in cells[0]], *([cell for _, cell in line] for line in cells)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join([name.ljust(widths[0]), *map(str.rjust, row, widths[1:])]) for name, *row in rows)
+        return "\n".join([head, *lines, f"MB: {self.bytes_are}."])
 
     def plot(self, path: str | Path, noise: float = 0.3) -> None:
         """Write a figure: error of the gradient against seconds.
@@ -217,71 +181,55 @@ class Frontier:
     def draw(self, axis: Axes, noise: float = 0.3) -> None:
         """The figure of `plot`, on an axis of matplotlib's."""
         recommended = self.recommend(noise).setting
-        colours = {"dense": "black", "unbiased": "C0", "biased": "C3", "baseline": "C7"}
-        labels = {"unbiased": "unbiased: noise only", "biased": "biased: another algorithm", "baseline": "baseline"}
-        for kind, colour in colours.items():
-            of_kind = [setting for setting in self.settings if setting.kind == kind]
-            axis.plot(
-                [setting.seconds for setting in of_kind],
-                [setting.error for setting in of_kind],
-                "o",
-                color=colour,
-                label=labels.get(kind) if of_kind else None,
-            )
+        finite = [setting for setting in self.settings if math.isfinite(setting.error)]
+        longest, highest = max(setting.seconds for setting in finite), max(setting.error for setting in finite) or 1.0
+        for kind, (colour, label) in KINDS.items():
+            points = [(setting.seconds, setting.error) for setting in finite if setting.kind == kind]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o", color=colour, label=label)
         axis.plot(recommended.seconds, recommended.error, "o", ms=14, mfc="none", mec="C2", mew=2, label="recommended")
-        longest = max(setting.seconds for setting in self.settings)
-        highest = max(setting.error for setting in self.settings) or 1.0
-        places = _places([(setting.seconds / longest, setting.error / highest) for setting in self.settings])
-        for setting, (x, y) in zip(self.settings, places, strict=True):
+        names: list[tuple[float, float]] = []  # where they begin, in parts of the longest and the highest
+        for setting in sorted(finite, key=lambda setting: setting.error):  # from below, so that a name can move up
+            x, y = setting.seconds / longest + 0.02, setting.error / highest + 0.02
+            while any(abs(x - left) < WIDTH and abs(y - middle) < HEIGHT for left, middle in names):
+                y += 0.01
+            names.append((x, y))
             axis.annotate(
                 setting.name,
                 (setting.seconds, setting.error),
                 (x * longest, y * highest),
                 fontsize=11,
                 va="center",
-                color=colours[setting.kind],
+                color=KINDS[setting.kind][0],
                 arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.8},
+                parse_math=False,
             )
-        axis.set_xlim(0, 1.2 * longest)
-        axis.set_ylim(-0.08 * highest, 1.15 * highest)
+        axis.set(xlim=(0, 1.2 * longest), ylim=(-0.08 * highest, max(1.15, *(y + HEIGHT for _, y in names)) * highest))
         axis.set_xlabel("seconds of a step", fontsize=12)
         axis.set_ylabel("error of the gradient, relative to the dense one", fontsize=12)
-        axis.set_title(
-            f"{self.rows:,} rows, {self.tokens:,} tokens, log-probs {'known' if self.known else 'not known'}",
-            fontsize=12,
-        )
+        known = "known" if self.known else "not known"
+        axis.set_title(f"{self.rows:,} rows, {self.tokens:,} tokens, log-probs {known}", fontsize=12)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=11)
 
-    def _cells(self, setting: Setting) -> tuple[str, ...]:
-        dense = self.dense
-        return (
-            setting.name,
-            f"{setting.rows:,.4g}" if setting.rows < 1000 else f"{setting.rows:,.0f}",
-            f"{setting.tokens:,.0f}",
-            f"{1000 * setting.seconds:,.1f}" if setting.seconds >= 0.1 else f"{1000 * setting.seconds:.3g}",
-            f"{setting.seconds / dense.seconds:.2f}",
-            f"{setting.peak_bytes / 1e6:,.1f}" if setting.peak_bytes >= 1e7 else f"{setting.peak_bytes / 1e6:.3g}",
-            f"{setting.peak_bytes / dense.peak_bytes:.2f}" if dense.peak_bytes else "",
-            f"{setting.error:.3f}",
-            f"{setting.cosine:.3f}",
-            "biased" if setting.noise is None else f"{setting.noise:.3f}",
-            *([] if self.sampling_seconds is None else [f"{self.share(setting):.2f}"]),
-        )
+    def _cells(self, setting: Setting) -> list[tuple[str, str]]:
+        """A line of the table, with the title of each column."""
+        dense, rows = self.dense, setting.rows
+        cells = [
+            ("setting", setting.name),
+            ("rows", f"{rows:,.4g}" if rows < 1000 else f"{rows:,.0f}"),
+            ("tokens", f"{setting.tokens:,.0f}"),
+            ("ms", _short(1000 * setting.seconds)),
+            ("of dense", f"{setting.seconds / dense.seconds:.2f}"),
+            ("MB", _short(setting.peak_bytes / 1e6)),
+            ("of dense", f"{setting.peak_bytes / dense.peak_bytes:.2f}" if dense.peak_bytes else ""),
+            ("error", f"{setting.error:.3f}"),
+            ("cosine", f"{setting.cosine:.3f}"),
+            ("noise", "biased" if setting.noise is None else f"{setting.noise:.3f}"),
+        ]
+        whole = [] if self.sampling_seconds is None else [("whole step, of dense", f"{self.share(setting):.2f}")]
+        return cells + whole
 
 
-def _places(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Where names may begin, beside their points in the unit square, without covering another name or point."""
-    places: dict[int, tuple[float, float]] = {}
-    for index in sorted(range(len(points)), key=lambda number: points[number][1]):
-        x, y = points[index][0] + 0.02, points[index][1] + 0.02
-
-        def free(height: float, x: float = x) -> bool:
-            names = (abs(x - other) < NAME[0] and abs(height - y) < NAME[1] for other, y in places.values())
-            covered = (0 < other - x < NAME[0] and abs(height - y) < NAME[1] / 2 for other, y in points)
-            return not any(names) and not any(covered)
-
-        while not free(y):
-            y += 0.01
-        places[index] = (x, y)
-    return [places[index] for index in range(len(points))]
+def _short(number: float) -> str:
+    return f"{number:,.1f}" if number >= 10 else f"{number:.3g}"

@@ -21,7 +21,7 @@ from sparkjoy import checks, states
 from sparkjoy.draft import Draft
 from sparkjoy.gates import Decision, Gate, KondoGate
 from sparkjoy.gates.decision import GATE, load_state, state_of
-from sparkjoy.gradients import Comparison, Comparisons, Gradients, sketches, sums
+from sparkjoy.gradients import Comparison, Comparisons, Gradients, inner_products, sketches
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
 from sparkjoy.processes.meeting import in_words
 from sparkjoy.processes.ranks import ranks_of
@@ -343,11 +343,11 @@ def _compared(comparisons: Comparisons, gradients: Gradients, of_step: Passes) -
     began, ranks, counting = time.perf_counter(), of_step.options.ranks, Counting()
     passes = Passes(of_step.log_prob_fn, of_step.inputs, counting, of_step.options)
     gated = gradients.snapshot()
-    with gradients.apart():
+    with gradients.set_aside():
         everything(passes)
         passes.close()
-        own = sketches(gradients.beside(gated), ranks.shard or 0)
-        found = torch.cat([sums(gradients.beside(gated)), own.flatten()])
+        own = sketches(gradients.pairs_with(gated), ranks.shard or 0)
+        found = torch.cat([inner_products(gradients.pairs_with(gated)), own.flatten()])
     found = found if ranks.shard is None else ranks.add(found)
     ran, seconds = Counts(**counting.counts), time.perf_counter() - began
     return comparisons.compared(found[:4], found[4:].view_as(own), ran.forward_rows, ran.backward_rows, seconds)

@@ -78,7 +78,7 @@ def flops_ratio(problem: Problem) -> float:
     rows = {"tokens": problem.batch["tokens"][:1]}
     with FlopCount() as forward:
         log_probs = problem.log_prob_fn(rows)
-    with Gradients("", problem.module.parameters()).apart(), FlopCount() as backward:
+    with Gradients("", problem.module.parameters()).set_aside(), FlopCount() as backward:
         log_probs.sum().backward()
     return backward.flops / forward.flops
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkjoy.baselines import group_mean_advantage
-from sparkjoy.frontier.arms import timed
+from sparkjoy.frontier.cost import timed
 from sparkjoy_lab.bench.models import Model
 from sparkjoy_lab.training.flags import refuse_idle
 from sparkjoy_lab.training.stopping import Terminated

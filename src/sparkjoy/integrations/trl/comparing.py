@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from sparkjoy.gradients import Comparisons, Gradients, same_random_state, sketches, sums
+from sparkjoy.gradients import Comparisons, Gradients, inner_products, same_random_state, sketches
 from sparkjoy.integrations.trl.deciding import DecidingMixin
 from sparkjoy.integrations.trl.rows import Rows
 
@@ -97,10 +97,10 @@ class ComparingMixin(DecidingMixin):
         self._metrics["train"], self._gate_compares = defaultdict(list), True
         gated = gradients.snapshot()
         try:  # the trainer owns its process: no thread draws meanwhile what is drawn again afterwards
-            with same_random_state(self.accelerator.device), gradients.apart():
+            with same_random_state(self.accelerator.device), gradients.set_aside():
                 for micro_batch in window:
                     Trainer.training_step(self, model, as_of_trl(micro_batch), num_items)  # it knows what to divide by
-                both = sums(gradients.beside(gated)), sketches(gradients.beside(gated))
+                both = inner_products(gradients.pairs_with(gated)), sketches(gradients.pairs_with(gated))
         finally:
             self._metrics["train"], self._gate_compares = metrics, False
         rows = sum(len(micro_batch["completion_ids"]) for micro_batch in window)
