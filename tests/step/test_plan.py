@@ -200,6 +200,25 @@ def test_a_trim_that_cuts_what_counts_is_refused():
         sj.gated_backward(log_probs, batch, advantages, None, mask=mask, trim=careless)
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("padded", ["left", "right", "both"])
+def test_micro_batches_hold_no_more_columns_than_asked_for(padded, multiple):
+    """Padding on the left stays, and a rounded length counts in full."""
+    places = torch.arange(16).expand(8, -1)
+    mask = {"left": places >= 11, "right": places < 5, "both": (places >= 4) & (places < 9)}[padded]
+    table, seen = torch.nn.Embedding(9, 1), []
+
+    def log_probs(rows):
+        seen.append(tuple(rows["tokens"].shape))
+        return table(rows["tokens"]).squeeze(2) - 5
+
+    trim = sj.TrimRight("tokens", multiple=multiple)
+    step = sj.GatedBackward(None, micro_batch_tokens=32, trim=trim)
+    step(log_probs, {"tokens": torch.zeros(8, 16, dtype=torch.long)}, torch.randn(8), mask=mask)
+    assert sum(rows for rows, _ in seen) == 8
+    assert max(rows * columns for rows, columns in seen) <= 32
+
+
 def test_a_token_budget_needs_a_mask():
     with pytest.raises(ValueError, match="micro_batch_tokens"):
         run(sj.KondoGate(rate=0.1), HALF, micro_batch_tokens=4)

@@ -18,8 +18,9 @@ A new gate is a callable `gate(score, cost=None) -> Decision` about N samples. N
 
 **What it gets.** `score` (N,): finite floats without a graph, the delight of each row (for a weighted gate the signed
 size of its gradient). A row that teaches nothing (advantage 0 at every token) has score 0 and is never kept, whatever
-the gate says. `cost` (N,): tokens of each row that count, or None where no mask was given and all rows
-cost the same.
+the gate says. `cost` (N,): what each row costs, or None where no mask was given and all cost the same: valid tokens in
+the engine and in `sj.select`; in trainers the prompt's too, with shared tokens each divided by the rows that have it.
+To go by an answer's length give a score, not the cost: `sparkjoy.scores.advantage_size` is |U| √tokens.
 
 **What it must say**, in a `Decision`: `keep`, a bool for each row. `probability`, with which a row was kept: 1 or 0
 for a hard gate. `weight`, what a kept row's term is multiplied by: 1, unless the gate draws at random and corrects for

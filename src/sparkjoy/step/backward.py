@@ -94,7 +94,7 @@ class GatedBackward:
     """
 
     # A name that is none of these is no option: setting it would change nothing, without a word.
-    __slots__ = ("__weakref__", "_comparisons", "_kept_fraction", "_options", "backward_over_forward", "gate")
+    __slots__ = ("__weakref__", "_comparisons", "_gate", "_kept_fraction", "_options", "backward_over_forward")
 
     def __init__(
         self,
@@ -131,13 +131,18 @@ class GatedBackward:
         if compare_every is not None:
             compare_every = checks.whole("compare_every", compare_every, "a whole number of steps, at least 1, or None")
         size = size_of(loss) if getattr(gate, "weighted", None) else None
-        self.gate = gate
+        self._gate = gate
         self._options = Options(
             gate, None, score or size or delight, size, draft, loss, normalizer, packing, backward, ranks_of(module)
         )
         self._kept_fraction: float | None = None
         self.backward_over_forward: float | None = backward_over_forward
         self._comparisons = None if compare_every is None else Comparisons(compare_every)
+
+    @property
+    def gate(self) -> Gate | None:
+        """The gate, with what it remembers. Another one is another step: score, size and normalizer follow from it."""
+        return self._gate
 
     def __call__(
         self,
@@ -185,9 +190,9 @@ class GatedBackward:
                 raise ValueError(
                     "micro_batch_tokens is given and mask is not; expected a mask (B, T), whose tokens count."
                 )
-            rule = getattr(self.gate, "rule", None)
+            rule = getattr(self._gate, "rule", None)
             keeps_all = rule is not None and rule.keeps_everything
-            options = options._replace(gate=None if keeps_all else self.gate, rule=rule)
+            options = options._replace(gate=None if keeps_all else self._gate, rule=rule)
             # The hard gate finds a NaN or infinite value in such a score; of several processes it cannot say whose.
             known = log_probs is not None and draft is None
             finds = isinstance(options.gate, KondoGate) and rule is not None
@@ -224,7 +229,7 @@ class GatedBackward:
         score = options.score if draft is None or verifies else draft.score or options.score
         # Log-probs given to decide on are looked at; others may not be, where signs decide, or nobody does.
         unseen = inputs.log_probs is None or options.gate is None or verifies
-        discrete = score is delight and self.gate is not None and unseen
+        discrete = score is delight and self._gate is not None and unseen
         passes = Passes(log_prob_fn, inputs, counting, options, discrete)
         if options.gate is None:
             decision, kept, noise = everything(passes), ranks.total(inputs.total), None
@@ -279,7 +284,7 @@ class GatedBackward:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide and plan as an unbroken one would."""
         return {
-            "gate": state_of(self.gate),
+            "gate": state_of(self._gate),
             "kept_fraction": self._kept_fraction,
             "backward_over_forward": self.backward_over_forward,
             "comparisons": {} if self._comparisons is None else self._comparisons.state_dict(),
@@ -288,7 +293,7 @@ class GatedBackward:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         states.check("GatedBackward", state, **STATE)
-        load_state(self.gate, state["gate"])
+        load_state(self._gate, state["gate"])
         self._kept_fraction = state["kept_fraction"]
         self.backward_over_forward = state["backward_over_forward"]
         if self._comparisons is not None and state["comparisons"]:
@@ -304,7 +309,7 @@ class GatedBackward:
                 "log_probs": inputs.log_probs is not None and "given",
                 "behavior_log_probs": inputs.behavior_log_probs is not None and "given",
                 "mask": inputs.mask is not None and "given",
-                "gate": self.gate,
+                "gate": self._gate,
                 "loss": options.loss,
                 "score": options.score,
                 "draft": draft and draft.source,

@@ -49,7 +49,9 @@ def scores_of_rows(
         score = draft.score or score
     elif draft is not None or log_probs is None:
         return _looked(options, passes, kept_fraction, backward_over_forward or BACKWARD_OVER_FORWARD)
-    passes.counting.plan, passes.counting.reason = "known", "The log-probs to decide on were given."
+    given = inputs.log_probs is not None
+    reason = "The log-probs to decide on were given." if given else "The score reads no log-probs."
+    passes.counting.plan, passes.counting.reason = "known", reason
     assert log_probs is not None  # the draft saw to it
     return row_scores(score, inputs, log_probs), False, True
 

@@ -65,15 +65,18 @@ class TrimRight:
                     f"batch[{name!r}] is {checks.described(tensor)}; expected a tensor of the mask's {rows} rows, "
                     f"whose second dimension ends as that of the mask does, of {width}."
                 )
-        used = mask.any(dim=0).nonzero()
-        length = 1 + int(used[-1]) if len(used) else 1
-        length = min(width, -(-length // self.multiple) * self.multiple)
+        length = int(self.lengths(mask).max())
         if length == width:
             return batch, slice(None)
         trimmed = batch.copy()
         for name in self.names:
             trimmed[name] = batch[name][:, : batch[name].shape[1] - (width - length)]
         return trimmed, slice(None, length)
+
+    def lengths(self, mask: Tensor) -> Tensor:
+        """(n,) columns that are left of each row (n, T) by itself."""
+        last = (torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask).amax(dim=1).clamp(min=1)
+        return (-(-last // self.multiple) * self.multiple).clamp(max=mask.shape[1])
 
 
 class Packing:
@@ -119,7 +122,9 @@ class Packing:
             if rows is None:
                 return list(parts)
             return [rows] if len(parts) == 1 else [rows[part] for part in parts]
-        lengths, order = _spans(inputs.mask if rows is None else inputs.mask[rows]).sort(descending=True, stable=True)
+        lengths_of = getattr(self.trim, "lengths", _spans)  # a user's function need not say what it leaves
+        lengths = lengths_of(inputs.mask if rows is None else inputs.mask[rows]).cpu()
+        lengths, order = lengths.sort(descending=True, stable=True)
         rows, spans = order if rows is None else rows[order], lengths.tolist()
         parts, start = [], 0
         while start < total:
@@ -168,8 +173,8 @@ class Packing:
 
 
 def _spans(mask: Tensor) -> Tensor:
-    """(n,) on the host: columns from the first to the last that counts."""
+    """(n,) columns from the first to the last that counts: what the best of trims leaves."""
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask
     last = positions.amax(dim=1)
     first = positions.where(mask, mask.shape[1] + 1).amin(dim=1)
-    return (last - first + 1).clamp(min=0).cpu()
+    return (last - first + 1).clamp(min=0)
