@@ -28,8 +28,8 @@ def test_the_readme_starts_with_nine_lines_that_run(capsys):
     assert names["policy"].weight.grad is not None
 
 
-def test_the_tree_in_the_readme_is_there():
-    tree = README.split("## What is where")[1].split("\n## ")[0]
+def test_the_tree_of_what_is_where_is_there():
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("## What is where")[1].split("\n## ")[0]
     names = re.findall(r"[a-z_/]+(?:\.py|/)(?=[\s:])", tree)
     assert len(names) > 20
     package = ROOT / "src" / "sparkjoy"
