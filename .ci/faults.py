@@ -52,7 +52,7 @@ FAULTS = [
     ("step/inputs.py", "slice) else tokens[rows.numpy()]", "slice) else tokens[: len(rows)]", "tests/step"),
     ("step/packing.py", "start += size", "start += size + (start == 0)", "tests/step/test_plan.py"),
     ("step/counts.py", 'self._count("backward", gradient.shape[0]', 'self._count("backward", 1', "tests/step"),
-    ("processes/distributed.py", "begin = sum(self._sizes[: self._rank])", "begin = 0", "tests/processes"),
+    ("processes/ranks.py", "narrow(0, sum(self._sizes[: self._rank]),", "narrow(0, 0,", "tests/processes"),
     ("gradients.py", "if leaf._post_accumulate_grad_hooks or", "if", "tests/step/test_hooks.py tests/frontier"),
     (
         "integrations/trl/packing.py",
@@ -61,7 +61,7 @@ FAULTS = [
         f"{TRL}_gradients.py {TRL}_packing.py",
     ),
     (
-        "integrations/trl/decision.py",
+        "integrations/trl/deciding.py",
         "gate.generator = draws(*place)",
         "gate.generator = draws(0)",
         f"{TRL}_noise.py {TRL}_trainer.py",
