@@ -68,7 +68,8 @@ SIZES = [(1, 0.5), (8, 0.1), (8, 0.5), (64, 0.03), (64, 0.5)]
 
 @pytest.mark.parametrize(
     ("name", "batch", "rate"),
-    [(name, *SIZES[(2 * place + more) % 5]) for place, name in enumerate(STREAMS) for more in (0, 1)],
+    [(name, *SIZES[(2 * place + more) % 5]) for place, name in enumerate(STREAMS) for more in (0, 1)]
+    + [("zeros", 1, 0.5)],  # row by row, which debt alone holds
 )
 def test_a_budget_is_held_within_2_percent_after_200_steps(name, batch, rate, generator):
     steps = 200 if batch > 1 else 1000
