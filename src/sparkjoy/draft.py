@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparkjoy import checks
-from sparkjoy.gates.decision import Gate
+from sparkjoy.gates.decision import Gate, rule_of
 from sparkjoy.scores import SCORE, ScoreFunction, reads_log_probs
 from sparkjoy.signs import Rule, rate_count
 
@@ -73,7 +73,7 @@ class Draft:
                 f"draft is given with a score that reads no log-probs, {checks.described(score)}: there are none to "
                 "draft; leave the draft out."
             )
-        rule = getattr(gate, "rule", None)
+        rule = rule_of(gate)
         if self.verify is not None and (rule is None or rule.negative_share > 0):
             raise ValueError(
                 f"verify is given with the gate {checks.described(gate)}; expected a hard KondoGate of no negative "

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparkjoy import checks
 from sparkjoy.frontier.result import Kind, Setting
 from sparkjoy.gates import Gate, KondoGate, UnbiasedGate
-from sparkjoy.gates.decision import GATE
+from sparkjoy.gates.decision import GATE, weighs
 from sparkjoy.scores import ScoreFunction, says
 from sparkjoy.signs import worth
 from sparkjoy.step.report import BackwardReport
@@ -81,7 +81,7 @@ def given_gates(gates: Mapping[str, Gate]) -> Iterator[NamedGate]:
                 "anyway."
             )
         checks.function(f"gates[{name!r}]", gate, GATE, ..., ...)
-        yield name, "unbiased" if getattr(gate, "weighted", None) else "biased", gate, None
+        yield name, "unbiased" if weighs(gate) else "biased", gate, None
 
 
 def default_gates(rate: float, seed: int) -> list[NamedGate]:

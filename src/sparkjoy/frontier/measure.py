@@ -224,7 +224,7 @@ class _Measuring:
     def plain_pass(self, log_prob_fn: LogProbFunction, rows: slice, divisor: float) -> None:
         """Forward and backward over some rows, copies of them: the function may write into what it gets."""
         part = self.inputs.take(rows)
-        (loss_terms(self.loss, log_prob_fn(part.batch), part, None).sum() / divisor).backward()
+        (loss_terms(self.loss, log_prob_fn(part.batch), part).sum() / divisor).backward()
 
     def take_turns(self, arms: list[Arm], rounds: int | None, seconds: float) -> None:
         """Each arm in turn, `rounds` times; None: as often as fits the seconds."""

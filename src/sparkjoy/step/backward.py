@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparkjoy import checks, states
 from sparkjoy.draft import Draft
 from sparkjoy.gates import Decision, Gate, KondoGate
-from sparkjoy.gates.decision import GATE, load_state, state_of
+from sparkjoy.gates.decision import GATE, load_state, state_of, weighs
 from sparkjoy.gradients import Comparison, Comparisons, Gradients, inner_products, sketches
 from sparkjoy.losses import LOSS, Loss, reinforce, size_of
 from sparkjoy.processes.meeting import in_words
@@ -121,8 +121,7 @@ class GatedBackward:
         if draft is not None:
             checks.instance("draft", draft, Draft, "a Draft(source, ...), or None").check(gate, score)
         checks.function("backward", backward, "a function of a loss, such as accelerator.backward", ...)
-        normalizer = checked_normalizer(normalizer)
-        check_unbiased(normalizer, gate)
+        normalizer = _checked_normalizer(normalizer, gate)
         packing = Packing(micro_batch_size, micro_batch_tokens, trim, group_by)
         if backward_over_forward is not None:
             backward_over_forward = checks.number(
@@ -130,7 +129,7 @@ class GatedBackward:
             )
         if compare_every is not None:
             compare_every = checks.whole("compare_every", compare_every, "a whole number of steps, at least 1, or None")
-        size = size_of(loss) if getattr(gate, "weighted", None) else None
+        size = size_of(loss) if weighs(gate) else None
         self._gate = gate
         self._options = Options(
             gate, None, score or size or delight, size, draft, loss, normalizer, packing, backward, ranks_of(module)
@@ -358,22 +357,18 @@ def _compared(comparisons: Comparisons, gradients: Gradients, of_step: Passes) -
     return comparisons.compared(found[:4], found[4:].view_as(own), ran.forward_rows, ran.backward_rows, seconds)
 
 
-def checked_normalizer(normalizer: Any) -> Normalizer:
-    """One of the words, or a number above 0."""
-    if isinstance(normalizer, str) and normalizer in ("batch", "samples", "kept"):
-        return normalizer  # type: ignore[return-value]  # one of the words
-    expected = "'batch', 'samples', 'kept' or a number above 0"
-    return checks.number("normalizer", normalizer, expected, lambda divisor: divisor > 0)
-
-
-def check_unbiased(normalizer: Normalizer, gate: Gate | None) -> None:
-    """Raise a ValueError where a divisor follows the draws of a gate whose mean gradient is to be the dense one."""
-    if normalizer == "kept" and getattr(gate, "weighted", None):
+def _checked_normalizer(normalizer: Any, gate: Gate | None) -> Normalizer:
+    """One of the words, or a number above 0; none that follows the draws of a gate whose mean is the dense gradient."""
+    if not (isinstance(normalizer, str) and normalizer in ("batch", "samples", "kept")):
+        expected = "'batch', 'samples', 'kept' or a number above 0"
+        return checks.number("normalizer", normalizer, expected, lambda divisor: divisor > 0)
+    if normalizer == "kept" and weighs(gate):
         raise ValueError(
             f"normalizer is 'kept' and the gate {gate!r}: weights stand in for the skipped rows already, so that the "
             "gradient over the kept ones alone would be several times the dense one. Take 'batch', which is the same "
             "for all gates, 'samples' or a number."
         )
+    return normalizer  # type: ignore[return-value]  # one of the words
 
 
 def gated_backward(
