@@ -86,9 +86,9 @@ class LanguageStudy(Study):
     bf16: bool = True
     """Mixed precision, as TRL has it by default; --no-bf16 for float32 throughout."""
     learning_rates: tuple[float, ...] = (1e-5, 2e-5, 5e-6)
-    """To choose from, for TRL's own; the likeliest first."""
+    """To choose from, for TRL's own; the likeliest first. One alone is taken."""
     lora_learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-4)
-    """To choose from, for LoRA without a gate."""
+    """To choose from, for LoRA without a gate. One alone is taken."""
     tuned: tuple[str, ...] = ()
     """Gates whose learning rate is chosen once more, at the seconds of TRL's own with shared tokens."""
     tuning_seed: int = 100
@@ -140,7 +140,8 @@ class LanguageStudy(Study):
     @property
     def runs(self) -> int:
         """How many there will be."""
-        tuning = len(self.learning_rates) * (1 + len(self.tuned)) + len(self.lora_learning_rates) * bool(self.lora)
+        chosen_from = [self.learning_rates] * (1 + len(self.tuned)) + [self.lora_learning_rates] * bool(self.lora)
+        tuning = sum(len(rates) for rates in chosen_from if len(rates) > 1)
         return tuning + sum(len(self.seeds_of(arm)) for arm in self.compared)
 
     @property

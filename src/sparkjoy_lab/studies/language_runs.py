@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,16 +37,13 @@ class _Runs:
         study = self.study
         torch.set_num_threads(study.threads)
         dense = SHARED if study.share_tokens else DENSE  # which learn alike
-        tuning = {rate: self.tuning(dense, rate) for rate in study.learning_rates}
-        rates = dict.fromkeys(study.compared, most_learnt(tuning))
+        rate, seconds = self.chosen(dense, study.learning_rates)
+        rates = dict.fromkeys(study.compared, rate)
         if study.lora:
-            best = most_learnt({rate: self.tuning(LORA, rate) for rate in study.lora_learning_rates})
-            rates |= {arm: best for arm in study.compared if dense_of(arm) == LORA}
-        allowed = tuning[rates[DENSE]][-1]["seconds"]["total"]
+            rate, _ = self.chosen(LORA, study.lora_learning_rates)
+            rates |= {arm: rate for arm in study.compared if dense_of(arm) == LORA}
         for gate in study.tuned:
-            rates[by_seconds(gate)] = most_learnt(
-                {rate: self.tuning(gate, rate, allowed) for rate in study.learning_rates}
-            )
+            rates[by_seconds(gate)], _ = self.chosen(gate, study.learning_rates, seconds)
         rows: list[Record] = []
         for number, seed in enumerate(study.seeds):
             of_seed: dict[str, list[Record]] = {}
@@ -60,8 +58,14 @@ class _Runs:
                 self.work.save(rows)
         return rows
 
-    def tuning(self, arm: str, rate: float, until_seconds: float = math.inf) -> list[Record]:
-        return self.one(arm, rate, self.study.tuning_seed, self.study.tuning_steps, until_seconds)
+    def chosen(self, arm: str, rates: Sequence[float], until_seconds: float = math.inf) -> tuple[float, float]:
+        """The learning rate at which an arm learns the most, and that run's seconds; nothing is run for only one."""
+        if len(rates) == 1:
+            return rates[0], math.inf
+        seed, steps = self.study.tuning_seed, self.study.tuning_steps
+        runs = {rate: self.one(arm, rate, seed, steps, until_seconds) for rate in rates}
+        best = most_learnt(runs)
+        return best, runs[best][-1]["seconds"]["total"]
 
     def one(self, arm: str, rate: float, seed: int, steps: int, until_seconds: float) -> list[Record]:
         study = self.study

@@ -128,6 +128,7 @@ def test_the_study_tunes_compares_and_draws_and_grows(model, tmp_path, monkeypat
     found = json.loads((out / "summary.json").read_text())
     arms = [DENSE, "noise 0.3", "uniform 15%", "LoRA", "LoRA, noise 0.3", "noise 0.3, as many seconds"]
     assert [row["arm"] for row in found["table"]] == arms
+    assert len(list((out / "runs").glob("*-100*"))) == 4  # two rates for TRL's own, and for what is tuned
     assert found["table"][0]["kept"] == 1
     assert all((out / f"{name}.png").exists() for name in ("language", "language_seconds"))
     before = (out / "summary.json").read_bytes()
